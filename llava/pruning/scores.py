@@ -1,0 +1,44 @@
+"""Rows of attention maps, computed from queries and keys.
+
+A pruning score needs a handful of rows (the text tokens, the last token, the CLS token), never the whole map. So the
+layer itself stays on its fused kernel and the rows are computed here. Everything is normalized in float32.
+
+Shapes: B batch, H query heads, G key/value heads (H is a multiple of G), T rows, N keys, D head width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def attention_rows(query_BHTD: Tensor, key_BGND: Tensor, scaling: float, allowed: Tensor | None = None) -> Tensor:
+    """Softmax attention probabilities of selected query rows over all keys.
+
+    Args:
+        query_BHTD: queries of the wanted rows, after rotary embedding, ``[B, H, T, D]``.
+        key_BGND: keys of the same layer, after rotary embedding, ``[B, G, N, D]``; H must be a multiple of G.
+        scaling: factor on the dot products, usually ``D ** -0.5``.
+        allowed: bool, broadcastable to ``[B, 1, T, N]``; False where a row must not look (causality, padding).
+
+    Returns:
+        float32 probabilities ``[B, H, T, N]``; each row sums to 1 over the allowed keys.
+    """
+    batch, heads, rows, width = query_BHTD.shape
+    groups, keys = key_BGND.shape[1], key_BGND.shape[2]
+    if heads % groups:
+        raise ValueError(f"{heads} query heads cannot share {groups} key heads")
+    # The queries of a key head are stacked along the row axis: grouped-query attention without copying the keys.
+    stacked = query_BHTD.reshape(batch, groups, heads // groups * rows, width)
+    logits = (stacked @ key_BGND.transpose(-1, -2)).view(batch, heads, rows, keys)
+    logits = logits.float().mul_(scaling) if logits.dtype != torch.float32 else logits.mul_(scaling)
+    if allowed is not None:
+        logits = logits.masked_fill_(~allowed, torch.finfo(torch.float32).min)
+    return torch.softmax(logits, dim=-1)
+
+
+def rotate_rows(query_BHTD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> Tensor:
+    """Apply the half-split rotary embedding of Llama to query rows ``[B, H, T, D]`` with tables ``[B or 1, T, D]``."""
+    cos, sin = cos_BTD.unsqueeze(1), sin_BTD.unsqueeze(1)
+    first, second = query_BHTD.chunk(2, dim=-1)
+    return query_BHTD * cos + torch.cat((-second, first), dim=-1) * sin
