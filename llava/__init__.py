@@ -1,0 +1,24 @@
+"""LLaVA's public Python surface, with the visual-token pruning engine in `llava.pruning`.
+
+Importing the package is cheap: nothing heavy (torch, transformers) is loaded until a name is asked for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llava.model.llava_llama import LlavaLlamaForCausalLM
+
+__version__ = "0.1.0"
+__all__ = ["LlavaLlamaForCausalLM", "__version__"]
+
+
+def __getattr__(name: str):
+    # `from llava import LlavaLlamaForCausalLM` is LLaVA's own spelling; loading it lazily keeps `import
+    # llava` fast.
+    if name == "LlavaLlamaForCausalLM":
+        from llava.model.llava_llama import LlavaLlamaForCausalLM
+
+        return LlavaLlamaForCausalLM
+    raise AttributeError(f"module 'llava' has no attribute {name!r}")

@@ -1,0 +1,271 @@
+"""LLaVA's image and prompt helpers: preprocessing (pad, anyres), placeholder tokenization, stopping, model
+names.
+
+Works on PIL images, tokenizers and image processors; knows nothing of the model's modules or of pruning.
+Sizes are `(width, height)` in pixels wherever a name ends in `_wh`, as PIL gives them.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import math
+from collections.abc import Iterable, Sequence
+from io import BytesIO
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import StoppingCriteria
+
+from llava.constants import IMAGE_TOKEN_INDEX
+
+Size = tuple[int, int]
+
+
+def load_image_from_base64(image: str | bytes) -> Image.Image:
+    """Decode a base64 string into a PIL image."""
+    return Image.open(BytesIO(base64.b64decode(image)))
+
+
+# --- pad ----------------------------------------------------------------------------------------------------
+
+
+def expand2square(pil_img: Image.Image, background_color: Any) -> Image.Image:
+    """Pad the shorter side symmetrically with `background_color` until the image is square (offset rounded
+    down).
+    """
+    width, height = pil_img.size
+    if width == height:
+        return pil_img
+    side = max(width, height)
+    square = Image.new(pil_img.mode, (side, side), background_color)
+    square.paste(pil_img, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def padding_mask(size_wh: Size, grid: int) -> torch.Tensor:
+    """Which patches of a padded square lie outside the image: bool `[grid, grid]`, True = padding.
+
+    The image band is enlarged by about one patch on both sides before it is cut out, so a patch that
+    touches the image is never masked. Source: the published AutoPrune preprocessing with its fixed 24 x 24
+    grid, generalized to any grid (same values at 24).
+    """
+    width, height = (int(x) for x in size_wh)
+    if width < 1 or height < 1 or grid < 1:
+        raise ValueError(f"size and grid must be positive, got size_wh={tuple(size_wh)} and grid={grid}")
+    side = max(width, height)
+    border = int((side + grid - 1) / grid)
+    # Nearest-neighbor resize of the pixel mask: patch i looks at pixel floor(i * side / grid).
+    source = torch.arange(grid) * side // grid
+    outside = torch.zeros(grid, dtype=torch.bool)
+    if width != height:
+        difference, total = abs(width - height) // 2, (width + height) // 2
+        outside = (source < max(difference - border, 0)) | (source >= min(total + border, side))
+    rows = outside if width > height else torch.zeros_like(outside)
+    columns = outside if height > width else torch.zeros_like(outside)
+    return rows[:, None] | columns[None, :]
+
+
+# --- anyres -------------------------------------------------------------------------------------------------
+
+
+def parse_grid_pinpoints(grid_pinpoints: Sequence[Sequence[int]] | str) -> list[Size]:
+    """The candidate resolutions of a config, `[(width, height), ...]`; configs store a list or its text."""
+    if isinstance(grid_pinpoints, str):
+        try:
+            grid_pinpoints = ast.literal_eval(grid_pinpoints)
+        except (ValueError, SyntaxError):
+            raise ValueError(
+                f"image_grid_pinpoints is not a list of [width, height]: {grid_pinpoints!r}"
+            ) from None
+    return [(int(w), int(h)) for w, h in grid_pinpoints]
+
+
+def select_best_resolution(
+    original_size: Size, possible_resolutions: Iterable[Sequence[int]], rule: str = "fill"
+) -> Size:
+    """The resolution `(width, height)` that suits an image of `original_size` best; the first wins ties.
+
+    `rule="fill"` (AutoPrune's published code): the largest share of the canvas that the scaled image
+    covers, upscaling included. `rule="effective"` (LLaVA's own code): the most image pixels without
+    counting upscaling, then the least unused canvas. The two differ for images smaller than the canvas:
+    "fill" gives a 336 x 336 image the 672 x 672 canvas, "effective" the 336 x 672 one.
+    """
+    width, height = original_size
+    best, best_rank = None, None
+    for candidate_width, candidate_height in possible_resolutions:
+        scale = min(candidate_width / width, candidate_height / height)
+        area = int(width * scale) * int(height * scale)
+        canvas = candidate_width * candidate_height
+        if rule == "fill":
+            rank = (area / canvas,)
+        elif rule == "effective":
+            effective = min(area, width * height)
+            rank = (effective, effective - canvas)
+        else:
+            raise ValueError(f"unknown resolution rule {rule!r}, expected 'fill' or 'effective'")
+        if best_rank is None or rank > best_rank:
+            best, best_rank = (int(candidate_width), int(candidate_height)), rank
+    if best is None:
+        raise ValueError("image_grid_pinpoints is empty")
+    return best
+
+
+def resize_and_pad_image(image: Image.Image, target_resolution: Size) -> Image.Image:
+    """Scale the image into `target_resolution` (width, height), keeping its shape, centered on black."""
+    width, height = image.size
+    target_width, target_height = target_resolution
+    scale_width, scale_height = target_width / width, target_height / height
+    if scale_width < scale_height:
+        new_width, new_height = target_width, min(math.ceil(height * scale_width), target_height)
+    else:
+        new_width, new_height = min(math.ceil(width * scale_height), target_width), target_height
+    canvas = Image.new("RGB", (target_width, target_height), (0, 0, 0))
+    offset = ((target_width - new_width) // 2, (target_height - new_height) // 2)
+    canvas.paste(image.resize((new_width, new_height)), offset)
+    return canvas
+
+
+def divide_to_patches(image: Image.Image, patch_size: int) -> list[Image.Image]:
+    """Cut the image into `patch_size` squares, row by row."""
+    width, height = image.size
+    return [
+        image.crop((x, y, x + patch_size, y + patch_size))
+        for y in range(0, height, patch_size)
+        for x in range(0, width, patch_size)
+    ]
+
+
+def get_anyres_image_grid_shape(
+    image_size: Size, grid_pinpoints: Sequence[Sequence[int]] | str, patch_size: int, rule: str = "fill"
+) -> Size:
+    """Crops along `(width, height)` for an image of `image_size`; `patch_size` is the side of one crop in
+    pixels.
+    """
+    width, height = select_best_resolution(image_size, parse_grid_pinpoints(grid_pinpoints), rule)
+    return width // patch_size, height // patch_size
+
+
+def process_anyres_image(
+    image: Image.Image, processor: Any, grid_pinpoints: Sequence[Sequence[int]] | str, rule: str = "fill"
+) -> torch.Tensor:
+    """Crops of one image, `[1 + grid_w * grid_h, 3, side, side]`: the whole image (squeezed to a square),
+    then the tiles row by row.
+    """
+    resolution = select_best_resolution(image.size, parse_grid_pinpoints(grid_pinpoints), rule)
+    canvas = resize_and_pad_image(image, resolution)
+    side = _side(processor.size)
+    crops = [image.resize((side, side)), *divide_to_patches(canvas, _side(processor.crop_size))]
+    return torch.stack([_preprocess(processor, crop) for crop in crops])
+
+
+def process_images(
+    images: Sequence[Image.Image], image_processor: Any, model_cfg: Any
+) -> torch.Tensor | list[torch.Tensor]:
+    """Pixel values as the checkpoint's `image_aspect_ratio` asks for.
+
+    `"pad"`: squares padded with the processor's mean color, `[n, 3, side, side]`. `"anyres"`: crops per
+    image, `[n, crops, 3, side, side]`, or a list of `[crops, 3, side, side]` if the images have different
+    numbers of crops. Anything else: the processor's own resize and center crop.
+    """
+    aspect_ratio = getattr(model_cfg, "image_aspect_ratio", None)
+    # Palette, gray and alpha images would fail or change meaning when a color is pasted beneath them.
+    images = [image if image.mode == "RGB" else image.convert("RGB") for image in images]
+    if aspect_ratio == "pad":
+        color = tuple(int(x * 255) for x in image_processor.image_mean)
+        processed = [_preprocess(image_processor, expand2square(image, color)) for image in images]
+    elif aspect_ratio == "anyres":
+        rule = getattr(model_cfg, "anyres_resolution_rule", "fill")
+        processed = [
+            process_anyres_image(image, image_processor, model_cfg.image_grid_pinpoints, rule)
+            for image in images
+        ]
+    else:
+        processed = [_preprocess(image_processor, image) for image in images]
+    if processed and all(x.shape == processed[0].shape for x in processed):
+        return torch.stack(processed)
+    return processed
+
+
+def _preprocess(processor: Any, image: Image.Image) -> torch.Tensor:
+    return processor(image, return_tensors="pt")["pixel_values"][0]
+
+
+def _side(size: Any) -> int:
+    # Processors describe a square as {"shortest_edge": n} or {"height": n, "width": n}, in a dict or an
+    # object like one.
+    if isinstance(size, int):
+        return size
+    for key in ("shortest_edge", "height"):
+        value = size.get(key) if hasattr(size, "get") else getattr(size, key, None)
+        if value:
+            return int(value)
+    raise ValueError(f"cannot read the side length from the image processor's size {size!r}")
+
+
+# --- text ---------------------------------------------------------------------------------------------------
+
+
+def tokenizer_image_token(
+    prompt: str, tokenizer: Any, image_token_index: int = IMAGE_TOKEN_INDEX, return_tensors: str | None = None
+) -> list[int] | torch.Tensor:
+    """Token ids of `prompt` with `image_token_index` where `<image>` stands; one BOS at most, at the front.
+
+    The pieces between placeholders are tokenized on their own, as LLaVA does; the ids therefore differ from
+    tokenizing the whole text (a piece gets its own leading-space token). Returns a list, or an int64 tensor
+    `[T]` for `return_tensors="pt"`.
+    """
+    if return_tensors not in (None, "pt"):
+        raise ValueError(f"Unsupported tensor type: {return_tensors}")
+    pieces = [list(tokenizer(piece).input_ids) for piece in prompt.split("<image>")]
+    has_bos = bool(pieces[0]) and pieces[0][0] == tokenizer.bos_token_id
+    ids: list[int] = [tokenizer.bos_token_id] if has_bos else []
+    for i, piece in enumerate(pieces):
+        if i > 0:
+            ids.append(image_token_index)
+        ids.extend(piece[1:] if has_bos else piece)
+    return torch.tensor(ids, dtype=torch.long) if return_tensors == "pt" else ids
+
+
+def get_model_name_from_path(model_path: str) -> str:
+    """The last folder of a path; training checkpoints (`checkpoint-500`) get their parent's name in front."""
+    parts = model_path.strip("/").split("/")
+    return "_".join(parts[-2:]) if parts[-1].startswith("checkpoint-") else parts[-1]
+
+
+class KeywordsStoppingCriteria(StoppingCriteria):
+    """Stop a sequence as soon as one of `keywords` appears in what was generated.
+
+    Unlike LLaVA's, rows of a batch stop one by one, and generation from embeddings (output without the
+    prompt) is recognized.
+    """
+
+    def __init__(self, keywords: Sequence[str], tokenizer: Any, input_ids: torch.Tensor):
+        self.keywords = list(keywords)
+        self.tokenizer = tokenizer
+        self.start_len = input_ids.shape[1]
+        self.keyword_ids: list[torch.Tensor] = []
+        for keyword in self.keywords:
+            ids = list(tokenizer(keyword).input_ids)
+            if len(ids) > 1 and ids[0] == tokenizer.bos_token_id:
+                ids = ids[1:]
+            self.keyword_ids.append(torch.tensor(ids, dtype=torch.long))
+        self.max_keyword_len = max((len(ids) for ids in self.keyword_ids), default=0)
+
+    def _row_is_done(self, generated_T: torch.Tensor) -> bool:
+        for ids in self.keyword_ids:
+            n = len(ids)
+            if 0 < n <= len(generated_T) and torch.equal(generated_T[-n:], ids.to(generated_T.device)):
+                return True
+        # A keyword may be tokenized differently inside a sentence: compare the decoded tail as well.
+        tail = generated_T[-self.max_keyword_len :] if self.max_keyword_len else generated_T[:0]
+        text = self.tokenizer.batch_decode([tail], skip_special_tokens=True)[0]
+        return any(keyword in text for keyword in self.keywords)
+
+    def __call__(self, output_ids: torch.Tensor, scores: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
+        if output_ids.shape[1] <= self.start_len:
+            # The prompt cannot be part of something shorter than itself: generation runs from embeddings.
+            self.start_len = 0
+        done = [self._row_is_done(row[self.start_len :]) for row in output_ids]
+        return torch.tensor(done, dtype=torch.bool, device=output_ids.device)

@@ -1,0 +1,110 @@
+"""Small helpers shared by the command line tools: user-facing errors, loggers, faster model construction.
+
+Knows nothing of models, prompts or pruning.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+USER_ERROR_STATUS = 2
+INTERRUPTED_STATUS = 130
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave us (path, flag, data file), told in one line.
+
+    The message names the file, line or option and says what to do. Command line tools print it without a
+    traceback.
+    """
+
+
+def is_user_error(error: BaseException) -> bool:
+    """True for `UserError` and for errors of packages that know nothing of LLaVA but mark themselves as
+    user errors.
+
+    The mark is a class attribute `is_user_error = True`; `llava.pruning` uses it so that it need not import
+    this module.
+    """
+    return isinstance(error, UserError) or getattr(error, "is_user_error", False) is True
+
+
+def describe_error(error: BaseException) -> str:
+    """The error as one line; file errors are put as `path: reason`."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        text = f"{error.filename}: {error.strerror}"
+    else:
+        text = str(error) or type(error).__name__
+    return " ".join(text.split())
+
+
+def cli_main(main: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator for `main()` functions: a user's mistake becomes `error: ...` on stderr and exit status 2.
+
+    User mistakes are user errors (see `is_user_error`) and file errors that carry a file name. Everything
+    else is a defect of ours and keeps its traceback. Ctrl-C exits with 130. If `main` returns a non-zero
+    integer, that is the exit status.
+    """
+
+    @functools.wraps(main)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        try:
+            result = main(*args, **kwargs)
+        except KeyboardInterrupt:
+            print("error: interrupted", file=sys.stderr)
+            sys.exit(INTERRUPTED_STATUS)
+        except BrokenPipeError:
+            # The reader of our output (`| head`) went away: not an error, but Python would complain again
+            # at shutdown.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
+        except Exception as error:
+            if is_user_error(error) or (isinstance(error, OSError) and error.filename is not None):
+                print(f"error: {describe_error(error)}", file=sys.stderr)
+                sys.exit(USER_ERROR_STATUS)
+            raise
+        if isinstance(result, int) and not isinstance(result, bool) and result != 0:
+            sys.exit(result)
+        return result
+
+    return wrapper
+
+
+def disable_torch_init() -> None:
+    """Skip torch's default initialisation of Linear and LayerNorm weights: a checkpoint overwrites them
+    anyway.
+
+    Process-wide, as in LLaVA; call it in scripts that only load models, never where a model is trained from
+    scratch.
+    """
+    import torch
+
+    torch.nn.Linear.reset_parameters = lambda self: None
+    torch.nn.LayerNorm.reset_parameters = lambda self: None
+
+
+def build_logger(name: str, filename: str | None = None, level: int = logging.INFO) -> logging.Logger:
+    """A logger that writes to stderr and, when `filename` is given, to that file. Calling it twice adds no
+    second handler.
+    """
+    logger = logging.getLogger(name)
+    logger.setLevel(level)
+    formatter = logging.Formatter("%(asctime)s | %(levelname)s | %(name)s | %(message)s", "%Y-%m-%d %H:%M:%S")
+    wanted: list[logging.Handler] = []
+    if not any(type(h) is logging.StreamHandler for h in logger.handlers):
+        wanted.append(logging.StreamHandler())
+    if filename is not None:
+        path = os.path.abspath(filename)
+        if not any(getattr(h, "baseFilename", None) == path for h in logger.handlers):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            wanted.append(logging.FileHandler(path, encoding="utf-8"))
+    for handler in wanted:
+        handler.setFormatter(formatter)
+        logger.addHandler(handler)
+    logger.propagate = False
+    return logger
