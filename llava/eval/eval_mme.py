@@ -1,0 +1,222 @@
+"""MME: perception and cognition totals and the fourteen subtasks, without the official tool.
+
+    python -m llava.eval.eval_mme --annotation-dir MME_Benchmark_release_version \\
+        --question-file llava_mme.jsonl --result-file answers.jsonl
+
+Knows the release's folder layout, LLaVA's question file and the score: per subtask 100 x accuracy over
+questions + 100 x accuracy over images (both questions of an image right).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llava.eval.jsonio import iter_jsonl, read_text, require_folder, require_keys, write_json
+from llava.eval.scoring import join_answers, load_answers
+from llava.utils import UserError, cli_main
+
+PERCEPTION = (
+    "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
+)  # fmt: skip
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+
+_LLAVA_INSTRUCTION = "Answer the question using a single word or phrase."
+_MME_INSTRUCTION = "Please answer yes or no."
+
+
+class Row(NamedTuple):
+    """One question of a subtask: the image it is about, the true answer and the model's."""
+
+    image: str
+    truth: str
+    prediction: str
+
+
+def read_answer(text: str) -> str:
+    """ "yes", "no" or "other", from the first four characters only, as the official tool reads answers.
+
+    `Snow` and `None` are therefore "no".
+    """
+    start = text.lower()[:4]
+    return "yes" if "yes" in start else "no" if "no" in start else "other"
+
+
+def subtask_score(rows: Sequence[Row]) -> dict[str, float]:
+    """`score` = 100 x accuracy + 100 x acc+, with both parts in percent.
+
+    Rows of the same image are one image. acc+ counts the images with all questions right among the images
+    that have both questions; "other" is wrong in both.
+    """
+    images: dict[str, list[bool]] = {}
+    for row in rows:
+        images.setdefault(row.image, []).append(read_answer(row.prediction) == row.truth.strip().lower())
+    right = sum(sum(marks) for marks in images.values())
+    pairs = [marks for marks in images.values() if len(marks) > 1]
+    accuracy = right / len(rows) if rows else 0.0
+    accuracy_plus = sum(all(marks) for marks in pairs) / len(pairs) if pairs else 0.0
+    return {
+        "score": 100 * accuracy + 100 * accuracy_plus,
+        "accuracy": 100 * accuracy,
+        "accuracy_plus": 100 * accuracy_plus,
+        "questions": len(rows),
+        "other": sum(read_answer(row.prediction) == "other" for row in rows),
+    }
+
+
+def mme_scores(rows: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
+    """subtask -> rows, to {"perception", "cognition", "subtasks": {name: `subtask_score`}}.
+
+    A total is the sum over the subtasks that are present.
+    """
+    unknown = sorted(set(rows) - set(PERCEPTION) - set(COGNITION))
+    if unknown:
+        raise UserError(f"unknown MME subtask {unknown[0]!r}; known: {', '.join(PERCEPTION + COGNITION)}")
+    subtasks = {name: subtask_score(rows[name]) for name in PERCEPTION + COGNITION if rows.get(name)}
+    return {
+        "perception": sum(subtasks[name]["score"] for name in PERCEPTION if name in subtasks),
+        "cognition": sum(subtasks[name]["score"] for name in COGNITION if name in subtasks),
+        "subtasks": subtasks,
+    }
+
+
+def read_tool_rows(lines: Iterable[str], where: str = "answer file") -> list[Row]:
+    """Rows of one text file of the official tool: image, question, true answer, prediction between tabs.
+
+    The official tool pairs consecutive lines, so an image whose lines are not neighbours is an error.
+    """
+    rows: list[Row] = []
+    for number, line in enumerate(lines, start=1):
+        line = line.rstrip("\r\n")
+        if not line.strip():
+            continue
+        cells = line.split("\t", 3)
+        if len(cells) != 4:
+            raise UserError(f"{where}:{number}: needs four cells separated by tabs, found {len(cells)}")
+        rows.append(Row(cells[0], cells[2], cells[3]))
+    for first, second in zip(rows[::2], [*rows[1::2], None], strict=False):
+        if second is None or first.image != second.image:
+            raise UserError(f"{where}: image {first.image} does not have two consecutive lines")
+    return rows
+
+
+def question_key(question_id: str, prompt: str) -> tuple[str, str, str]:
+    """(subtask, image name without ending, question) with the instruction removed and blanks made single.
+
+    Undoes LLaVA's exchange of the instruction; a few questions of the release have two blanks before it.
+    """
+    category, _, image = question_id.partition("/")
+    text = prompt.replace(_LLAVA_INSTRUCTION, "").replace(_MME_INSTRUCTION, "")
+    return category, Path(image).stem, " ".join(text.split())
+
+
+def evaluate_mme(
+    truth: Mapping[tuple[str, str, str], str],
+    questions: Sequence[dict[str, Any]],
+    answers: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
+    """Joins answers to questions and to the ground truth and scores them.
+
+    truth: `question_key` -> Yes/No; questions: `question_id` ("category/image.png") and `text`; answers:
+    `question_id`, `prompt`, `text`. Both questions of an image have the same id, so the text is in the key.
+    """
+    expected = [question_key(str(item["question_id"]), item["text"]) for item in questions]
+    for item, key in zip(questions, expected, strict=True):
+        if key not in truth:
+            raise UserError(f"no ground truth for question {item['question_id']!r}: {key[2]!r}")
+
+    def key_of(item: dict[str, Any]) -> Hashable:
+        return question_key(str(item["question_id"]), str(item.get("prompt", "")))
+
+    found, coverage = join_answers(expected, answers, key_of)
+    rows: dict[str, list[Row]] = {}
+    for key, text in found.items():
+        rows.setdefault(key[0], []).append(Row(key[1], truth[key], text))
+    return {**mme_scores(rows), "coverage": coverage}
+
+
+def load_truth(folder: str) -> dict[tuple[str, str, str], str]:
+    """Ground truth of `MME_Benchmark_release_version`: `question_key` -> "Yes" or "No".
+
+    Text files lie in `<category>/questions_answers_YN/` if that exists, in `<category>/` otherwise.
+    """
+    truth = {}
+    for category in sorted(
+        path for path in require_folder(folder, "annotation folder").iterdir() if path.is_dir()
+    ):
+        nested = category / "questions_answers_YN"
+        for path in sorted((nested if nested.is_dir() else category).glob("*.txt")):
+            for number, line in enumerate(read_text(path, "annotation file").splitlines(), start=1):
+                if not line.strip():
+                    continue
+                question, tab, answer = line.rpartition("\t")
+                if not tab or answer.strip().lower() not in ("yes", "no"):
+                    raise UserError(f"{path}:{number}: needs a question, a tab and Yes or No")
+                truth[question_key(f"{category.name}/{path.name}", question)] = answer.strip()
+    if not truth:
+        raise UserError(f"{folder}: holds no <category>/*.txt with questions and answers")
+    return truth
+
+
+def load_questions(path: str) -> list[dict[str, Any]]:
+    """LLaVA's MME question file; `question_id` and `text` are needed."""
+    questions = []
+    for number, record in iter_jsonl(path, "question file"):
+        require_keys(record, ("question_id", "text"), f"{path}:{number}")
+        questions.append(record)
+    return questions
+
+
+def score_files(annotation_dir: str, question_file: str, result_file: str) -> dict[str, Any]:
+    """`evaluate_mme` on files; raises `UserError` when no answer belongs to a question."""
+    result = evaluate_mme(
+        load_truth(annotation_dir), load_questions(question_file), load_answers(result_file)
+    )
+    if not result["subtasks"]:
+        raise UserError(f"{result_file}: no answer belongs to a question of {Path(question_file).name}")
+    return result
+
+
+def flat_result(result: dict[str, Any]) -> dict[str, Any]:
+    """perception, cognition, one key per subtask and the coverage counts."""
+    subtasks = {name: scores["score"] for name, scores in result["subtasks"].items()}
+    others = sum(scores["other"] for scores in result["subtasks"].values())
+    return {
+        "perception": result["perception"],
+        "cognition": result["cognition"],
+        **subtasks,
+        "other": others,
+        **result["coverage"].to_dict(),
+    }
+
+
+def print_scores(result: dict[str, Any]) -> None:
+    """The lines of the official tool."""
+    for title, names in (("Perception", PERCEPTION), ("Cognition", COGNITION)):
+        print(f"=========== {title} ===========")
+        print(f"total score: {result[title.lower()]} \n")
+        for name in names:
+            if name in result["subtasks"]:
+                print(f"\t {name}  score: {result['subtasks'][name]['score']}")
+        print("\n")
+
+
+@cli_main
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="MME scores of a LLaVA answer file.")
+    parser.add_argument("--annotation-dir", required=True, help="folder MME_Benchmark_release_version")
+    parser.add_argument("--question-file", required=True, help="llava_mme.jsonl")
+    parser.add_argument("--result-file", required=True, help="answer file (.jsonl)")
+    parser.add_argument("--json", metavar="PATH", help="write the result as JSON")
+    args = parser.parse_args(argv)
+    result = score_files(args.annotation_dir, args.question_file, args.result_file)
+    print_scores(result)
+    result["coverage"].report()
+    if args.json:
+        write_json(args.json, flat_result(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""POPE: is the model's yes/no about objects in the image right? Per category and the mean F1.
+
+    python -m llava.eval.eval_pope --annotation-dir pope/coco --question-file llava_pope_test.jsonl \\
+        --result-file answers.jsonl
+
+Knows POPE's label files (`coco_pope_<category>.json`, one JSON object per line) and LLaVA's question file.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llava.eval.jsonio import iter_jsonl, require_folder, require_keys, write_json
+from llava.eval.scoring import join_answers, load_answers
+from llava.utils import UserError, cli_main
+
+_PREFIX = "coco_pope_"
+
+
+def says_no(text: str) -> bool:
+    """POPE's reading of a free-text answer: no if one blank-separated word of its first sentence is exactly
+    `No`, `no` or `not` (commas deleted before); everything else counts as yes.
+    """
+    words = text.split(".")[0].replace(",", "").split(" ")
+    return any(word in ("No", "no", "not") for word in words)
+
+
+def pope_scores(labels: Sequence[bool], answers: Sequence[str]) -> dict[str, float]:
+    """Confusion counts and the scores from them; yes is the positive class.
+
+    labels: True where the object is in the image; answers: texts of the same length. Ratios are 0 to 1, and
+    0 where nothing was counted.
+    """
+    if len(labels) != len(answers):
+        raise ValueError(f"{len(labels)} labels for {len(answers)} answers")
+    counts = {"tp": 0, "fp": 0, "tn": 0, "fn": 0}
+    for positive, text in zip(labels, answers, strict=True):
+        if says_no(text):
+            counts["fn" if positive else "tn"] += 1
+        else:
+            counts["tp" if positive else "fp"] += 1
+    tp, fp, tn, fn = (counts[name] for name in ("tp", "fp", "tn", "fn"))
+
+    def ratio(part: float, whole: float) -> float:
+        return part / whole if whole else 0.0
+
+    precision, recall = ratio(tp, tp + fp), ratio(tp, tp + fn)
+    return {
+        **counts,
+        "accuracy": ratio(tp + tn, len(labels)),
+        "precision": precision,
+        "recall": recall,
+        "f1": ratio(2 * precision * recall, precision + recall),
+        "yes_ratio": ratio(tp + fp, len(labels)),
+    }
+
+
+def evaluate_pope(
+    labels: Mapping[str, Sequence[dict[str, Any]]],
+    questions: Sequence[dict[str, Any]],
+    answers: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
+    """Scores every category that has labels.
+
+    labels: category -> entries (`image`, `text`, `label`) in file order; questions: entries of LLaVA's
+    question file (`question_id`, `image`, `text`, `category`). Labels and questions belong together by
+    position within the category (the label files restart their numbering in each), answers to questions by
+    `question_id`. Returns {"categories": {name: scores}, "coverage": ..., "f1_mean": ...}.
+    """
+    truth: dict[str, tuple[str, bool]] = {}
+    for category, entries in labels.items():
+        asked = [question for question in questions if question.get("category") == category]
+        _check_alignment(category, entries, asked)
+        for entry, question in zip(entries, asked, strict=True):
+            truth[str(question["question_id"])] = (category, _label_is_yes(entry, category))
+    found, coverage = join_answers(truth, answers, lambda item: str(item["question_id"]))
+    per_category: dict[str, tuple[list[bool], list[str]]] = {category: ([], []) for category in labels}
+    for question_id, text in found.items():
+        category, positive = truth[question_id]
+        per_category[category][0].append(positive)
+        per_category[category][1].append(text)
+    # A category without a single answer (a run limited to the first questions) has no score, not 0.
+    categories = {name: pope_scores(*pair) for name, pair in per_category.items() if pair[0]}
+    mean = sum(scores["f1"] for scores in categories.values()) / len(categories) if categories else 0.0
+    return {"categories": categories, "f1_mean": mean, "coverage": coverage}
+
+
+def _label_is_yes(entry: dict[str, Any], category: str) -> bool:
+    label = str(entry["label"]).strip().lower()
+    if label not in ("yes", "no"):
+        raise UserError(f"{_PREFIX}{category}.json: label {entry['label']!r} is neither yes nor no")
+    return label == "yes"
+
+
+def _check_alignment(
+    category: str, entries: Sequence[dict[str, Any]], asked: Sequence[dict[str, Any]]
+) -> None:
+    """Labels join by position, so a label file of another release would silently give nonsense."""
+    name = f"{_PREFIX}{category}.json"
+    if not asked:
+        raise UserError(
+            f"the question file has no question of category {category!r}, for which there is {name}"
+        )
+    if len(entries) != len(asked):
+        raise UserError(
+            f"{name} has {len(entries)} labels but the question file has {len(asked)} such questions; "
+            "take the label files that belong to it (random has 2910 lines there)"
+        )
+    for number, (entry, question) in enumerate(zip(entries, asked, strict=True), start=1):
+        same_image = entry.get("image") == question.get("image")
+        same_text = str(entry.get("text", "")).strip() == str(question["text"]).split("\n")[0].strip()
+        if not (same_image and same_text):
+            raise UserError(
+                f"{name} does not line up with the question file: its entry {number} is about "
+                f"{entry.get('image')!r}, question {question['question_id']} about {question.get('image')!r}"
+                + ("" if not same_image else f" with another text ({question['text'].splitlines()[0]!r})")
+            )
+
+
+def load_labels(folder: str) -> dict[str, list[dict[str, Any]]]:
+    """category -> label entries of every `coco_pope_*.json` in `folder`, categories in alphabetical order."""
+    labels = {}
+    for path in sorted(require_folder(folder, "annotation folder").glob(f"{_PREFIX}*.json")):
+        entries = []
+        for number, record in iter_jsonl(path, "label file"):
+            require_keys(record, ("label",), f"{path}:{number}")
+            entries.append(record)
+        labels[path.stem[len(_PREFIX) :]] = entries
+    if not labels:
+        raise UserError(f"{folder}: holds no {_PREFIX}*.json")
+    return labels
+
+
+def load_questions(path: str) -> list[dict[str, Any]]:
+    """The question file; POPE needs `question_id`, `text` and `category`."""
+    questions = []
+    for number, record in iter_jsonl(path, "question file"):
+        require_keys(record, ("question_id", "text", "category"), f"{path}:{number}")
+        questions.append(record)
+    return questions
+
+
+def score_files(annotation_dir: str, question_file: str, result_file: str) -> dict[str, Any]:
+    """`evaluate_pope` on files; raises `UserError` when no answer belongs to a question."""
+    result = evaluate_pope(
+        load_labels(annotation_dir), load_questions(question_file), load_answers(result_file)
+    )
+    if not result["categories"]:
+        raise UserError(f"{result_file}: no answer belongs to a question of {Path(question_file).name}")
+    return result
+
+
+def flat_result(result: dict[str, Any]) -> dict[str, Any]:
+    """Flat keys: f1_<category>, accuracy_<category>, ..., f1_mean, accuracy_mean and the coverage counts."""
+    flat: dict[str, Any] = {}
+    for category, scores in result["categories"].items():
+        flat |= {f"{name}_{category}": value for name, value in scores.items()}
+    accuracies = [scores["accuracy"] for scores in result["categories"].values()]
+    flat["f1_mean"] = result["f1_mean"]
+    flat["accuracy_mean"] = sum(accuracies) / len(accuracies)
+    return flat | result["coverage"].to_dict()
+
+
+@cli_main
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="POPE scores of a LLaVA answer file.")
+    parser.add_argument("--annotation-dir", required=True, help="folder with coco_pope_*.json")
+    parser.add_argument("--question-file", required=True, help="llava_pope_test.jsonl")
+    parser.add_argument("--result-file", required=True, help="answer file (.jsonl)")
+    parser.add_argument(
+        "--json", metavar="PATH", help="write the result as JSON (F1 and other ratios 0 to 1)"
+    )
+    args = parser.parse_args(argv)
+    result = score_files(args.annotation_dir, args.question_file, args.result_file)
+    for category, s in result["categories"].items():
+        print(f"Category: {category}, # samples: {s['tp'] + s['fp'] + s['tn'] + s['fn']}")
+        print("TP\tFP\tTN\tFN\t")
+        print(f"{s['tp']}\t{s['fp']}\t{s['tn']}\t{s['fn']}")
+        print(f"Accuracy: {s['accuracy']}\nPrecision: {s['precision']}\nRecall: {s['recall']}")
+        print(f"F1 score: {s['f1']}\nYes ratio: {s['yes_ratio']}")
+        print(", ".join(f"{s[name]:.3f}" for name in ("f1", "accuracy", "precision", "recall", "yes_ratio")))
+        print("====================================")
+    print(f"Average F1 over {len(result['categories'])} categories: {result['f1_mean']}")
+    result["coverage"].report()
+    if args.json:
+        write_json(args.json, flat_result(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Reading and writing JSON and JSON-lines files with errors a user can act on.
+
+Knows files and lines; nothing of benchmarks or models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from llava.utils import UserError
+
+
+def require_file(path: str | os.PathLike[str], what: str) -> Path:
+    """`path` as a `Path` if it is a readable file, otherwise a `UserError` that names `what` it should be."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{what} not found: {path}")
+    if not path.is_file():
+        raise UserError(f"{what} is not a file: {path}")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{what} is not readable: {path}")
+    return path
+
+
+def require_folder(path: str | os.PathLike[str], what: str) -> Path:
+    """`path` as a `Path` if it is a folder, otherwise a `UserError` that names `what` it should be."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{what} not found: {path}")
+    if not path.is_dir():
+        raise UserError(f"{what} is not a folder: {path}")
+    return path
+
+
+def _decode(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 text (byte {error.start})") from None
+
+
+def read_text(path: str | os.PathLike[str], what: str) -> str:
+    """The text of a UTF-8 file; errors name the file."""
+    path = require_file(path, what)
+    return _decode(path.read_bytes(), str(path))
+
+
+def read_json(path: str | os.PathLike[str], what: str) -> Any:
+    """The parsed content of a JSON file; errors name the file, line and column."""
+    path = require_file(path, what)
+    try:
+        return json.loads(_decode(path.read_bytes(), str(path)))
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}:{error.lineno}: malformed JSON in {what} (column {error.colno}: {error.msg})"
+        ) from None
+    except RecursionError:
+        raise UserError(f"{path}: malformed JSON in {what} (nested too deeply)") from None
+
+
+def iter_jsonl(path: str | os.PathLike[str], what: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (1-based line number, object) of a JSON-lines file; blank lines are skipped, CRLF is accepted.
+
+    Every other line must be a JSON object; a `UserError` names file and line otherwise.
+    """
+    path = require_file(path, what)
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, start=1):
+            line = _decode(raw, f"{path}:{number}").strip()
+            if not line:
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"{path}:{number}: malformed JSON in {what} (column {error.colno}: {error.msg})"
+                ) from None
+            except RecursionError:
+                raise UserError(f"{path}:{number}: malformed JSON in {what} (nested too deeply)") from None
+            if not isinstance(record, dict):
+                raise UserError(
+                    f"{path}:{number}: {what} needs one JSON object per line, found {type(record).__name__}"
+                )
+            yield number, record
+
+
+def require_keys(record: dict[str, Any], keys: Iterable[str], where: str) -> None:
+    """Raises a `UserError` that names the first of `keys` missing from `record`."""
+    for key in keys:
+        if key not in record:
+            raise UserError(f"{where}: key {key!r} is missing")
+
+
+def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a whole file or nothing: readers never see half of it. Creates the folder."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes `value` as indented JSON, atomically."""
+    write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

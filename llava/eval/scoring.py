@@ -1,0 +1,110 @@
+"""What all scorers share: reading LLaVA answer files, joining answers to questions, saying what did not join.
+
+Knows the answer-file format; nothing of any benchmark's metric.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from llava.eval.jsonio import iter_jsonl, require_keys
+
+Key = TypeVar("Key", bound=Hashable)
+MAX_EXAMPLES = 3
+
+
+@dataclass
+class Coverage:
+    """How answers and questions fit together. The lists hold ids for messages; their lengths are the counts.
+
+    expected: number of questions; scored: questions with an answer; missing: questions without one;
+    duplicate: further answers to a question already answered (the first one counts); unmatched: answers to
+    no known question.
+    """
+
+    expected: int = 0
+    scored: int = 0
+    missing: list[str] = field(default_factory=list)
+    duplicate: list[str] = field(default_factory=list)
+    unmatched: list[str] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        return not (self.missing or self.duplicate or self.unmatched)
+
+    def to_dict(self) -> dict[str, int]:
+        """Counts under flat keys for the JSON result."""
+        return {
+            "expected": self.expected,
+            "scored": self.scored,
+            "missing": len(self.missing),
+            "duplicate": len(self.duplicate),
+            "unmatched": len(self.unmatched),
+        }
+
+    def warnings(self) -> list[str]:
+        """One line per kind of trouble; empty if every question has exactly one answer."""
+        lines = []
+        for ids, text in (
+            (self.missing, f"of {self.expected} questions have no answer and are left out of the score"),
+            (self.duplicate, "answers repeat a question; the first answer counts"),
+            (self.unmatched, "answers belong to no question and are ignored"),
+        ):
+            if ids:
+                shown = ", ".join(ids[:MAX_EXAMPLES]) + (", ..." if len(ids) > MAX_EXAMPLES else "")
+                lines.append(f"{len(ids)} {text}: {shown}")
+        return lines
+
+    def report(self) -> None:
+        """Prints the warnings to stderr, where they do not mix with the score lines."""
+        for line in self.warnings():
+            print(f"warning: {line}", file=sys.stderr)
+
+
+def load_answers(path: str) -> list[dict[str, Any]]:
+    """All answers of a LLaVA answer file; each has at least `question_id` and `text` (a string).
+
+    A number or null as `text` is read as its string form, as json round trips of spreadsheets produce them.
+    """
+    answers = []
+    for number, record in iter_jsonl(path, "answer file"):
+        require_keys(record, ("question_id", "text"), f"{path}:{number}")
+        text = record["text"]
+        answers.append(
+            {**record, "text": text if isinstance(text, str) else "" if text is None else str(text)}
+        )
+    return answers
+
+
+def join_answers(
+    expected: Iterable[Key],
+    answers: Iterable[dict[str, Any]],
+    key: Callable[[dict[str, Any]], Key | None],
+) -> tuple[dict[Key, str], Coverage]:
+    """Maps each expected key to the text of its first answer.
+
+    `key` computes an answer's key, or None if it has none. Returns the mapping in the order of `expected`
+    and the coverage. Expected keys that occur twice are one question.
+    """
+    order = dict.fromkeys(expected)
+    coverage = Coverage(expected=len(order))
+    found: dict[Key, str] = {}
+    for answer in answers:
+        answer_key = key(answer)
+        if answer_key is None or answer_key not in order:
+            coverage.unmatched.append(str(answer["question_id"]))
+        elif answer_key in found:
+            coverage.duplicate.append(str(answer["question_id"]))
+        else:
+            found[answer_key] = answer["text"]
+    coverage.missing = [describe_key(item) for item in order if item not in found]
+    coverage.scored = len(found)
+    return {item: found[item] for item in order if item in found}, coverage
+
+
+def describe_key(key: Hashable) -> str:
+    """A key as text for messages: parts of a tuple are separated by a slash."""
+    return " / ".join(map(str, key)) if isinstance(key, tuple) else str(key)
