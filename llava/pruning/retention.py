@@ -36,10 +36,10 @@ def prune_step(visual_tokens: int, keep: int, recycle_fraction: float = 0.3) -> 
 
     Args:
         visual_tokens: tokens entering the decision.
-        keep: tokens to keep; clamped to ``visual_tokens``.
+        keep: tokens to keep; clamped to 0..``visual_tokens``.
         recycle_fraction: share of the dropped tokens that is recycled; 0 switches recycling off.
     """
-    keep = min(keep, visual_tokens)
+    keep = max(min(keep, visual_tokens), 0)
     dropped = visual_tokens - keep
     if dropped == 0 or recycle_fraction == 0:
         return PruneStep(keep, 0, 0)

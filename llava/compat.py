@@ -1,0 +1,89 @@
+"""The only file that touches names of transformers that have changed between releases.
+
+Written for transformers 5.17 to 5.x. The engine asks for masks, caches and the decoder through these functions.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+__all__ = [
+    "BaseModelOutputWithPast",
+    "cached_keys",
+    "cached_length",
+    "causal_mask",
+    "check_cache",
+    "find_decoder",
+    "new_cache",
+]
+
+
+def find_decoder(model: nn.Module) -> nn.Module:
+    """The module that holds the decoder layers of ``model`` (itself, if it is one).
+
+    Raises:
+        TypeError: there is no Llama-like decoder inside.
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    missing = [name for name in ("layers", "norm", "rotary_emb", "embed_tokens") if not hasattr(decoder, name)]
+    if missing:
+        raise TypeError(f"{type(model).__name__} has no Llama-like decoder: {type(decoder).__name__} lacks {missing}")
+    return decoder
+
+
+def causal_mask(
+    config, hidden: Tensor, padding_mask: Tensor | None, cache: Cache | None = None, layer: int | None = None
+) -> Tensor | None:
+    """Causal mask in the form that the attention implementation of ``config`` expects; None where it needs none.
+
+    Args:
+        config: configuration of the decoder.
+        hidden: ``[B, Q, C]``, for shape, dtype and device.
+        padding_mask: bool ``[B, K]`` over all keys, True for real tokens.
+        cache: keys already there; None for a prefill.
+        layer: which cache layer sizes the mask. Layers of a pruned cache differ in length, and without this argument
+            transformers sizes every mask by layer 0.
+    """
+    # Position ids are left out on purpose: gaps in them would be read as several packed sequences.
+    return create_causal_mask(
+        config=config,
+        inputs_embeds=hidden,
+        attention_mask=padding_mask,
+        past_key_values=cache,
+        position_ids=None,
+        layer_idx=layer,
+    )
+
+
+def new_cache() -> DynamicCache:
+    """An empty cache whose layers may grow to different lengths."""
+    return DynamicCache()
+
+
+def check_cache(cache: Cache) -> None:
+    """Refuse caches whose layers cannot hold different lengths.
+
+    Raises:
+        ValueError: static, sliding-window or quantized cache.
+    """
+    layers = getattr(cache, "layers", [])
+    if not isinstance(cache, DynamicCache) or any(type(layer) is not DynamicLayer for layer in layers):
+        kinds = sorted({type(layer).__name__ for layer in layers}) or [type(cache).__name__]
+        raise ValueError(
+            f"visual token pruning needs a plain DynamicCache, got {type(cache).__name__} ({', '.join(kinds)}): with "
+            "pruning every layer has a cache length of its own; leave cache_implementation unset"
+        )
+
+
+def cached_keys(cache: Cache, layer: int) -> Tensor:
+    """Keys of one layer after rotary embedding, ``[B, key heads, N, D]``."""
+    return cache.layers[layer].keys
+
+
+def cached_length(cache: Cache | None, layer: int = 0) -> int:
+    """Tokens in one cache layer, padding included."""
+    return 0 if cache is None else cache.get_seq_length(layer)

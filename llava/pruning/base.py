@@ -1,0 +1,184 @@
+"""What a pruning method is: what it declares, what it is shown, what it returns.
+
+A method is a frozen dataclass of options. It never sees a module, a cache, a rotary embedding or a prompt: the engine
+shows it a :class:`LayerView` after each layer it asked for and carries out the :class:`Selection` it returns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import types
+import typing
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from llava.pruning.sequence import Sequences
+
+BEFORE_DECODER = -1
+"""Stage number of a selection among the input embeddings, before decoder layer 0."""
+
+
+class Rows(enum.Enum):
+    """Which attention rows of a layer a method needs for its selection after that layer."""
+
+    NONE = "none"
+    TEXT = "text"  # every token behind the last visual token
+    LAST = "last"  # the last token of the prompt
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Visual tokens to keep, and vectors to append to them.
+
+    Attributes:
+        keep_BK: ascending indices into the row's current visual tokens; entries behind ``keep[i]`` have the value V (the
+            padded number of visual tokens), as :func:`~llava.pruning.selection.top_k` returns them.
+        keep: kept tokens per row.
+        merged_BMC: merged tokens, appended behind the last visual token of the row; None if there are none.
+        merged: merged tokens per row.
+        source_BM: for every merged token the index of the visual token whose position it takes in position mode
+            ``original``.
+    """
+
+    keep_BK: Tensor
+    keep: tuple[int, ...]
+    merged_BMC: Tensor | None = None
+    merged: tuple[int, ...] | None = None
+    source_BM: Tensor | None = None
+
+
+@dataclass
+class LayerView:
+    """What a method sees after a layer (or, at ``BEFORE_DECODER``, of the input embeddings).
+
+    Tensors that only some methods want are computed when first asked for. Visual tokens come in sequence order, padded at the end to the longest row; merged tokens are ordinary ones.
+
+    Attributes:
+        layer: index of the layer just run, or ``BEFORE_DECODER``.
+        num_layers: layers of the decoder.
+        counts: visual tokens per row, before this selection.
+        query_rows: attention rows per batch row (at least 1).
+        attention_BHTV: float32 probabilities of the declared rows over the visual tokens, not renormalized, zero in
+            the padding; None if no rows were declared.
+        sample_ids: running number of each sample within the run, the same whatever the batch size.
+        sequences: the engine's state; methods use the properties below instead.
+        initial_cls_BN: CLS attention by original visual index.
+    """
+
+    layer: int
+    num_layers: int
+    counts: tuple[int, ...]
+    query_rows: tuple[int, ...]
+    attention_BHTV: Tensor | None
+    sample_ids: tuple[int, ...]
+    sequences: Sequences
+    initial_cls_BN: Tensor | None
+
+    @cached_property
+    def hidden_BVC(self) -> Tensor:
+        """Hidden states of the visual tokens leaving the layer, ``[B, V, C]``; gathered when first asked for."""
+        return self.sequences.visual_hidden()
+
+    @cached_property
+    def relevance_BV(self) -> Tensor:
+        """Attention that each visual token receives: mean over heads, then over the declared rows. float32."""
+        received = self.attention_BHTV.mean(1).sum(1)
+        return received / torch.tensor(self.query_rows, device=received.device)[:, None]
+
+    @cached_property
+    def cls_attention_BV(self) -> Tensor:
+        """CLS attention of the current visual tokens, float32 ``[B, V]``; 0 for merged tokens."""
+        origins = self.sequences.visual_origins()
+        return self.initial_cls_BN.gather(1, origins.clamp_min(0)).masked_fill(origins < 0, 0)
+
+    @property
+    def device(self) -> torch.device:
+        return self.sequences.hidden_BNC.device
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningMethod(ABC):
+    """Base of all methods. Fields are the options: Python keyword = ``--method-args`` key.
+
+    Attributes:
+        target_tokens: budget, the mean number of visual tokens per decoder layer; None means no budget.
+        positions: ``compact`` renumbers the survivors 0, 1, 2, ... in every layer; ``original`` keeps their positions.
+        visual_token_num: before anything else keep only this many visual tokens, those with the highest CLS attention.
+    """
+
+    target_tokens: int | None = None
+    positions: str = "original"
+    visual_token_num: int | None = None
+
+    name: ClassVar[str]
+    needs_cls: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for option in ("target_tokens", "visual_token_num"):
+            value = getattr(self, option)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{option} must be an integer of at least 1, got {value!r}")
+        if self.positions not in ("compact", "original"):
+            raise ValueError(f"positions must be 'compact' or 'original', got {self.positions!r}")
+
+    @abstractmethod
+    def stages(self, num_layers: int) -> Mapping[int, Rows]:
+        """Layers after which the method selects (or ``BEFORE_DECODER``), with the attention rows it needs there."""
+
+    @abstractmethod
+    def select(self, view: LayerView, memory: types.SimpleNamespace) -> Selection | None:
+        """Choose among ``view``'s visual tokens; None leaves them all.
+
+        ``memory`` is empty at the start of every prefill and lives until its end: whatever the method has to remember
+        from one layer to the next. What it leaves there under ``report`` (name -> one value per row) goes into the trace.
+        """
+
+    def attach(self, model: nn.Module):
+        """Context manager that prunes inside ``model`` and leaves it as it was; see :class:`~llava.pruning.PruningRun`."""
+        from llava.pruning.run import PruningRun  # methods know nothing of modules; only this shortcut does
+
+        return PruningRun(self, model)
+
+    @classmethod
+    def options(cls) -> dict[str, Any]:
+        """Option names with their defaults."""
+        return {field.name: field.default for field in dataclasses.fields(cls)}
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> PruningMethod:
+        """Build the method from option values; strings (command line) are converted to the type of the field.
+
+        Raises:
+            ValueError: unknown option (the message lists the valid ones), or a value of the wrong kind.
+        """
+        hints = typing.get_type_hints(cls)
+        known = cls.options()
+        values = {}
+        for key, value in options.items():
+            if key not in known:
+                raise ValueError(f"method '{cls.name}' has no option '{key}'; valid options: {', '.join(known)}")
+            values[key] = _convert(value, hints[key], key) if isinstance(value, str) else value
+        return cls(**values)
+
+
+def _convert(text: str, hint: Any, option: str) -> Any:
+    kinds: Sequence[type] = typing.get_args(hint) or (hint,)
+    if types.NoneType in kinds and text.lower() == "none":
+        return None
+    for kind in kinds:
+        if kind is bool and text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        if kind in (int, float, str):
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+    wanted = " or ".join(kind.__name__ for kind in kinds if kind is not types.NoneType)
+    raise ValueError(f"option '{option}' must be of type {wanted}, got '{text}'")

@@ -1,0 +1,315 @@
+"""The one owned decoder forward: prefill layer by layer with selections between, decode on caches of unequal length.
+
+transformers keeps its layers, attention kernels, caches and masks; only the loop over the layers is ours, because the
+stock loop sizes one mask and one set of rotary tables by layer 0 and uses them for all layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+from llava import compat
+from llava.pruning.base import BEFORE_DECODER, LayerView, PruningMethod, Rows, Selection
+from llava.pruning.cache import CacheRecord
+from llava.pruning.layout import VisualLayout
+from llava.pruning.scores import attention_rows, rotate_rows
+from llava.pruning.selection import counts_to_mask, top_k
+from llava.pruning.sequence import Sequences, padding_mask
+from llava.pruning.trace import DecoderShape, Trace
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Input of a prefill.
+
+    Attributes:
+        hidden_BNC: embeddings, left padded.
+        lengths: real tokens per row.
+        positions_BN: rotary positions; None numbers the tokens of each row from 0.
+        layout: where the visual tokens are.
+        cls_BN: CLS attention per original visual index, padded at the end; None if not needed.
+        sample_ids: running number of each sample within the run.
+    """
+
+    hidden_BNC: Tensor
+    lengths: tuple[int, ...]
+    positions_BN: Tensor | None
+    layout: VisualLayout
+    cls_BN: Tensor | None
+    sample_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Result of a pruned prefill: final hidden states, one trace per row, and optionally the states between layers."""
+
+    hidden_BNC: Tensor
+    traces: list[Trace]
+    hidden_states: tuple[Tensor, ...] | None
+
+
+def prefill(
+    decoder: nn.Module, method: PruningMethod, prompt: Prompt, cache, keep_states: bool = False, **layer_kwargs
+) -> Prefill:
+    """Run the prompt through all layers, letting the method select after the layers it declared.
+
+    Args:
+        decoder: Llama-like decoder of transformers.
+        method: what prunes.
+        prompt: the batch.
+        cache: empty cache to fill; it also serves the keys for the scores.
+        keep_states: collect the hidden states entering each layer (of unequal length) and the final ones.
+        layer_kwargs: passed on to every layer.
+    """
+    num_layers = len(decoder.layers)
+    stages = method.stages(num_layers)
+    compact = method.positions == "compact"
+    sequences = Sequences.start(prompt.hidden_BNC, prompt.layout, prompt.lengths, prompt.positions_BN, compact)
+    recorder = _Recorder(decoder, sequences, prompt)
+    memory = SimpleNamespace(report={})
+    query_rows = _text_rows(sequences, prompt.layout)
+
+    def view(layer: int, rows: tuple[int, ...], attention: Tensor | None) -> LayerView:
+        return LayerView(
+            layer, num_layers, sequences.counts, rows, attention, prompt.sample_ids, sequences, prompt.cls_BN
+        )
+
+    if method.visual_token_num is not None and max(sequences.counts) > method.visual_token_num:
+        sequences = sequences.apply(_strongest_by_cls(view(BEFORE_DECODER, query_rows, None), method.visual_token_num))
+    if BEFORE_DECODER in stages and max(sequences.counts) > 0:
+        selection = method.select(view(BEFORE_DECODER, query_rows, None), memory)
+        sequences = sequences if selection is None else sequences.apply(selection)
+
+    mask = rotary = None
+    entered = None
+    states = []
+    for index, layer in enumerate(decoder.layers):
+        if entered is not sequences.slots_BV:  # the tokens are others than in the layer before
+            entered = sequences.slots_BV
+            mask = compat.causal_mask(decoder.config, sequences.hidden_BNC, sequences.padding_mask())
+            rotary = decoder.rotary_emb(sequences.hidden_BNC, sequences.positions_BN)
+        recorder.entering(sequences)
+        if keep_states:
+            states.append(sequences.hidden_BNC)
+        rows = stages.get(index) if max(sequences.counts) > 0 else None
+        wanted = {Rows.TEXT: query_rows, Rows.LAST: (1,) * len(query_rows)}.get(rows)
+        with _QueryTap(layer.self_attn, max(wanted) if wanted else 0) as tap:
+            hidden = layer(
+                sequences.hidden_BNC,
+                attention_mask=mask,
+                position_embeddings=rotary,
+                # With gaps in them, position ids would make flash attention see several packed sequences.
+                position_ids=None,
+                past_key_values=cache,
+                use_cache=True,
+                **layer_kwargs,
+            )
+        advanced = sequences.advance(hidden)
+        if advanced.slots_BV is not sequences.slots_BV:
+            entered = None  # the layer lives on another device
+        sequences = advanced
+        if rows is not None:
+            attention = None
+            if wanted is not None:
+                attention = _visual_attention(layer, tap.queries, compat.cached_keys(cache, index), rotary, sequences, wanted)
+                recorder.scored(wanted, sequences)
+            selection = method.select(view(index, wanted or query_rows, attention), memory)
+            if selection is not None:
+                sequences = sequences.apply(selection)
+        recorder.leaving(sequences)
+
+    hidden = decoder.norm(sequences.hidden_BNC)
+    recorder.cache_record(compact, prompt).attach_to(cache)
+    return Prefill(hidden, recorder.traces(memory.report), (*states, hidden) if keep_states else None)
+
+
+def decode(decoder: nn.Module, hidden_BQC: Tensor, cache, keep_states: bool = False, **layer_kwargs):
+    """Run new tokens on a pruned cache; every layer has its own mask and, in compact mode, its own positions.
+
+    Args:
+        hidden_BQC: embeddings of the new tokens, not padded.
+        cache: cache filled by :func:`prefill`.
+
+    Returns:
+        Final hidden states ``[B, Q, C]`` and the hidden states entering each layer (or None).
+    """
+    record = CacheRecord.of(cache)
+    batch, new_tokens = hidden_BQC.shape[:2]
+    decoded = compat.cached_length(cache) - record.widths[0]
+    positions = record.positions(decoded, new_tokens, batch, hidden_BQC.device)
+    cos, sin = decoder.rotary_emb(hidden_BQC, positions.flatten(0, 1))
+    cos, sin = (table.unflatten(0, positions.shape[:2]) for table in (cos, sin))
+
+    masks: dict[tuple[int, ...], Tensor | None] = {}
+    states = []
+    hidden = hidden_BQC
+    for index, layer in enumerate(decoder.layers):
+        if keep_states:
+            states.append(hidden)
+        shape = (record.widths[index], *record.lengths[index])
+        if shape not in masks:
+            padding = record.padding_mask(index, decoded, new_tokens, batch, hidden.device)
+            # One new token may look at every real token: without padding no mask is needed.
+            masks[shape] = (
+                None
+                if padding is None and new_tokens == 1
+                else compat.causal_mask(decoder.config, hidden, padding, cache, index)
+            )
+        hidden = layer(
+            hidden,
+            attention_mask=masks[shape],
+            position_embeddings=(cos[index], sin[index]),
+            position_ids=None,
+            past_key_values=cache,
+            use_cache=True,
+            **layer_kwargs,
+        )
+    hidden = decoder.norm(hidden)
+    return hidden, (*states, hidden) if keep_states else None
+
+
+class _QueryTap:
+    """Catches the queries of the last ``rows`` tokens as a layer computes them, before rotary embedding."""
+
+    def __init__(self, attention: nn.Module, rows: int) -> None:
+        self.attention, self.rows = attention, rows
+        self.queries: Tensor | None = None
+
+    def __enter__(self) -> _QueryTap:
+        if self.rows:
+            self.hook = self.attention.q_proj.register_forward_hook(self._catch)
+        return self
+
+    def _catch(self, module: nn.Module, args, output: Tensor) -> None:
+        # A copy of the few rows, so that the full query tensor is not kept alive.
+        queries = output[:, -self.rows :].clone()
+        self.queries = queries.unflatten(-1, (-1, self.attention.head_dim)).transpose(1, 2)
+
+    def __exit__(self, *exc) -> None:
+        if self.rows:
+            self.hook.remove()
+
+
+def _visual_attention(
+    layer: nn.Module, queries: Tensor, keys: Tensor, rotary, sequences: Sequences, rows: tuple[int, ...]
+) -> Tensor:
+    """Attention of the last ``rows[i]`` tokens of each row to its visual tokens, float32 ``[B, H, T, V]``, zero in padding."""
+    most, width, device = max(rows), sequences.width, queries.device
+    cos, sin = (table[:, -most:].to(device) for table in rotary)
+    queries = rotate_rows(queries, cos, sin)
+    allowed = torch.ones(most, width, dtype=torch.bool, device=device).tril(width - most)
+    padding = sequences.padding_mask()
+    if padding is not None:
+        allowed = allowed & padding[:, None, None, :]
+    attention = sequences.gather_visual(attention_rows(queries, keys, layer.self_attn.scaling, allowed))
+    if min(rows) < most:
+        attention = attention * padding_mask(rows, most, device)[:, None, :, None]
+    if min(sequences.counts) < max(sequences.counts):
+        attention = attention * counts_to_mask(sequences.counts, attention.shape[-1], device)[:, None, None, :]
+    return attention
+
+
+def _text_rows(sequences: Sequences, layout: VisualLayout) -> tuple[int, ...]:
+    """Tokens behind the last visual one, per row: the text that sees every visual token. 1 for rows without any."""
+    return tuple(
+        max(sequences.width - spans[-1][1], 1) if spans and count else 1
+        for spans, count in zip(layout.spans, sequences.counts, strict=True)
+    )
+
+
+def _strongest_by_cls(view: LayerView, most: int) -> Selection:
+    keep = tuple(min(count, most) for count in view.counts)
+    return Selection(top_k(view.cls_attention_BV, view.counts, keep), keep)
+
+
+class _Recorder:
+    """Collects counts and origins layer by layer and turns them into traces and the cache record."""
+
+    def __init__(self, decoder: nn.Module, sequences: Sequences, prompt: Prompt) -> None:
+        self.start = sequences
+        self.sample_visual = prompt.layout.counts
+        self.counts_in: list[tuple[int, ...]] = []
+        self.counts_out: list[tuple[int, ...]] = []
+        self.lengths: list[tuple[int, ...]] = []
+        self.widths: list[int] = []
+        self.origins: list[Tensor] = []
+        self.scoring = [0] * len(sequences.counts)
+        self.shape = decoder_shape(decoder, sequences.hidden_BNC.element_size())
+        self._seen = None
+
+    def entering(self, sequences: Sequences) -> None:
+        self.counts_in.append(sequences.counts)
+        self.lengths.append(sequences.lengths)
+        self.widths.append(sequences.width)
+
+    def scored(self, rows: tuple[int, ...], sequences: Sequences) -> None:
+        for row, (wanted, length) in enumerate(zip(rows, sequences.lengths, strict=True)):
+            self.scoring[row] += wanted * length * self.shape.hidden_size
+
+    def leaving(self, sequences: Sequences) -> None:
+        self.counts_out.append(sequences.counts)
+        if self._seen is not sequences.slots_BV:
+            self._seen = sequences.slots_BV
+            self._origins = sequences.visual_origins()
+        self.origins.append(self._origins)
+
+    def traces(self, report: dict[str, list]) -> list[Trace]:
+        return [
+            Trace(
+                shape=self.shape,
+                # The last patch of a prompt that ends in its image stays in place as text, see Sequences.start.
+                text_tokens=self.start.lengths[row] - self.start.counts[row],
+                visual_tokens=self.start.counts[row],
+                tokens_in=[counts[row] for counts in self.counts_in],
+                tokens_out=[counts[row] for counts in self.counts_out],
+                scoring_flops=self.scoring[row],
+                details={name: values[row] for name, values in report.items() if values is not None},
+                _origins=[
+                    origins[row, : counts[row]] for origins, counts in zip(self.origins, self.counts_out, strict=True)
+                ],
+            )
+            for row in range(len(self.start.counts))
+        ]
+
+    def cache_record(self, compact: bool, prompt: Prompt) -> CacheRecord:
+        if compact:
+            following = self.lengths
+        elif prompt.positions_BN is None:
+            following = [prompt.lengths] * len(self.lengths)
+        else:
+            last = prompt.positions_BN[:, -1].expand(len(prompt.lengths)).tolist()
+            following = [tuple(position + 1 for position in last)] * len(self.lengths)
+        return CacheRecord(tuple(self.widths), tuple(self.lengths), tuple(following))
+
+
+def decoder_shape(decoder: nn.Module, bytes_per_value: int) -> DecoderShape:
+    """The sizes of a decoder that costs depend on."""
+    config = decoder.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return DecoderShape(
+        num_layers=len(decoder.layers),
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        key_value_size=(getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_dim,
+        bytes_per_value=bytes_per_value,
+    )
+
+
+def dense_traces(decoder: nn.Module, layout: VisualLayout, lengths: tuple[int, ...], bytes_per_value: int) -> list[Trace]:
+    """Traces of a prefill that dropped nothing."""
+    shape = decoder_shape(decoder, bytes_per_value)
+    return [
+        Trace(
+            shape=shape,
+            text_tokens=length - count,
+            visual_tokens=count,
+            tokens_in=[count] * shape.num_layers,
+            tokens_out=[count] * shape.num_layers,
+            _origins=[torch.arange(count)] * shape.num_layers,
+        )
+        for length, count in zip(lengths, layout.counts, strict=True)
+    ]

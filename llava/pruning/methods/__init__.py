@@ -1,0 +1,1 @@
+"""One file per pruning method; see :mod:`llava.pruning.registry`."""

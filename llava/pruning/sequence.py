@@ -1,0 +1,197 @@
+"""The padded batch inside a pruned prefill, and how a selection changes it.
+
+Rows are padded on the left, so that the last token of every row stays at the end. All lengths are host integers; the
+device only ever sees gathers.
+
+Shapes: B batch rows, N tokens (padded), V visual tokens (padded), C channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from llava.pruning.base import Selection
+    from llava.pruning.layout import VisualLayout
+
+MERGED = -1
+"""Origin of a token that was merged out of several."""
+_TEXT = -2
+_PADDING = -3
+
+
+@dataclass
+class Sequences:
+    """State of a batch between two layers of the prefill.
+
+    Attributes:
+        hidden_BNC: hidden states, left padded.
+        lengths: tokens per row, padding excluded.
+        origin_BN: original visual index of each token, ``MERGED``, or a negative code for text and padding.
+        positions_BN: rotary positions, ``[1, N]`` where they are the same in every row.
+        slots_BV: where the visual tokens of each row stand in the sequence, ascending; what lies behind ``counts[i]``
+            is no visual token.
+        counts: visual tokens per row.
+        compact: renumber the positions after each selection.
+    """
+
+    hidden_BNC: Tensor
+    lengths: tuple[int, ...]
+    origin_BN: Tensor
+    positions_BN: Tensor
+    slots_BV: Tensor
+    counts: tuple[int, ...]
+    compact: bool
+
+    @classmethod
+    def start(
+        cls,
+        hidden_BNC: Tensor,
+        layout: VisualLayout,
+        lengths: tuple[int, ...],
+        positions_BN: Tensor | None,
+        compact: bool,
+    ) -> Sequences:
+        """State before layer 0. The last token of a row is never visual: its output predicts the next token.
+
+        A prompt that ends in an image therefore treats the last patch as its text; there is no other row that could
+        say what the patches are asked for.
+        """
+        batch, width = hidden_BNC.shape[:2]
+        device = hidden_BNC.device
+        origin = torch.full((batch, width), _TEXT)
+        slots: list[list[int]] = []
+        for row, (spans, length) in enumerate(zip(layout.spans, lengths, strict=True)):
+            origin[row, : width - length] = _PADDING
+            where = [slot for start, end in spans for slot in range(start, min(end, width - 1))]
+            if spans and (spans[0][0] < width - length or spans[-1][1] > width):
+                raise ValueError(
+                    f"row {row}: visual spans {list(spans)} lie outside its tokens {width - length}..{width - 1}; the "
+                    "layout must be set for each prompt, padding must be on the left, and the prompt must be given to "
+                    "the decoder in one piece (chunked prefill cannot be pruned)"
+                )
+            origin[row, where] = torch.arange(len(where))
+            slots.append(where)
+        counts = tuple(len(where) for where in slots)
+        padded = torch.tensor([where + [width] * (max(counts) - len(where)) for where in slots])
+        if positions_BN is None:
+            positions_BN = _contiguous_positions(lengths, width, device)
+        return cls(
+            hidden_BNC,
+            lengths,
+            origin.to(device),
+            positions_BN if compact else positions_BN.expand(batch, -1),
+            padded.to(device),
+            counts,
+            compact,
+        )
+
+    @property
+    def width(self) -> int:
+        return self.hidden_BNC.shape[1]
+
+    def advance(self, hidden_BNC: Tensor) -> Sequences:
+        """The same tokens with the hidden states that left a layer, wherever that layer lives."""
+        device = hidden_BNC.device
+        return replace(
+            self,
+            hidden_BNC=hidden_BNC,
+            origin_BN=self.origin_BN.to(device),
+            positions_BN=self.positions_BN.to(device),
+            slots_BV=self.slots_BV.to(device),
+        )
+
+    def padding_mask(self) -> Tensor | None:
+        """Bool ``[B, N]``, True for real tokens; None if no row is padded (then kernels need no mask)."""
+        if min(self.lengths) == self.width:
+            return None
+        return padding_mask(self.lengths, self.width, self.hidden_BNC.device)
+
+    def gather_visual(self, values_BN: Tensor) -> Tensor:
+        """Pick the columns of the visual tokens: ``[B, ..., N]`` to ``[B, ..., V]``; padding repeats the last column."""
+        index = self.slots_BV.clamp_max(values_BN.shape[-1] - 1)
+        if len(index) == 1:
+            return values_BN.index_select(-1, index[0])
+        index = index.view(len(index), *[1] * (values_BN.ndim - 2), -1)
+        return values_BN.gather(-1, index.expand(*values_BN.shape[:-1], -1))
+
+    def visual_hidden(self) -> Tensor:
+        """Hidden states of the visual tokens, ``[B, V, C]``."""
+        return _gather_tokens(self.hidden_BNC, self.slots_BV.clamp_max(self.width - 1))
+
+    def visual_origins(self) -> Tensor:
+        """Origins of the visual tokens, ``[B, V]``; valid up to ``counts``."""
+        return self.gather_visual(self.origin_BN)
+
+    def apply(self, selection: Selection) -> Sequences:
+        """The sequences after a selection: survivors in place, merged tokens behind the last visual token.
+
+        Everything follows from one sort: each surviving token gets its slot as key, each merged token the slot of the
+        last visual token plus a half, everything else a key below zero, so the survivors end up right-aligned.
+        """
+        batch, width, device = len(self.lengths), self.width, self.hidden_BNC.device
+        merged = selection.merged or (0,) * batch
+        counts = tuple(kept + new for kept, new in zip(selection.keep, merged, strict=True))
+        lengths = tuple(
+            length - before + after for length, before, after in zip(self.lengths, self.counts, counts, strict=True)
+        )
+        slots = torch.cat((self.slots_BV, torch.full((batch, 1), width, device=device)), dim=1)
+        survives = torch.zeros(batch, width + 1, dtype=torch.bool, device=device)
+        survives = survives.scatter_(1, slots.gather(1, selection.keep_BK), True)
+        survives = survives[:, :width] | (self.origin_BN == _TEXT)
+        key = torch.where(survives, 2 * torch.arange(width, device=device), -1)
+        hidden, origin, positions = self.hidden_BNC, self.origin_BN, self.positions_BN
+        origin = torch.where(survives, origin, _PADDING)
+
+        most = max(merged)
+        if most:
+            last = torch.tensor([max(count - 1, 0) for count in self.counts], device=device)[:, None]
+            behind = 2 * slots.gather(1, last) + 1
+            real = torch.arange(most, device=device) < torch.tensor(merged, device=device)[:, None]
+            key = torch.cat((key, torch.where(real, behind, -1)), dim=1)
+            hidden = torch.cat((hidden, selection.merged_BMC.to(hidden.dtype)), dim=1)
+            origin = torch.cat((origin, torch.where(real, MERGED, _PADDING)), dim=1)
+            if not self.compact:
+                source = slots.gather(1, selection.source_BM).clamp_max(width - 1)
+                positions = torch.cat((positions, positions.gather(1, source)), dim=1)
+
+        new_width = max(lengths)
+        order = key.argsort(dim=1, stable=True)[:, -new_width:]
+        origin = origin.gather(1, order)
+        visual = origin >= MERGED
+        if self.compact:
+            positions = _contiguous_positions(lengths, new_width, device)
+        else:
+            positions = positions.gather(1, order)
+        return Sequences(
+            _gather_tokens(hidden, order),
+            lengths,
+            origin,
+            positions,
+            (~visual).to(torch.uint8).argsort(dim=1, stable=True)[:, : max(counts)],
+            counts,
+            self.compact,
+        )
+
+
+def padding_mask(lengths: tuple[int, ...], width: int, device: torch.device) -> Tensor:
+    """Bool ``[B, width]``, True in the last ``lengths[i]`` columns."""
+    return torch.arange(width, device=device) >= width - torch.tensor(lengths, device=device)[:, None]
+
+
+def _contiguous_positions(lengths: tuple[int, ...], width: int, device: torch.device) -> Tensor:
+    """Positions 0.. from the first real token of each row; 0 in the padding. ``[1, N]`` where no row is padded."""
+    if min(lengths) == width:
+        return torch.arange(width, device=device)[None]
+    starts = torch.tensor([width - length for length in lengths], device=device)[:, None]
+    return (torch.arange(width, device=device) - starts).clamp_min(0)
+
+
+def _gather_tokens(values_BNC: Tensor, index_BK: Tensor) -> Tensor:
+    if len(index_BK) == 1:
+        return values_BNC.index_select(1, index_BK[0])
+    return values_BNC.gather(1, index_BK[:, :, None].expand(-1, -1, values_BNC.shape[2]))

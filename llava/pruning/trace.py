@@ -1,0 +1,116 @@
+"""What happened to one sample: visual tokens per layer, who survived, and what it cost.
+
+Costs are counted in multiply-adds with the paper's formula and always from the tokens that a layer really processed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """The sizes that costs depend on."""
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    key_value_size: int  # key heads x head width
+    bytes_per_value: int
+
+    def layer_flops(self, tokens: int) -> int:
+        """Multiply-adds of one layer on ``tokens`` tokens, ``4nd^2 + 2n^2d + 3ndm`` (the paper's convention).
+
+        The formula charges full-width keys and values, also where grouped-query attention makes them narrower.
+        """
+        n, d, m = tokens, self.hidden_size, self.intermediate_size
+        return 4 * n * d * d + 2 * n * n * d + 3 * n * d * m
+
+
+@dataclass
+class Trace:
+    """Record of one sample's prefill.
+
+    Attributes:
+        shape: sizes of the decoder.
+        text_tokens: tokens that are not visual; they are never pruned.
+        visual_tokens: visual tokens of the prompt, before any pruning.
+        tokens_in: visual tokens entering each layer (what the layer computes on).
+        tokens_out: visual tokens leaving each layer.
+        scoring_flops: multiply-adds spent on attention rows for scores.
+        details: what the method reported, by name.
+    """
+
+    shape: DecoderShape
+    text_tokens: int
+    visual_tokens: int
+    tokens_in: list[int] = field(default_factory=list)
+    tokens_out: list[int] = field(default_factory=list)
+    scoring_flops: int = 0
+    details: dict[str, Any] = field(default_factory=dict)
+    _origins: list[Tensor] = field(default_factory=list, repr=False)
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """Per layer a LongTensor: original visual index of each token leaving it, in sequence order; -1 if merged."""
+        return [origins.cpu() for origins in self._origins]
+
+    @property
+    def mutual_information(self) -> dict[str, float] | None:
+        """``{"layer0": ..., "layer1": ...}``: bits summed over heads; layer 0 also divided by the text tokens."""
+        return self.details.get("mutual_information")
+
+    @property
+    def slope(self) -> float | None:
+        """Slope of the retention curve that was used."""
+        return self.details.get("slope")
+
+    def mean_tokens(self, kind: str = "nominal") -> float:
+        """Mean visual tokens per layer.
+
+        Args:
+            kind: ``nominal`` counts what leaves each layer, as the paper does; ``processed`` what each layer computed on.
+        """
+        if kind not in ("nominal", "processed"):
+            raise ValueError(f"kind must be 'nominal' or 'processed', got {kind!r}")
+        counts = self.tokens_out if kind == "nominal" else self.tokens_in
+        return sum(counts) / len(counts)
+
+    def flops(self) -> int:
+        """Multiply-adds of the decoder layers in the prefill, from processed tokens; selection not included."""
+        return sum(self.shape.layer_flops(self.text_tokens + tokens) for tokens in self.tokens_in)
+
+    def dense_flops(self) -> int:
+        """The same without pruning."""
+        return self.shape.num_layers * self.shape.layer_flops(self.text_tokens + self.visual_tokens)
+
+    def selection_flops(self) -> int:
+        """Multiply-adds spent on choosing: attention rows and merging."""
+        return self.scoring_flops + self.details.get("merge_flops", 0)
+
+    def kv_bytes(self) -> int:
+        """Bytes of keys and values in the cache after the prefill."""
+        tokens = sum(self.text_tokens + tokens for tokens in self.tokens_in)
+        return 2 * tokens * self.shape.key_value_size * self.shape.bytes_per_value
+
+    def to_dict(self, kept: bool = False) -> dict[str, Any]:
+        """JSON-able summary; ``kept`` adds the surviving indices per layer."""
+        summary = {
+            "visual_tokens": self.visual_tokens,
+            "text_tokens": self.text_tokens,
+            "tokens_in": self.tokens_in,
+            "tokens_out": self.tokens_out,
+            "mean_nominal": self.mean_tokens("nominal"),
+            "mean_processed": self.mean_tokens("processed"),
+            "flops": self.flops(),
+            "dense_flops": self.dense_flops(),
+            "selection_flops": self.selection_flops(),
+            "kv_bytes": self.kv_bytes(),
+            **self.details,
+        }
+        if kept:
+            summary["kept"] = [origins.tolist() for origins in self.kept]
+        return summary
