@@ -9,11 +9,11 @@ need files LLaVA's evaluation does not use.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llava.eval.arguments import Parser
 from llava.eval.jsonio import read_json, require_file, require_keys, write_json
 from llava.eval.scoring import join_answers, load_answers
 from llava.utils import UserError, cli_main
@@ -107,9 +107,7 @@ def score_files(annotation_file: str, result_file: str) -> dict[str, Any]:
 
 @cli_main
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description="GQA accuracy of a LLaVA answer file or of converted predictions."
-    )
+    parser = Parser(description="GQA accuracy of a LLaVA answer file or of converted predictions.")
     parser.add_argument("--annotation-file", required=True, help="testdev_balanced_questions.json")
     parser.add_argument(
         "--result-file", required=True, help="answer file (.jsonl) or converted predictions (.json)"

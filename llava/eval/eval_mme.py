@@ -9,11 +9,11 @@ questions + 100 x accuracy over images (both questions of an image right).
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llava.eval.arguments import Parser
 from llava.eval.jsonio import iter_jsonl, read_text, require_folder, require_keys, write_json
 from llava.eval.scoring import join_answers, load_answers
 from llava.utils import UserError, cli_main
@@ -205,7 +205,7 @@ def print_scores(result: dict[str, Any]) -> None:
 
 @cli_main
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="MME scores of a LLaVA answer file.")
+    parser = Parser(description="MME scores of a LLaVA answer file.")
     parser.add_argument("--annotation-dir", required=True, help="folder MME_Benchmark_release_version")
     parser.add_argument("--question-file", required=True, help="llava_mme.jsonl")
     parser.add_argument("--result-file", required=True, help="answer file (.jsonl)")

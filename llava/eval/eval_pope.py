@@ -8,11 +8,11 @@ Knows POPE's label files (`coco_pope_<category>.json`, one JSON object per line)
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llava.eval.arguments import Parser
 from llava.eval.jsonio import iter_jsonl, require_folder, require_keys, write_json
 from llava.eval.scoring import join_answers, load_answers
 from llava.utils import UserError, cli_main
@@ -166,7 +166,7 @@ def flat_result(result: dict[str, Any]) -> dict[str, Any]:
 
 @cli_main
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="POPE scores of a LLaVA answer file.")
+    parser = Parser(description="POPE scores of a LLaVA answer file.")
     parser.add_argument("--annotation-dir", required=True, help="folder with coco_pope_*.json")
     parser.add_argument("--question-file", required=True, help="llava_pope_test.jsonl")
     parser.add_argument("--result-file", required=True, help="answer file (.jsonl)")

@@ -7,12 +7,12 @@ Knows the TextVQA annotation format and LLaVA's prompt layouts; the metric itsel
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llava.eval.arguments import Parser
 from llava.eval.jsonio import read_json, require_folder, write_json
 from llava.eval.scoring import join_answers, load_answers
 from llava.eval.vqa_text import soft_accuracy
@@ -83,7 +83,7 @@ def score_file(annotations: Sequence[dict[str, Any]], result_file: str) -> dict[
 
 @cli_main
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="TextVQA accuracy of a LLaVA answer file.")
+    parser = Parser(description="TextVQA accuracy of a LLaVA answer file.")
     parser.add_argument("--annotation-file", required=True, help="TextVQA_0.5.1_val.json")
     parser.add_argument("--result-file", help="answer file (.jsonl)")
     parser.add_argument("--result-dir", help="score every .jsonl of this folder")

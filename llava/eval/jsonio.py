@@ -63,14 +63,21 @@ def read_json(path: str | os.PathLike[str], what: str) -> Any:
         raise UserError(f"{path}: malformed JSON in {what} (nested too deeply)") from None
 
 
-def iter_jsonl(path: str | os.PathLike[str], what: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def iter_jsonl(
+    path: str | os.PathLike[str], what: str, limit_bytes: int | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (1-based line number, object) of a JSON-lines file; blank lines are skipped, CRLF is accepted.
 
-    Every other line must be a JSON object; a `UserError` names file and line otherwise.
+    Every other line must be a JSON object; a `UserError` names file and line otherwise. Lines that start at
+    byte `limit_bytes` or later are not read.
     """
     path = require_file(path, what)
+    consumed = 0
     with open(path, "rb") as file:
         for number, raw in enumerate(file, start=1):
+            if limit_bytes is not None and consumed >= limit_bytes:
+                return
+            consumed += len(raw)
             line = _decode(raw, f"{path}:{number}").strip()
             if not line:
                 continue

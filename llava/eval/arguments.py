@@ -1,0 +1,230 @@
+"""Command line flags shared by the evaluation tools, and the pruning method that they describe.
+
+Knows flags and defaults; loads no model. `--help` of every tool shows the same text for the same flag.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from llava.utils import UserError
+
+DEFAULT_METHOD = "autoprune"
+DEFAULT_TARGET_TOKENS = 64
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+# flag -> option of the method; x0, k0 and gamma exist only where the method declares them.
+_METHOD_FLAGS = {
+    "--target-token-num": "target_tokens",
+    "--visual-token-num": "visual_token_num",
+    "--positions": "positions",
+    "--x0": "x0",
+    "--k0": "k0",
+    "--gamma": "gamma",
+}
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, except those that say nothing: the help text then tells what happens without the flag."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or action.default == "":
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` whose errors are one-line `UserError`s; the usage text is left to --help."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        # Abbreviated flags would change meaning whenever a flag is added.
+        super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which checkpoint is loaded, and how."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model-path", required=True, help="checkpoint folder or hub name")
+    group.add_argument("--model-base", default=None, help="base checkpoint of a LoRA or projector-only model")
+    group.add_argument("--device", default=None, help="cuda, cuda:1, mps, cpu; default: the best there is")
+    group.add_argument(
+        "--dtype", default="auto", choices=DTYPES, help="auto: float16 on a GPU, float32 on a CPU"
+    )
+    group.add_argument(
+        "--attn-implementation", default=None, help="eager, sdpa or flash_attention_2; default: sdpa"
+    )
+
+
+def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
+    """How answers are generated."""
+    group = parser.add_argument_group("generation")
+    group.add_argument("--conv-mode", default="vicuna_v1", help="name of the conversation template")
+    group.add_argument("--temperature", type=float, default=0.0, help="0: greedy; above: sampling")
+    group.add_argument(
+        "--top-p", "--top_p", type=float, default=None, help="nucleus sampling: probability mass kept"
+    )
+    group.add_argument("--num-beams", "--num_beams", type=int, default=1, help="beams of beam search")
+    group.add_argument(
+        "--max-new-tokens", "--max_new_tokens", type=int, default=128, help="tokens per answer at most"
+    )
+    group.add_argument("--seed", type=int, default=0, help="seed of sampling")
+    group.add_argument("--batch-size", type=int, default=1, help="questions per forward pass")
+
+
+def add_pruning_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which pruning method runs, with which options. Read them with `method_from_args`."""
+    group = parser.add_argument_group("pruning")
+    group.add_argument(
+        "--method",
+        default=DEFAULT_METHOD,
+        help="pruning method: autoprune, random, uniform, ...; dense: no pruning",
+    )
+    group.add_argument(
+        "--target-token-num",
+        type=int,
+        default=None,
+        help=f"budget: mean number of visual tokens per decoder layer; {DEFAULT_TARGET_TOKENS} if not given",
+    )
+    group.add_argument(
+        "--visual-token-num",
+        type=int,
+        default=None,
+        help="visual tokens that enter the decoder, chosen by CLS attention; default: all",
+    )
+    group.add_argument(
+        "--positions",
+        choices=("compact", "original"),
+        default=None,
+        help="positions of surviving tokens: renumbered in each layer, or kept; default: the method's own",
+    )
+    group.add_argument(
+        "--x0", type=float, default=None, help="AutoPrune: middle of the curve, in layers (14.9)"
+    )
+    group.add_argument(
+        "--k0", type=float, default=None, help="AutoPrune: base slope of the curve, per layer (0.4)"
+    )
+    group.add_argument(
+        "--gamma", type=float, default=None, help="AutoPrune: slope per bit of information (0.2)"
+    )
+    group.add_argument(
+        "--method-args",
+        default="",
+        metavar="K=V,...",
+        help="further options of the method; keys as in Python",
+    )
+
+
+def parse_method_args(text: str) -> dict[str, str]:
+    """`k=v,k=v` as a dict of strings; raises `UserError` for an entry without `=` or a key given twice."""
+    options: dict[str, str] = {}
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        key, equals, value = (part.strip() for part in entry.partition("="))
+        if not equals or not key or not value:
+            raise UserError(f"--method-args: {entry!r} is not of the form key=value")
+        if key in options:
+            raise UserError(f"--method-args: {key!r} is given twice")
+        options[key] = value
+    return options
+
+
+def method_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Options of the method from its own flags and from --method-args; the budget has its default here."""
+    for flag in ("--target-token-num", "--visual-token-num"):
+        value = _value(args, flag)
+        if value is not None and value < 1:
+            raise UserError(f"{flag} must be at least 1, got {value}")
+    options: dict[str, Any] = parse_method_args(args.method_args)
+    for flag, option in _METHOD_FLAGS.items():
+        value = _value(args, flag)
+        if value is None:
+            continue
+        if option in options:
+            raise UserError(f"{flag} and --method-args {option}=... are the same option: give one of them")
+        options[option] = value
+    if args.method == "dense":
+        # One script runs dense and pruned models with the same flags; a budget means nothing without pruning.
+        options.pop("target_tokens", None)
+    else:
+        options.setdefault("target_tokens", DEFAULT_TARGET_TOKENS)
+    return options
+
+
+def method_from_args(args: argparse.Namespace) -> Any:
+    """The `PruningMethod` that the flags describe; `UserError` for an unknown name, option or value."""
+    from llava.pruning import get_method  # imports torch: not for --help and wrong flags
+
+    try:
+        method_class = get_method(args.method)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"--method: {_message(error)}") from None
+    options = method_options(args)
+    try:
+        return method_class.from_options(options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--method {args.method}: {_message(error)}") from None
+
+
+def check_budget(method: Any, visual_tokens: int) -> None:
+    """Raises `UserError` if the budget exceeds `visual_tokens`, the most the model can get from one image."""
+    target = method.target_tokens
+    if target is not None and target > visual_tokens:
+        raise UserError(
+            f"--target-token-num {target} is more than the {visual_tokens} visual tokens of this model; "
+            "use --method dense to run without pruning"
+        )
+
+
+def _value(args: argparse.Namespace, flag: str) -> Any:
+    return getattr(args, flag.lstrip("-").replace("-", "_"))
+
+
+def _message(error: Exception) -> str:
+    # str() of a KeyError puts quotes around the message.
+    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How answers are generated. temperature 0 means greedy or, with num_beams > 1, beam search."""
+
+    temperature: float = 0.0
+    top_p: float | None = None
+    num_beams: int = 1
+    max_new_tokens: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"--temperature must be 0 or a positive number, got {self.temperature}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"--top_p must be above 0 and at most 1, got {self.top_p}")
+        for flag, value in (("--num_beams", self.num_beams), ("--max_new_tokens", self.max_new_tokens)):
+            if value < 1:
+                raise UserError(f"{flag} must be at least 1, got {value}")
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> GenerationOptions:
+        return cls(args.temperature, args.top_p, args.num_beams, args.max_new_tokens, args.seed)
+
+    @property
+    def samples(self) -> bool:
+        return self.temperature > 0
+
+    def generate_kwargs(self) -> dict[str, Any]:
+        """Keyword arguments of `generate`; sampling parameters are left out where they would only warn."""
+        kwargs: dict[str, Any] = {
+            "do_sample": self.samples,
+            "num_beams": self.num_beams,
+            "max_new_tokens": self.max_new_tokens,
+            "use_cache": True,
+        }
+        if self.samples:
+            kwargs["temperature"] = self.temperature
+            if self.top_p is not None:
+                kwargs["top_p"] = self.top_p
+        return kwargs

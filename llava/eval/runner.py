@@ -1,0 +1,235 @@
+"""The runner behind all question-answering tools: prompts, images, batches, generation.
+
+Knows LLaVA's prompting and the model's `generate`; nothing of command lines, answer files or metrics.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from PIL import Image
+
+from llava.constants import (
+    DEFAULT_IM_END_TOKEN,
+    DEFAULT_IM_START_TOKEN,
+    DEFAULT_IMAGE_TOKEN,
+    IMAGE_TOKEN_INDEX,
+)
+from llava.conversation import conv_templates
+from llava.eval.arguments import GenerationOptions
+from llava.eval.questions import Question
+from llava.mm_utils import process_images, tokenizer_image_token
+from llava.utils import UserError
+
+
+class SampleError(Exception):
+    """One sample cannot be answered (its image is missing or damaged); the others can."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A question ready for the model: prompt ids `[T]`, pixels (None without image) and image size (w, h)."""
+
+    question: Question
+    input_ids: torch.Tensor
+    pixels: torch.Tensor | None
+    image_size: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Answered:
+    """An answer, the trace of its pruning and its share of the time of its batch, in seconds."""
+
+    question: Question
+    text: str
+    trace: Any
+    prefill_seconds: float
+    seconds: float
+
+
+@dataclass
+class Statistics:
+    """Running sums over answered samples. Token means are over samples with an image."""
+
+    samples: int = 0
+    with_image: int = 0
+    nominal: float = 0.0
+    processed: float = 0.0
+    visual: int = 0
+    flops: float = 0.0
+    dense_flops: float = 0.0
+    prefill_seconds: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, answer: Answered) -> None:
+        self.samples += 1
+        self.prefill_seconds += answer.prefill_seconds
+        self.seconds += answer.seconds
+        self.flops += answer.trace.flops()
+        self.dense_flops += answer.trace.dense_flops()
+        if answer.trace.visual_tokens:
+            self.with_image += 1
+            self.visual += answer.trace.visual_tokens
+            self.nominal += answer.trace.mean_tokens("nominal")
+            self.processed += answer.trace.mean_tokens("processed")
+
+    def means(self) -> dict[str, float]:
+        """Means per sample: tokens (nominal, processed, visual: before pruning), flops_ratio (0 to 1, decoder
+        prefill), prefill_ms, seconds.
+        """
+        images, samples = max(self.with_image, 1), max(self.samples, 1)
+        return {
+            "nominal": self.nominal / images,
+            "processed": self.processed / images,
+            "visual": self.visual / images,
+            "flops_ratio": self.flops / self.dense_flops if self.dense_flops else 1.0,
+            "prefill_ms": 1000 * self.prefill_seconds / samples,
+            "seconds": self.seconds / samples,
+        }
+
+
+def check_conv_mode(name: str) -> None:
+    """Raises `UserError` for an unknown conversation template."""
+    if name not in conv_templates:
+        raise UserError(f"--conv-mode: unknown template {name!r}; known: {', '.join(sorted(conv_templates))}")
+
+
+def build_prompt(text: str, with_image: bool, conv_mode: str, mm_use_im_start_end: bool = False) -> str:
+    """The full prompt of a question: the image placeholder on a line of its own, in the template."""
+    if with_image:
+        image = DEFAULT_IMAGE_TOKEN
+        if mm_use_im_start_end:
+            image = DEFAULT_IM_START_TOKEN + image + DEFAULT_IM_END_TOKEN
+        text = f"{image}\n{text}"
+    conversation = conv_templates[conv_mode].copy()
+    conversation.append_message(conversation.roles[0], text)
+    conversation.append_message(conversation.roles[1], None)
+    return conversation.get_prompt()
+
+
+def open_image(folder: Path, name: str) -> Image.Image:
+    """Decodes an image fully, as RGB; raises `SampleError` with the reason."""
+    relative = PurePosixPath(name)
+    if relative.is_absolute() or ".." in relative.parts:
+        raise SampleError(f"image path {name!r} leaves the image folder")
+    path = folder / name
+    if not path.is_file():
+        raise SampleError(f"image {path} {'is not a file' if path.exists() else 'does not exist'}")
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (
+        Exception
+    ) as error:  # decoders of damaged files raise nearly anything: OSError, SyntaxError, struct.error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise SampleError(f"image {path} cannot be decoded ({reason})") from None
+
+
+@dataclass
+class Answerer:
+    """A loaded model with all that turns questions into answers.
+
+    image_cache: processed images kept for following questions about the same image.
+    """
+
+    tokenizer: Any
+    model: Any
+    image_processor: Any
+    image_folder: Path
+    conv_mode: str = "vicuna_v1"
+    generation: GenerationOptions = field(default_factory=GenerationOptions)
+    image_cache: int = 8
+    _cache: OrderedDict[str, tuple[torch.Tensor, tuple[int, int]]] = field(default_factory=OrderedDict)
+
+    def prepare(self, question: Question) -> Sample:
+        """Tokenizes the prompt and loads the image; raises `SampleError` if that fails."""
+        pixels, size = self._pixels(question.image) if question.image is not None else (None, None)
+        start_end = getattr(self.model.config, "mm_use_im_start_end", False)
+        prompt = build_prompt(question.text, question.image is not None, self.conv_mode, start_end)
+        ids = tokenizer_image_token(prompt, self.tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
+        return Sample(question, ids, pixels, size)
+
+    def _pixels(self, name: str) -> tuple[torch.Tensor, tuple[int, int]]:
+        if name in self._cache:
+            self._cache.move_to_end(name)
+            return self._cache[name]
+        image = open_image(self.image_folder, name)
+        pixels = process_images([image], self.image_processor, self.model.config)[0]
+        self._cache[name] = (pixels.to(self.model.dtype), image.size)
+        while len(self._cache) > max(self.image_cache, 1):
+            self._cache.popitem(last=False)
+        return self._cache[name]
+
+    def answer(self, samples: Sequence[Sample], run: Any) -> list[Answered]:
+        """Answers one batch; `run` is what the method's `attach` returned for this model."""
+        input_ids, mask = left_pad([sample.input_ids for sample in samples], self._pad_id())
+        device = self.model.device
+        with_image = [sample for sample in samples if sample.pixels is not None]
+        if self.generation.samples:
+            # Seeded by position, so that a resumed run draws what an uninterrupted one draws.
+            torch.manual_seed(self.generation.seed + samples[0].question.index)
+        run.traces.clear()
+        timings_before = len(run.prefill_seconds)
+        started = time.perf_counter()
+        with torch.inference_mode():
+            output = self.model.generate(
+                input_ids.to(device),
+                images=[s.pixels.to(device) for s in with_image] if with_image else None,
+                image_sizes=[s.image_size for s in with_image] if with_image else None,
+                attention_mask=mask.to(device),
+                pad_token_id=self._pad_id(),
+                **self.generation.generate_kwargs(),
+            )
+        texts = self.tokenizer.batch_decode(output, skip_special_tokens=True)
+        seconds = (time.perf_counter() - started) / len(samples)
+        prefill = sum(run.prefill_seconds[timings_before:]) / len(samples)
+        return [
+            Answered(sample.question, text.strip(), trace, prefill, seconds)
+            for sample, text, trace in zip(samples, texts, run.traces, strict=True)
+        ]
+
+    def _pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad is None else pad
+
+
+def left_pad(rows: Sequence[torch.Tensor], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids `[B, T]` with padding on the left and the attention mask (1: a token of the prompt)."""
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :] = row
+        mask[i, width - len(row) :] = 1
+    return ids, mask
+
+
+def answer_questions(
+    answerer: Answerer,
+    questions: Sequence[Question],
+    run: Any,
+    batch_size: int = 1,
+    on_skip: Callable[[Question, str], None] | None = None,
+) -> Iterator[Answered]:
+    """Yields answers in question order, batch by batch.
+
+    A question whose image cannot be read goes to `on_skip(question, reason)` and costs nothing but itself;
+    without `on_skip` it is a `UserError`.
+    """
+    batch: list[Sample] = []
+    for position, question in enumerate(questions):
+        try:
+            batch.append(answerer.prepare(question))
+        except SampleError as error:
+            if on_skip is None:
+                raise UserError(f"{question.source}: {error}") from None
+            on_skip(question, str(error))
+        if batch and (len(batch) == batch_size or position == len(questions) - 1):
+            yield from answerer.answer(batch, run)
+            batch = []
