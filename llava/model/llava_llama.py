@@ -1,0 +1,368 @@
+"""LLaVA's calling conventions on transformers' `LlavaForConditionalGeneration`.
+
+Ids carry -200 placeholders, images come beside them, `generate` returns new tokens only. The modules,
+caches, attention kernels and the generation loop are transformers'; this file prepares what they are given
+and tells an attached pruning run where the visual tokens are. It does not prune and does not load
+checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, LlavaForConditionalGeneration
+
+from llava.mm_utils import get_anyres_image_grid_shape, padding_mask
+from llava.model.assemble import assemble
+from llava.model.multimodal import (
+    MultimodalInputs,
+    VisualTokens,
+    check_image_count,
+    count_placeholders,
+    positions_from_mask,
+    splice,
+)
+from llava.model.vision import VisionTower, encode_crops
+from llava.pruning.layout import VisualLayout
+from llava.utils import UserError
+
+Images = Tensor | Sequence[Tensor]
+STATIC_CACHES = ("static", "sliding_window", "hybrid", "hybrid_chunked")
+
+
+def split_images(images: Images | None) -> list[Tensor]:
+    """One tensor per image: `[3, S, S]`, or `[crops, 3, S, S]` for an image cut into crops.
+
+    Accepts a list of such tensors, a stack `[n, 3, S, S]` or `[n, crops, 3, S, S]`, or a single image `[3,
+    S, S]`.
+    """
+    if images is None:
+        return []
+    if isinstance(images, Tensor):
+        if images.ndim not in (3, 4, 5):
+            raise UserError(f"images must have 3 to 5 dimensions, got shape {tuple(images.shape)}")
+        return [images] if images.ndim == 3 else list(images)
+    for image in images:
+        if not isinstance(image, Tensor) or image.ndim not in (3, 4):
+            found = (
+                f"a tensor of shape {tuple(image.shape)}"
+                if isinstance(image, Tensor)
+                else type(image).__name__
+            )
+            raise UserError(
+                f"images must be tensors [3, S, S] or [crops, 3, S, S], found {found}: "
+                "use llava.mm_utils.process_images first"
+            )
+    return list(images)
+
+
+def _size_list(image_sizes: Any) -> list[tuple[int, int]] | None:
+    if image_sizes is None:
+        return None
+    if isinstance(image_sizes, Tensor):
+        image_sizes = image_sizes.tolist()
+    sizes = list(image_sizes)
+    if len(sizes) == 2 and all(isinstance(x, int) for x in sizes):
+        sizes = [sizes]  # a single (width, height)
+    return [(int(w), int(h)) for w, h in sizes]
+
+
+class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
+    """LLaVA with a Llama decoder.
+
+    `config` is transformers' `LlavaConfig` with LLaVA's own fields beside it (`image_aspect_ratio`,
+    `image_grid_pinpoints`, `mm_vision_select_layer`, `tokenizer_model_max_length`, ...); see
+    `llava.model.checkpoint`.
+    """
+
+    # Set by the loader; scripts reach it through `get_vision_tower().image_processor`.
+    image_processor: Any = None
+
+    # --- parts, under LLaVA's names ---
+
+    def get_model(self) -> nn.Module:
+        """The model without its language-model head."""
+        return self.model
+
+    def get_vision_tower(self) -> VisionTower:
+        """LLaVA's view of the vision tower."""
+        return VisionTower(
+            self.model.vision_tower,
+            self.image_processor,
+            self.config.vision_feature_layer,
+            "patch" if self.config.vision_feature_select_strategy == "default" else "cls_patch",
+        )
+
+    @property
+    def pruning_run(self) -> Any | None:
+        """The pruning run attached to the decoder, if any."""
+        return getattr(self.get_decoder(), "pruning_run", None)
+
+    # --- images ---
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Projected features `[n, P, C]` of crops `[n, 3, S, S]`."""
+        return self._project_crops(images, with_cls_attention=False)[0]
+
+    def _project_crops(self, crops: Tensor, with_cls_attention: bool) -> tuple[Tensor, Tensor | None]:
+        tower = self.get_vision_tower()
+        encoded = encode_crops(
+            tower.vision_tower, crops, tower.select_layer, tower.select_feature, with_cls_attention
+        )
+        projector = self.model.multi_modal_projector
+        features = encoded.features_NPC.to(projector.linear_1.bias.dtype)
+        return projector(features), encoded.cls_attention_NP
+
+    def encode_visual_tokens(
+        self,
+        images: Images | None,
+        image_sizes: Sequence[tuple[int, int]] | None = None,
+        image_masks: Sequence[Tensor] | None = None,
+        with_cls_attention: bool = False,
+    ) -> list[VisualTokens]:
+        """Visual tokens of every image, in order.
+
+        Args: images: see `split_images`; an image of several crops is a base view and tiles row by row
+        ("anyres"). image_sizes: original `(width, height)` per image. Needed for images of several crops;
+        where the checkpoint pads to a square it also tells which patches are padding, whose CLS attention
+        becomes 0. image_masks: bool `[grid, grid]` per image, True = padding; overrides what `image_sizes`
+        says. with_cls_attention: compute the CLS attention of each token too.
+        """
+        per_image = split_images(images)
+        if not per_image:
+            return []
+        sizes = _size_list(image_sizes)
+        for name, values in (("image_sizes", sizes), ("image_masks", image_masks)):
+            if values is not None and len(values) != len(per_image):
+                raise UserError(f"{name} has {len(values)} entries for {len(per_image)} image(s)")
+        grids = [
+            self._grid(image, None if sizes is None else sizes[i])
+            if image.ndim == 4 and len(image) > 1
+            else None
+            for i, image in enumerate(per_image)
+        ]
+        device = self.model.vision_tower.embeddings.patch_embedding.weight.device
+        stacks = [(image if image.ndim == 4 else image[None]).to(device) for image in per_image]
+        # All crops of the batch go through the tower together.
+        features, attention = self._project_crops(torch.cat(stacks), with_cls_attention)
+        counts = [len(stack) for stack in stacks]
+        per_features = features.split(counts)
+        per_attention = [None] * len(counts) if attention is None else attention.split(counts)
+        tokens = []
+        for i, (crops, scores) in enumerate(zip(per_features, per_attention, strict=True)):
+            if scores is not None:
+                scores = assemble(scores, grids[i])
+                mask = image_masks[i] if image_masks is not None else None
+                if mask is None and sizes is not None and grids[i] is None and self.config_pads_images():
+                    mask = padding_mask(sizes[i], self.get_vision_tower().num_patches_per_side)
+                if mask is not None:
+                    patches = mask.numel()
+                    # With "cls_patch" the first entry belongs to CLS, which is never padding.
+                    hidden = torch.zeros(len(scores), dtype=torch.bool)
+                    hidden[len(scores) - patches :] = torch.as_tensor(mask).bool().flatten().cpu()
+                    scores = scores.masked_fill(hidden.to(scores.device), 0.0)
+            tokens.append(VisualTokens(assemble(crops, grids[i]), scores))
+        return tokens
+
+    def config_pads_images(self) -> bool:
+        """Whether the checkpoint wants images padded to a square."""
+        return getattr(self.config, "image_aspect_ratio", None) == "pad"
+
+    def _grid(self, crops: Tensor, size_wh: tuple[int, int] | None) -> tuple[int, int]:
+        if size_wh is None:
+            raise UserError(
+                "images cut into several crops need image_sizes=[(width, height), ...] to be put together"
+            )
+        pinpoints = getattr(self.config, "image_grid_pinpoints", None)
+        if not pinpoints:
+            raise UserError(
+                "images cut into several crops need image_grid_pinpoints in the checkpoint's config.json"
+            )
+        rule = getattr(self.config, "anyres_resolution_rule", "fill")
+        grid = get_anyres_image_grid_shape(size_wh, pinpoints, self.config.vision_config.image_size, rule)
+        if 1 + grid[0] * grid[1] != len(crops):
+            raise UserError(
+                f"an image of size {tuple(size_wh)} makes {grid[0]} x {grid[1]} tiles and one whole view, but has "
+                f"{len(crops)} crops: pass in image_sizes the size of the image that was preprocessed"
+            )
+        return grid
+
+    # --- prompts ---
+
+    def prepare_multimodal_inputs(
+        self,
+        input_ids: Tensor,
+        images: Images | None = None,
+        image_sizes: Sequence[tuple[int, int]] | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        image_masks: Sequence[Tensor] | None = None,
+        with_cls_attention: bool | None = None,
+    ) -> MultimodalInputs:
+        """Everything the decoder needs for prompts `[B, T]` with -200 placeholders.
+
+        Rows may have any number of images at any place; shorter rows are padded on the left, whatever side
+        `input_ids` was padded on. Rows longer than the checkpoint's `tokenizer_model_max_length` are cut at
+        the end, as in LLaVA.
+
+        Args:
+            with_cls_attention: None = only if an attached pruning run needs it.
+
+        Raises:
+            UserError: placeholders and images do not match.
+        """
+        if input_ids.ndim == 1:
+            input_ids = input_ids[None]
+        run = self.pruning_run
+        if with_cls_attention is None:
+            with_cls_attention = run is not None and bool(run.needs_cls_attention)
+        embeddings = self.get_input_embeddings()
+        input_ids = input_ids.to(embeddings.weight.device)
+        check_image_count(count_placeholders(input_ids, attention_mask), len(split_images(images)))
+        visual = self.encode_visual_tokens(images, image_sizes, image_masks, with_cls_attention)
+        max_length = getattr(self.config, "tokenizer_model_max_length", None)
+        return splice(embeddings, input_ids, visual, attention_mask, labels, max_length)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        images: Images | None = None,
+        image_sizes: Sequence[tuple[int, int]] | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        image_masks: Sequence[Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Logits `[B, L, vocab]` over the expanded sequence (or the pruned one, with a pruning run attached).
+
+        With `images`, `input_ids` `[B, T]` are expanded as `prepare_multimodal_inputs` says, and so are
+        `labels`. Without images this is a plain decoder call, and `input_ids` keep their padding.
+        """
+        run = self.pruning_run
+        if run is not None and (
+            kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs") is not None
+        ):
+            raise UserError(
+                "a pruning run is attached: pass images= with -200 placeholders instead of pixel_values="
+            )
+        starts = past_key_values is None or past_key_values.get_seq_length() == 0
+        if input_ids is not None and inputs_embeds is None and starts and kwargs.get("pixel_values") is None:
+            if images is not None or any(count_placeholders(input_ids)):
+                prepared = self.prepare_multimodal_inputs(
+                    input_ids, images, image_sizes, attention_mask, labels, image_masks
+                )
+                inputs_embeds, input_ids, labels = prepared.inputs_embeds, None, prepared.labels
+                attention_mask, position_ids = prepared.attention_mask, prepared.position_ids
+                if run is not None:
+                    run.set_visual(prepared.layout, cls_attention=prepared.cls_attention)
+            elif run is not None:
+                _set_text_only(run, input_ids)
+        elif images is not None:
+            raise UserError(
+                "images= goes with the input_ids of a whole prompt, not with inputs_embeds or a filled cache"
+            )
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            **kwargs,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        images: Images | None = None,
+        image_sizes: Sequence[tuple[int, int]] | None = None,
+        *,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_masks: Sequence[Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """New token ids `[B, new]` (the prompt is not repeated), or transformers' output object if asked for.
+
+        Args: inputs: prompts `[B, T]` with -200 placeholders (also as `input_ids=`). images: see
+        `split_images`; in reading order of the placeholders over the whole batch. image_sizes: original
+        `(width, height)` per image. attention_mask: `[B, T]`, 0 = padding. image_masks: bool `[grid, grid]`
+        per image, True = padding; rarely needed, see `encode_visual_tokens`. **kwargs: transformers'
+        generation arguments (sampling, beams, streamer, ...).
+
+        Raises: UserError: placeholders and images do not match, or an argument that cannot work with
+        embeddings as prompts.
+        """
+        ids = inputs if inputs is not None else input_ids
+        if inputs is not None and input_ids is not None:
+            raise UserError("pass the prompt once: positionally or as input_ids=")
+        self._refuse_unsupported(kwargs)
+        if ids is None:
+            if images is not None:
+                raise UserError("images= needs the prompt's input_ids")
+            return super().generate(attention_mask=attention_mask, **kwargs)
+        ids = ids[None] if ids.ndim == 1 else ids
+        if attention_mask is not None:
+            attention_mask = attention_mask.to(ids.device).reshape(ids.shape)
+        prepared = self.prepare_multimodal_inputs(
+            ids, images, image_sizes, attention_mask, image_masks=image_masks
+        )
+        run = self.pruning_run
+        if run is not None:
+            run.set_visual(prepared.layout, cls_attention=prepared.cls_attention)
+        embeds, mask = prepared.inputs_embeds, prepared.attention_mask
+        if mask is None:
+            mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+        # A prompt given as embeddings is not part of generate's output.
+        return super().generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
+
+    def _refuse_unsupported(self, kwargs: dict[str, Any]) -> None:
+        """Say no to what would fail far from its cause or give wrong answers."""
+        if kwargs.get("pixel_values") is not None:
+            raise UserError("pass images= (LLaVA's convention) instead of pixel_values=")
+        if kwargs.get("position_ids") is not None:
+            raise UserError(
+                "position_ids= is not supported: positions follow from the prompt and its attention_mask"
+            )
+
+        def option(name: str) -> Any:
+            config = kwargs.get("generation_config") or self.generation_config
+            return kwargs[name] if name in kwargs else getattr(config, name, None)
+
+        if option("prefill_chunk_size") is not None:
+            raise UserError(
+                "prefill_chunk_size cannot be used: prompts reach the decoder as embeddings, in one piece"
+            )
+        if self.pruning_run is None:
+            return
+        implementation = option("cache_implementation")
+        if implementation is not None and implementation.removeprefix("offloaded_") in STATIC_CACHES:
+            raise UserError(
+                f"cache_implementation={implementation!r} cannot be used with pruning: "
+                "layers keep different numbers of tokens, which needs the dynamic cache"
+            )
+        cache = kwargs.get("past_key_values")
+        if cache is not None:
+            if getattr(cache, "is_compileable", False):
+                raise UserError(f"{type(cache).__name__} cannot be used with pruning: use DynamicCache")
+            if cache.get_seq_length() > 0:
+                raise UserError(
+                    "pruning cannot continue a filled cache: pass the whole conversation as one prompt"
+                )
+
+
+def _set_text_only(run: Any, input_ids: Tensor) -> None:
+    # Without this the run would look for the visual tokens of the previous prompt.
+    rows = len(input_ids)
+    nothing = [torch.zeros(0, device=input_ids.device)] * rows if run.needs_cls_attention else None
+    run.set_visual(VisualLayout.from_spans([[] for _ in range(rows)]), cls_attention=nothing)
+
+
+__all__ = ["LlavaLlamaForCausalLM", "positions_from_mask", "split_images"]

@@ -1,0 +1,181 @@
+"""Prompts with images: placeholders out, visual tokens in, rows padded on the left.
+
+Turns token ids with image placeholders plus visual tokens into embeddings, masks, positions and the layout
+that says where the visual tokens are. Knows nothing of towers, crops or pruning methods.
+
+Shapes: B rows, T ids per row, L tokens per row after splicing, C decoder width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.pruning.layout import VisualLayout
+from llava.utils import UserError
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """One image, ready for the decoder: features `[N, C]` and, if pruning needs it, CLS attention `[N]`
+    (float32).
+    """
+
+    features: Tensor
+    cls_attention: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class MultimodalInputs:
+    """What the decoder is given for a batch of prompts.
+
+    Attributes:
+        inputs_embeds: `[B, L, C]`, rows padded on the left with zeros.
+        attention_mask: `[B, L]` int64, 1 = token; None if no row is padded.
+        position_ids: `[B, L]`, counted from each row's first token; None if no row is padded.
+        layout: spans of visual tokens per row, in the padded sequence.
+        cls_attention: one float32 vector per row over all its visual tokens (empty without images), or None.
+        labels: `[B, L]` with `IGNORE_INDEX` on visual tokens and padding, or None.
+    """
+
+    inputs_embeds: Tensor
+    attention_mask: Tensor | None
+    position_ids: Tensor | None
+    layout: VisualLayout
+    cls_attention: list[Tensor] | None = None
+    labels: Tensor | None = None
+
+
+def count_placeholders(input_ids: Tensor, attention_mask: Tensor | None = None) -> list[int]:
+    """Image placeholders per row of `input_ids` `[B, T]`, those under padding not counted."""
+    found = input_ids == IMAGE_TOKEN_INDEX
+    if attention_mask is not None:
+        found = found & attention_mask.to(found.device).bool()
+    return found.sum(dim=1).tolist()
+
+
+def positions_from_mask(attention_mask: Tensor) -> Tensor:
+    """`[B, L]` positions that start at 0 with each row's first token; padding gets 0."""
+    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def check_image_count(placeholders_per_row: Sequence[int], images: int) -> None:
+    """Every placeholder of the batch needs one image and the other way round."""
+    placeholders = sum(placeholders_per_row)
+    if placeholders != images:
+        rows = ", ".join(str(n) for n in placeholders_per_row)
+        raise UserError(
+            f"the prompts have {placeholders} image placeholder(s) (id {IMAGE_TOKEN_INDEX}; per row: {rows}) "
+            f"but {images} image(s) were given: pass one image per placeholder, in reading order"
+        )
+
+
+def splice(
+    embed: Callable[[Tensor], Tensor],
+    input_ids: Tensor,
+    visual: Sequence[VisualTokens],
+    attention_mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    max_length: int | None = None,
+) -> MultimodalInputs:
+    """Replace each placeholder by the tokens of the next image.
+
+    Args: embed: token embedding, `[..., T]` ids -> `[..., T, C]`. input_ids: `[B, T]` with
+    `IMAGE_TOKEN_INDEX` placeholders; padding may be on either side. visual: the images in reading order
+    over the whole batch. attention_mask: `[B, T]`, 0 = padding; None = nothing is padded. labels: `[B, T]`;
+    visual tokens get `IGNORE_INDEX`. max_length: rows are cut to this many tokens *after* splicing, at the
+    end, as LLaVA does with the checkpoint's `tokenizer_model_max_length`: a long prompt loses text (even
+    visual tokens), silently.
+
+    Raises:
+        UserError: numbers of placeholders and images differ.
+    """
+    check_image_count(count_placeholders(input_ids, attention_mask), len(visual))
+    # One transfer to the host before the decoder runs; everything below indexes with host integers.
+    ids_BT = input_ids.tolist()
+    valid_BT = None if attention_mask is None else attention_mask.bool().tolist()
+    # Placeholders and padding have no row in the table; what is looked up for them is never used.
+    embeds_BTC = embed(input_ids.clamp(min=0))
+
+    images = iter(visual)
+    rows: list[Tensor] = []
+    row_spans: list[list[tuple[int, int]]] = []
+    row_scores: list[list[Tensor]] = []
+    row_labels: list[Tensor] = []
+    for b, ids_T in enumerate(ids_BT):
+        keep = [t for t in range(len(ids_T)) if valid_BT is None or valid_BT[b][t]]
+        pieces, spans, scores, label_pieces = [], [], [], []
+        length = start = 0
+        for i in [*(i for i, t in enumerate(keep) if ids_T[t] == IMAGE_TOKEN_INDEX), len(keep)]:
+            if i > start:
+                index = torch.tensor(keep[start:i], device=embeds_BTC.device)
+                pieces.append(embeds_BTC[b].index_select(0, index))
+                if labels is not None:
+                    label_pieces.append(labels[b].index_select(0, index.to(labels.device)))
+                length += i - start
+            start = i + 1
+            if i == len(keep):
+                break
+            image = next(images)
+            features = image.features.to(device=embeds_BTC.device, dtype=embeds_BTC.dtype)
+            pieces.append(features)
+            spans.append((length, length + len(features)))
+            scores.append(image.cls_attention)
+            if labels is not None:
+                label_pieces.append(labels.new_full((len(features),), IGNORE_INDEX))
+            length += len(features)
+        rows.append(torch.cat(pieces) if pieces else embeds_BTC[b, :0])
+        row_spans.append(spans)
+        row_scores.append(scores)
+        row_labels.append(torch.cat(label_pieces) if label_pieces else torch.empty(0, dtype=torch.long))
+    if max_length is not None:
+        rows = [row[:max_length] for row in rows]
+        row_labels = [row[:max_length] for row in row_labels]
+        row_spans = [[(s, min(e, max_length)) for s, e in spans if s < max_length] for spans in row_spans]
+    return _pad_left(rows, row_spans, row_scores, row_labels if labels is not None else None)
+
+
+def _pad_left(
+    rows: list[Tensor],
+    row_spans: list[list[tuple[int, int]]],
+    row_scores: list[list[Tensor | None]],
+    row_labels: list[Tensor] | None,
+) -> MultimodalInputs:
+    length = max(len(row) for row in rows)
+    pads = [length - len(row) for row in rows]
+    device = rows[0].device
+    embeds = rows[0].new_zeros((len(rows), length, rows[0].shape[-1]))
+    for b, row in enumerate(rows):
+        embeds[b, pads[b] :] = row
+    mask = positions = None
+    if any(pads):
+        pad_B = torch.tensor(pads, device=device)
+        mask = (torch.arange(length, device=device)[None, :] >= pad_B[:, None]).long()
+        positions = positions_from_mask(mask)
+    layout = VisualLayout.from_spans(
+        [[(s + pad, e + pad) for s, e in spans] for spans, pad in zip(row_spans, pads, strict=True)]
+    )
+    labels = None
+    if row_labels is not None:
+        labels = row_labels[0].new_full((len(rows), length), IGNORE_INDEX)
+        for b, row in enumerate(row_labels):
+            labels[b, pads[b] :] = row
+    return MultimodalInputs(
+        embeds, mask, positions, layout, _row_attention(row_scores, layout, device), labels
+    )
+
+
+def _row_attention(row_scores: list[list[Tensor | None]], layout: VisualLayout, device: torch.device):
+    if any(score is None for scores in row_scores for score in scores):
+        return None
+    # Truncation can cut visual tokens at the end of a row; their scores go with them.
+    return [
+        (torch.cat([score.to(device) for score in scores]) if scores else torch.zeros(0, device=device))[
+            :count
+        ]
+        for scores, count in zip(row_scores, layout.counts, strict=True)
+    ]
