@@ -27,7 +27,7 @@ _METHOD_FLAGS = {
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, except those that say nothing: the help text then tells what happens without the flag."""
+    """Shows defaults, except those that say nothing: the help text then tells what the tool does."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False or action.default == "":

@@ -1,0 +1,130 @@
+"""The command line: its flags are frozen, and what they mean for the pruning method."""
+
+import pytest
+
+from llava.eval import eval_gqa, eval_mme, eval_pope, eval_textvqa
+from llava.eval.arguments import GenerationOptions, check_budget, method_from_args, parse_method_args
+from llava.eval.model_vqa_loader import build_parser
+from llava.utils import UserError
+
+# Scripts, other people's tools and habits depend on these. Add to the list; remove nothing from it.
+LOADER_FLAGS = """
+    --answers-file --attn-implementation --batch-size --chunk-idx --conv-mode --device --dtype --gamma --help
+    --image-folder --k0 --limit --max-new-tokens --max_new_tokens --method --method-args --model-base
+    --model-path --no-resume --num-beams --num-chunks --num_beams --positions --question-file --resume --seed --strict
+    --target-token-num --temperature --top-p --top_p --trace-file --visual-token-num --x0 -h
+""".split()
+
+
+def parse(*flags):
+    return build_parser().parse_args(["--model-path", "m", *flags])
+
+
+def test_loader_flags_are_frozen():
+    flags = [option for action in build_parser()._actions for option in action.option_strings]
+    assert sorted(flags) == sorted(LOADER_FLAGS)
+
+
+def test_loader_defaults_are_frozen():
+    args = vars(parse())
+    expected = {
+        "conv_mode": "vicuna_v1", "temperature": 0.0, "top_p": None, "num_beams": 1, "max_new_tokens": 128,
+        "seed": 0,        "batch_size": 1, "method": "autoprune", "target_token_num": None, "num_chunks": 1, "chunk_idx": 0,
+        "resume": True, "strict": False, "dtype": "auto", "device": None, "limit": None,
+    }  # fmt: skip
+    assert {key: args[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("module", [eval_gqa, eval_mme, eval_pope, eval_textvqa])
+def test_scorers_print_help(module, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        module.main(["--help"])
+    assert exit_info.value.code == 0
+    printed = capsys.readouterr().out
+    assert "--result-file" in printed and "--json" in printed
+
+
+def test_default_method_is_autoprune_at_64():
+    method = method_from_args(parse())
+    assert (method.name, method.target_tokens, method.x0, method.k0, method.gamma) == (
+        "autoprune",
+        64,
+        14.9,
+        0.4,
+        0.2,
+    )
+
+
+def test_flags_and_method_args_reach_the_method():
+    method = method_from_args(
+        parse("--target-token-num", "128", "--x0", "7", "--gamma", "0.1", "--positions", "original")
+    )
+    assert (method.target_tokens, method.x0, method.gamma, method.positions) == (128, 7.0, 0.1, "original")
+    method = method_from_args(parse("--method-args", "target_tokens=32, k0=0.3"))
+    assert (method.target_tokens, method.k0) == (32, 0.3)
+
+
+def test_dense_ignores_a_budget():
+    assert method_from_args(parse("--method", "dense", "--target-token-num", "64")).target_tokens is None
+
+
+@pytest.mark.parametrize("name", ["random", "uniform"])
+def test_other_methods_get_the_same_budget(name):
+    assert method_from_args(parse("--method", name, "--target-token-num", "100")).target_tokens == 100
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--target-token-num", "0"], ["--target-token-num", "at least 1", "0"]),
+        (["--target-token-num", "-5"], ["--target-token-num", "-5"]),
+        (["--visual-token-num", "0"], ["--visual-token-num", "at least 1"]),
+        (["--method", "nosuch"], ["--method", "nosuch", "autoprune", "dense"]),
+        (["--method-args", "nosuch=1"], ["nosuch", "x0", "target_tokens"]),
+        (["--method-args", "x0"], ["--method-args", "'x0'", "key=value"]),
+        (["--method-args", "x0=1,x0=2"], ["x0", "twice"]),
+        (["--method-args", "x0=high"], ["x0", "high"]),
+        (["--x0", "3", "--method-args", "x0=4"], ["--x0", "--method-args"]),
+        (["--method", "random", "--x0", "3"], ["random", "x0"]),
+        (["--method-args", "amplitude=-1"], ["amplitude", "-1"]),
+    ],
+)
+def test_wrong_method_options(flags, parts):
+    with pytest.raises(UserError) as error:
+        method_from_args(parse(*flags))
+    assert "\n" not in str(error.value)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_method_args_of_nothing():
+    assert parse_method_args("") == {} and parse_method_args(" , ") == {}
+
+
+def test_budget_above_the_visual_tokens():
+    method = method_from_args(parse("--target-token-num", "577"))
+    with pytest.raises(UserError, match="--target-token-num 577 .*576 visual tokens"):
+        check_budget(method, 576)
+    check_budget(method, 577)
+    check_budget(method_from_args(parse("--method", "dense")), 1)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"num_beams": 0},
+        {"max_new_tokens": 0},
+    ],
+)
+def test_wrong_generation_options(values):
+    with pytest.raises(UserError, match=next(iter(values))):
+        GenerationOptions(**values)
+
+
+def test_sampling_parameters_are_passed_only_when_sampling():
+    assert "temperature" not in GenerationOptions().generate_kwargs()
+    kwargs = GenerationOptions(temperature=0.7, top_p=0.9).generate_kwargs()
+    assert (kwargs["do_sample"], kwargs["temperature"], kwargs["top_p"]) == (True, 0.7, 0.9)

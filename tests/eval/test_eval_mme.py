@@ -1,0 +1,138 @@
+"""MME scorer: published digits of two answer sets, reading of answers, pairing, joining, bad input."""
+
+import json
+
+import pytest
+
+from llava.eval import eval_mme
+from llava.eval.eval_mme import Row
+from tests.eval.helpers import SHARED, answer, fails_with_one_line, needs_shared, write_jsonl
+
+LLAVA_13B = {
+    "existence": 185.0, "count": 155.0, "position": 133.33333333333334, "color": 170.0,
+    "posters": 160.54421768707482, "celebrity": 152.94117647058823, "scene": 161.25, "landmark": 170.5,
+    "artwork": 117.75, "OCR": 125.0, "commonsense_reasoning": 127.85714285714286,
+    "numerical_calculation": 42.5, "text_translation": 77.5, "code_reasoning": 47.5,
+    "perception": 1531.3187274909965, "cognition": 295.3571428571429,
+}  # fmt: skip
+LAVIN = {
+    "existence": 185.0, "count": 88.33333333333334, "position": 63.333333333333336, "color": 75.0,
+    "posters": 79.59183673469389, "celebrity": 47.35294117647059, "scene": 136.75, "landmark": 93.5,
+    "artwork": 87.25, "OCR": 107.5, "commonsense_reasoning": 87.14285714285714,
+    "numerical_calculation": 65.0, "text_translation": 47.5, "code_reasoning": 50.0,
+}  # fmt: skip
+
+
+@needs_shared
+def test_published_answers_give_the_published_digits(tmp_path, capsys):
+    out = tmp_path / "mme.json"
+    eval_mme.main(
+        ["--annotation-dir", f"{SHARED}/MME/MME_Benchmark_release_version", "--json", str(out)]
+        + ["--question-file", f"{SHARED}/MME/llava_mme.jsonl"]
+        + ["--result-file", f"{SHARED}/MME/answers/llava-v1.5-13b.jsonl"]
+    )
+    result = json.loads(out.read_text())
+    for name, value in LLAVA_13B.items():
+        assert result[name] == pytest.approx(value, abs=1e-6), name
+    assert (result["scored"], result["missing"], result["unmatched"]) == (2374, 0, 0)
+    printed = capsys.readouterr()
+    assert "total score: 1531.3187" in printed.out and "\t OCR  score: 125.0" in printed.out
+    assert printed.err == ""
+
+
+@needs_shared
+def test_free_text_answers_of_the_official_tool():
+    rows = {
+        path.stem: eval_mme.read_tool_rows(path.read_text(encoding="utf-8").splitlines(), path.name)
+        for path in (SHARED / "MME" / "eval_tool" / "LaVIN").glob("*.txt")
+    }
+    result = eval_mme.mme_scores(rows)
+    assert result["perception"] == pytest.approx(963.6114445778312, abs=1e-6)
+    assert result["cognition"] == pytest.approx(249.64285714285714, abs=1e-6)
+    for name, value in LAVIN.items():
+        assert result["subtasks"][name]["score"] == pytest.approx(value, abs=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [("Yes", "yes"), ("yes.", "yes"), ("No", "no"), ("Snow", "no"), ("None", "no"), (" yes", "yes"),
+     ("  yes", "other"), ("Church", "other"), ("", "other"), ("The answer is yes", "other")],
+)  # fmt: skip
+def test_reading_of_answers(text, read):
+    assert eval_mme.read_answer(text) == read
+
+
+def test_subtask_score_by_hand():
+    """Image a: both right; image b: one right; image c: one right, one unreadable. 4 of 6, 1 of 3."""
+    rows = [
+        Row("a", "Yes", "yes"), Row("a", "No", "No."), Row("b", "Yes", "Yes"), Row("b", "No", "Yes"),
+        Row("c", "Yes", "Portrait"), Row("c", "No", "no"),
+    ]  # fmt: skip
+    scores = eval_mme.subtask_score(rows)
+    assert scores["score"] == pytest.approx(100 * 4 / 6 + 100 / 3)
+    assert scores["other"] == 1
+
+
+def make_files(folder, answers):
+    release = folder / "release"
+    for path in (release / "color", release / "artwork" / "questions_answers_YN"):
+        path.mkdir(parents=True, exist_ok=True)
+    # Two blanks before "Please", as in some questions of the release.
+    (release / "color" / "1.txt").write_text(
+        "Is it red?  Please answer yes or no.\tYes\nIs it blue? Please answer yes or no.\tNo\n"
+    )
+    (release / "artwork" / "questions_answers_YN" / "7.txt").write_text(
+        "Is it art? Please answer yes or no.\tYes\nIs it glass? Please answer yes or no.\tNo\n"
+    )
+    instruction = "\nAnswer the question using a single word or phrase."
+    questions = [
+        {"question_id": identity, "image": identity, "text": text + instruction, "category": "any"}
+        for identity, text in (
+            ("color/1.jpg", "Is it red?"), ("color/1.jpg", "Is it blue?"),
+            ("artwork/images/7.jpg", "Is it art?"), ("artwork/images/7.jpg", "Is it glass?"),
+        )
+    ]  # fmt: skip
+    write_jsonl(folder / "q.jsonl", questions)
+    write_jsonl(folder / "a.jsonl", answers)
+    argv = [
+        "--annotation-dir",
+        release,
+        "--question-file",
+        folder / "q.jsonl",
+        "--result-file",
+        folder / "a.jsonl",
+    ]
+    return argv, questions
+
+
+def test_questions_join_across_instructions_and_folders(tmp_path):
+    _, questions = make_files(tmp_path, [])
+    answers = [
+        answer(q["question_id"], text, q["text"])
+        for q, text in zip(questions, "Yes No Yes Yes".split(), strict=True)
+    ]
+    argv, _ = make_files(tmp_path, answers)
+    result = eval_mme.score_files(*map(str, argv[1::2]))
+    assert result["subtasks"]["color"]["score"] == 200.0
+    assert result["subtasks"]["artwork"]["score"] == 50.0
+    assert (result["perception"], result["cognition"]) == (250.0, 0) and result["coverage"].complete
+
+
+def test_half_answered_image_counts_in_accuracy_only(tmp_path, capsys):
+    _, questions = make_files(tmp_path, [])
+    argv, _ = make_files(tmp_path, [answer(q["question_id"], "Yes", q["text"]) for q in questions[:3]])
+    result = eval_mme.score_files(*map(str, argv[1::2]))
+    assert result["subtasks"]["artwork"]["score"] == 100.0
+    result["coverage"].report()
+    assert "1 of 4 questions have no answer" in capsys.readouterr().err
+
+
+def test_bad_input(tmp_path, capsys):
+    argv, questions = make_files(tmp_path, [answer("color/2.jpg", "Yes", "Is it red?")])
+    fails_with_one_line(eval_mme.main, argv, capsys, "no answer belongs")
+    write_jsonl(tmp_path / "q.jsonl", [*questions, {"question_id": "color/9.jpg", "text": "Is it odd?"}])
+    fails_with_one_line(eval_mme.main, argv, capsys, "color/9.jpg", "no ground truth")
+    (tmp_path / "release" / "color" / "1.txt").write_text("Is it red?\tMaybe\n")
+    fails_with_one_line(eval_mme.main, argv, capsys, "1.txt:1")
+    with pytest.raises(ValueError, match="consecutive"):
+        eval_mme.read_tool_rows(["a.jpg\tq\tYes\tyes", "b.jpg\tq\tNo\tno"])
