@@ -3,7 +3,7 @@
 ``with AutoPrune(target_tokens=64).attach(model) as run: model.generate(...)``, then ``run.traces``.
 """
 
-from llava.pruning.base import BEFORE_DECODER, LayerView, PruningMethod, Rows, Selection
+from llava.pruning.base import BEFORE_DECODER, LayerView, OptionError, PruningMethod, Rows, Selection
 from llava.pruning.information import mutual_information
 from llava.pruning.layout import VisualLayout
 from llava.pruning.methods.autoprune import AutoPrune
@@ -19,6 +19,7 @@ __all__ = [
     "AutoPrune",
     "Dense",
     "LayerView",
+    "OptionError",
     "PruningMethod",
     "PruningRun",
     "Rows",

@@ -33,13 +33,19 @@ class Rows(enum.Enum):
     LAST = "last"  # the last token of the prompt
 
 
+class OptionError(ValueError):
+    """An unknown method or option, or a value out of range: the mistake of whoever typed it, not of the program."""
+
+    is_user_error = True
+
+
 @dataclass(frozen=True)
 class Selection:
     """Visual tokens to keep, and vectors to append to them.
 
     Attributes:
-        keep_BK: ascending indices into the row's current visual tokens; entries behind ``keep[i]`` have the value V (the
-            padded number of visual tokens), as :func:`~llava.pruning.selection.top_k` returns them.
+        keep_BK: ascending indices into the row's current visual tokens; entries behind ``keep[i]`` have the value V
+            (the padded number of visual tokens), as :func:`~llava.pruning.selection.top_k` returns them.
         keep: kept tokens per row.
         merged_BMC: merged tokens, appended behind the last visual token of the row; None if there are none.
         merged: merged tokens per row.
@@ -58,7 +64,8 @@ class Selection:
 class LayerView:
     """What a method sees after a layer (or, at ``BEFORE_DECODER``, of the input embeddings).
 
-    Tensors that only some methods want are computed when first asked for. Visual tokens come in sequence order, padded at the end to the longest row; merged tokens are ordinary ones.
+    Tensors that only some methods want are computed when first asked for. Visual tokens come in sequence order, padded
+    at the end to the longest row; merged tokens are ordinary ones.
 
     Attributes:
         layer: index of the layer just run, or ``BEFORE_DECODER``.
@@ -124,9 +131,9 @@ class PruningMethod(ABC):
         for option in ("target_tokens", "visual_token_num"):
             value = getattr(self, option)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{option} must be an integer of at least 1, got {value!r}")
+                raise OptionError(f"{option} must be an integer of at least 1, got {value!r}")
         if self.positions not in ("compact", "original"):
-            raise ValueError(f"positions must be 'compact' or 'original', got {self.positions!r}")
+            raise OptionError(f"positions must be 'compact' or 'original', got {self.positions!r}")
 
     @abstractmethod
     def stages(self, num_layers: int) -> Mapping[int, Rows]:
@@ -136,12 +143,12 @@ class PruningMethod(ABC):
     def select(self, view: LayerView, memory: types.SimpleNamespace) -> Selection | None:
         """Choose among ``view``'s visual tokens; None leaves them all.
 
-        ``memory`` is empty at the start of every prefill and lives until its end: whatever the method has to remember
-        from one layer to the next. What it leaves there under ``report`` (name -> one value per row) goes into the trace.
+        ``memory`` is new in every prefill and lives until its end: whatever the method has to remember from one layer
+        to the next. What it leaves there under ``report`` (name -> one value per row) goes into the trace.
         """
 
     def attach(self, model: nn.Module):
-        """Context manager that prunes inside ``model`` and leaves it as it was; see :class:`~llava.pruning.PruningRun`."""
+        """Context manager (:class:`~llava.pruning.PruningRun`) that prunes inside ``model`` and then leaves it as it was."""
         from llava.pruning.run import PruningRun  # methods know nothing of modules; only this shortcut does
 
         return PruningRun(self, model)
@@ -156,14 +163,14 @@ class PruningMethod(ABC):
         """Build the method from option values; strings (command line) are converted to the type of the field.
 
         Raises:
-            ValueError: unknown option (the message lists the valid ones), or a value of the wrong kind.
+            OptionError: unknown option (the message lists the valid ones), or a value of the wrong kind.
         """
         hints = typing.get_type_hints(cls)
         known = cls.options()
         values = {}
         for key, value in options.items():
             if key not in known:
-                raise ValueError(f"method '{cls.name}' has no option '{key}'; valid options: {', '.join(known)}")
+                raise OptionError(f"method '{cls.name}' has no option '{key}'; valid options: {', '.join(known)}")
             values[key] = _convert(value, hints[key], key) if isinstance(value, str) else value
         return cls(**values)
 
@@ -181,4 +188,4 @@ def _convert(text: str, hint: Any, option: str) -> Any:
             except ValueError:
                 continue
     wanted = " or ".join(kind.__name__ for kind in kinds if kind is not types.NoneType)
-    raise ValueError(f"option '{option}' must be of type {wanted}, got '{text}'")
+    raise OptionError(f"option '{option}' must be of type {wanted}, got '{text}'")

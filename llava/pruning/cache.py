@@ -53,7 +53,9 @@ class CacheRecord:
         first = torch.tensor(self.next_positions, device=device).repeat_interleave(self.repeats(batch), dim=1)
         return first[:, :, None] + torch.arange(decoded, decoded + new_tokens, device=device)
 
-    def padding_mask(self, layer: int, decoded: int, new_tokens: int, batch: int, device: torch.device) -> Tensor | None:
+    def padding_mask(
+        self, layer: int, decoded: int, new_tokens: int, batch: int, device: torch.device
+    ) -> Tensor | None:
         """Bool ``[B, keys]`` over the cache of one layer and the new tokens; None if no row is padded."""
         lengths, width = self.lengths[layer], self.widths[layer]
         if min(lengths) == width:

@@ -115,7 +115,9 @@ def prefill(
         if rows is not None:
             attention = None
             if wanted is not None:
-                attention = _visual_attention(layer, tap.queries, compat.cached_keys(cache, index), rotary, sequences, wanted)
+                attention = _visual_attention(
+                    layer, tap.queries, compat.cached_keys(cache, index), rotary, sequences, wanted
+                )
                 recorder.scored(wanted, sequences)
             selection = method.select(view(index, wanted or query_rows, attention), memory)
             if selection is not None:
@@ -197,7 +199,7 @@ class _QueryTap:
 def _visual_attention(
     layer: nn.Module, queries: Tensor, keys: Tensor, rotary, sequences: Sequences, rows: tuple[int, ...]
 ) -> Tensor:
-    """Attention of the last ``rows[i]`` tokens of each row to its visual tokens, float32 ``[B, H, T, V]``, zero in padding."""
+    """Attention of each row's last ``rows[i]`` tokens to its visual tokens: float32 ``[B, H, T, V]``, padding zero."""
     most, width, device = max(rows), sequences.width, queries.device
     cos, sin = (table[:, -most:].to(device) for table in rotary)
     queries = rotate_rows(queries, cos, sin)
@@ -299,7 +301,9 @@ def decoder_shape(decoder: nn.Module, bytes_per_value: int) -> DecoderShape:
     )
 
 
-def dense_traces(decoder: nn.Module, layout: VisualLayout, lengths: tuple[int, ...], bytes_per_value: int) -> list[Trace]:
+def dense_traces(
+    decoder: nn.Module, layout: VisualLayout, lengths: tuple[int, ...], bytes_per_value: int
+) -> list[Trace]:
     """Traces of a prefill that dropped nothing."""
     shape = decoder_shape(decoder, bytes_per_value)
     return [

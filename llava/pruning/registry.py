@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-from llava.pruning.base import PruningMethod
+from llava.pruning.base import OptionError, PruningMethod
 
 _METHODS = {
     "autoprune": "AutoPrune",
@@ -23,8 +23,8 @@ def get_method(name: str) -> type[PruningMethod]:
     """The class of a method.
 
     Raises:
-        ValueError: unknown name; the message lists the valid ones.
+        OptionError: unknown name; the message lists the valid ones.
     """
     if name not in _METHODS:
-        raise ValueError(f"unknown pruning method '{name}'; available: {', '.join(list_methods())}")
+        raise OptionError(f"unknown pruning method '{name}'; available: {', '.join(list_methods())}")
     return getattr(importlib.import_module(f"llava.pruning.methods.{name}"), _METHODS[name])

@@ -48,7 +48,7 @@ def prune_step(visual_tokens: int, keep: int, recycle_fraction: float = 0.3) -> 
 
 
 def dynamic_slope(mutual_information: float, k0: float = 0.4, gamma: float = 0.2) -> float:
-    """Slope of the logistic curve, ``max(k0 - gamma * MI, 0)``: the stronger text and image are coupled, the flatter."""
+    """Slope of the logistic curve, ``max(k0 - gamma * MI, 0)``: the closer text and image are coupled, the flatter."""
     return max(k0 - gamma * mutual_information, 0.0)
 
 
@@ -125,7 +125,7 @@ def _total_tokens(shares: list[float], scale: float, coarse_tokens: int, recycle
 def tokens_to_keep(coarse_tokens: int, share: float) -> int:
     """Tokens a layer keeps at a scaled share: ``ceil((coarse_tokens - 1) * share)``.
 
-    The base is one less than the tokens after layer 0, so even a share of 1 drops one token; and the product is taken in
+    The base is one less than the tokens after layer 0, so even a share of 1 drops one token; and the product is in
     float32 while :func:`fit_to_budget` plans in float64, so on a flat curve the two can differ by one token. Both are
     the published behavior.
     """

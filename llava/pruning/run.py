@@ -83,9 +83,7 @@ class PruningRun:
             seconds.append(timing)
         return seconds
 
-    def set_visual(
-        self, layout: VisualLayout, cls_attention: Tensor | Sequence[Tensor | None] | None = None
-    ) -> None:
+    def set_visual(self, layout: VisualLayout, cls_attention: Tensor | Sequence[Tensor | None] | None = None) -> None:
         """Say where the visual tokens of the next prompts are; holds until it is set again.
 
         Args:
@@ -189,8 +187,8 @@ class PruningRun:
     def _layout_for(self, batch: int) -> tuple[VisualLayout, int]:
         if self._layout is None:
             raise RuntimeError(
-                "the pruning run does not know where the visual tokens are: call run.set_visual(VisualLayout...) before "
-                "the prefill (LlavaLlamaForCausalLM does so itself)"
+                "the pruning run does not know where the visual tokens are: call run.set_visual(VisualLayout...) "
+                "before the prefill (LlavaLlamaForCausalLM does so itself)"
             )
         if batch % self._layout.batch_size:
             raise ValueError(
@@ -212,9 +210,7 @@ class PruningRun:
 
     @staticmethod
     def _output(hidden: Tensor, cache, states, return_dict: bool | None):
-        output = compat.BaseModelOutputWithPast(
-            last_hidden_state=hidden, past_key_values=cache, hidden_states=states
-        )
+        output = compat.BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache, hidden_states=states)
         return output.to_tuple() if return_dict is False else output
 
 

@@ -59,7 +59,7 @@ def density_peaks(
 ) -> DensityPeaks:
     """Density-peak clustering with k nearest neighbors (DPC-kNN), k = number of clusters, the token itself included.
 
-    Density is ``exp(-mean of the k smallest squared distances)``; the distance to the parent is the smallest distance to
+    Density is ``exp(-mean of the k smallest squared distances)``; the distance to the parent is the smallest one to
     a strictly denser token, or the largest distance of the sample where there is none; the centers are the tokens with
     the largest product of both. With two clusters the closest pair always ties for the top density; the published code
     breaks that tie with random noise, here the lower index (higher relevance) comes first.

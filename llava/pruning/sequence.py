@@ -112,7 +112,7 @@ class Sequences:
         return padding_mask(self.lengths, self.width, self.hidden_BNC.device)
 
     def gather_visual(self, values_BN: Tensor) -> Tensor:
-        """Pick the columns of the visual tokens: ``[B, ..., N]`` to ``[B, ..., V]``; padding repeats the last column."""
+        """Pick the columns of the visual tokens, ``[B, ..., N]`` to ``[B, ..., V]``; padding picks any column."""
         index = self.slots_BV.clamp_max(values_BN.shape[-1] - 1)
         if len(index) == 1:
             return values_BN.index_select(-1, index[0])

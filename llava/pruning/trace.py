@@ -72,7 +72,7 @@ class Trace:
         """Mean visual tokens per layer.
 
         Args:
-            kind: ``nominal`` counts what leaves each layer, as the paper does; ``processed`` what each layer computed on.
+            kind: ``nominal`` counts what leaves each layer, as the paper does; ``processed`` what a layer computed on.
         """
         if kind not in ("nominal", "processed"):
             raise ValueError(f"kind must be 'nominal' or 'processed', got {kind!r}")

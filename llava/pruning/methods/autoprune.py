@@ -5,8 +5,8 @@ information of the text-to-visual attention in layer 1 sets the slope of a logis
 the budget; after every further layer the least attended tokens go, and the better part of them is recycled: clustered
 and appended as a few merged tokens. No training.
 
-Budget: ``target_tokens`` is the nominal mean, the tokens *leaving* the layers (layer 0 charged with what it leaves). The
-processed mean is about ``target_tokens + (N - tokens leaving the last layer) / layers``, always larger.
+Budget: ``target_tokens`` is the nominal mean, the tokens *leaving* the layers (layer 0 charged with what it leaves).
+The processed mean is about ``target_tokens + (N - tokens leaving the last layer) / layers``, always larger.
 
 Behaviors of the published code that affect the result are kept and marked "published" below. Deviations: merging is
 deterministic (no random tie-break), mutual information and scores are summed in float32, any batch size works, and with
@@ -23,7 +23,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava.pruning.base import LayerView, PruningMethod, Rows, Selection
+from llava.pruning.base import LayerView, OptionError, PruningMethod, Rows, Selection
 from llava.pruning.information import mutual_information
 from llava.pruning.retention import (
     coarse_token_count,
@@ -76,14 +76,14 @@ class AutoPrune(PruningMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.target_tokens is None:
-            raise ValueError("autoprune needs target_tokens")
+            raise OptionError("autoprune needs target_tokens")
         if self.coarse_factor < 1:
-            raise ValueError(f"coarse_factor must be at least 1, got {self.coarse_factor}")
+            raise OptionError(f"coarse_factor must be at least 1, got {self.coarse_factor}")
         for option in ("amplitude", "eps"):
             if getattr(self, option) <= 0:
-                raise ValueError(f"{option} must be above 0, got {getattr(self, option)}")
+                raise OptionError(f"{option} must be above 0, got {getattr(self, option)}")
         if not 0 <= self.recycle_fraction <= 1:
-            raise ValueError(f"recycle_fraction must lie in 0..1, got {self.recycle_fraction}")
+            raise OptionError(f"recycle_fraction must lie in 0..1, got {self.recycle_fraction}")
 
     def stages(self, num_layers: int) -> Mapping[int, Rows]:
         return {layer: Rows.TEXT for layer in range(num_layers)}

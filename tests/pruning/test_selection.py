@@ -1,0 +1,103 @@
+"""Top-k and clustering against recorded cases and naive loops."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from llava.pruning import dpc_knn_merge
+from llava.pruning.selection import density_peaks, top_k
+
+
+def naive_dpc(tokens: torch.Tensor, clusters: int) -> torch.Tensor:
+    """Density peaks one number at a time, in float64."""
+    rows = tokens.double().tolist()
+    count, width = len(rows), len(rows[0])
+    distance = [[math.dist(a, b) / math.sqrt(width) for b in rows] for a in rows]
+    density = [math.exp(-sum(d * d for d in sorted(line)[:clusters]) / clusters) for line in distance]
+    farthest = max(map(max, distance))
+    score = []
+    for i in range(count):
+        parents = [distance[i][j] for j in range(count) if density[j] > density[i]]
+        score.append(density[i] * min(parents, default=farthest))
+    centers = sorted(range(count), key=lambda i: (-score[i], i))[:clusters]
+    members = [[] for _ in centers]
+    for i in range(count):
+        if i in centers:
+            members[centers.index(i)].append(i)
+        else:
+            nearest = min(range(clusters), key=lambda k: (distance[i][centers[k]], k))
+            members[nearest].append(i)
+    return torch.tensor(
+        [[sum(rows[i][c] for i in group) / (len(group) + 1e-6) for c in range(width)] for group in members]
+    )
+
+
+def test_goldens(golden):
+    facts, arrays = golden("pure_functions")
+    for name, fact in facts["cluster_and_merge"].items():
+        tokens = torch.from_numpy(arrays[f"{name}/x"]).float()
+        noise = torch.from_numpy(arrays[f"{name}/noise"])
+        clusters = fact["n_clusters"]
+        peaks = density_peaks(tokens[None], [clusters], [len(tokens)], noise[None])
+        assert peaks.centers_BK[0].tolist() == arrays[f"{name}/centers"].tolist()
+        assert peaks.assignment_BM[0].tolist() == arrays[f"{name}/assign"].tolist()
+        for ours, recorded in ((peaks.parent_distance_BM, "parent_dist"), (peaks.score_BM, "score")):
+            torch.testing.assert_close(ours[0], torch.from_numpy(arrays[f"{name}/{recorded}"]), atol=1e-5, rtol=1e-4)
+        merged = dpc_knn_merge(tokens, clusters, noise=noise)
+        torch.testing.assert_close(merged, torch.from_numpy(arrays[f"{name}/merged"]), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("count", "clusters"), [(1, 1), (5, 1), (7, 3), (30, 4), (12, 12)])
+def test_merge_equals_a_naive_loop(count, clusters):
+    tokens = torch.randn(count, 16, generator=torch.Generator().manual_seed(count))
+    torch.testing.assert_close(
+        dpc_knn_merge(tokens, clusters), naive_dpc(tokens, clusters).float(), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_rows_of_a_batch_are_merged_as_if_alone():
+    generator = torch.Generator().manual_seed(3)
+    counts, clusters = [31, 12, 1, 0], [4, 2, 1, 0]
+    padded = torch.full((4, 31, 8), 1e3)  # garbage in the padding must not matter
+    for row, count in enumerate(counts):
+        padded[row, :count] = torch.randn(count, 8, generator=generator)
+    merged = dpc_knn_merge(padded, clusters, counts=counts)
+    for row, (count, wanted) in enumerate(zip(counts, clusters, strict=True)):
+        if count:
+            torch.testing.assert_close(merged[row, :wanted], dpc_knn_merge(padded[row, :count], wanted))
+
+
+def test_two_clusters_tie_and_the_lower_rows_win():
+    # k = 2 gives both members of the closest pair the same density; the result may not depend on chance.
+    tokens = torch.tensor([[0.0], [5.0], [5.1], [20.0]])
+    peaks = density_peaks(tokens[None], [2], [4])
+    assert peaks.centers_BK[0].tolist() == [1, 2]
+    assert torch.equal(dpc_knn_merge(tokens, 2), dpc_knn_merge(tokens, 2))
+
+
+def test_identical_tokens_keep_their_clusters():
+    merged = dpc_knn_merge(torch.ones(6, 4), 3)
+    torch.testing.assert_close(merged, torch.ones(3, 4), atol=1e-5, rtol=0)
+
+
+def test_half_precision_is_merged_in_float32():
+    tokens = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    merged = dpc_knn_merge(tokens, 3)
+    assert merged.dtype == torch.bfloat16
+    torch.testing.assert_close(merged, dpc_knn_merge(tokens.float(), 3).bfloat16())
+
+
+@pytest.mark.parametrize("clusters", [0, 4])
+def test_impossible_cluster_counts_are_refused(clusters):
+    with pytest.raises(ValueError, match="clusters"):
+        dpc_knn_merge(torch.zeros(3, 2), clusters)
+
+
+def test_top_k_breaks_ties_by_index_and_pads():
+    scores = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0], [5.0, 5.0, 9.0, 7.0, 7.0]])
+    chosen = top_k(scores, counts=[5, 2], keep=[2, 1])
+    assert chosen.tolist() == [[1, 2], [0, 5]]
+    assert top_k(scores, counts=[5, 5], keep=[4, 4]).tolist() == [[0, 1, 2, 3], [0, 2, 3, 4]]
