@@ -47,11 +47,7 @@ def split_images(images: Images | None) -> list[Tensor]:
         return [images] if images.ndim == 3 else list(images)
     for image in images:
         if not isinstance(image, Tensor) or image.ndim not in (3, 4):
-            found = (
-                f"a tensor of shape {tuple(image.shape)}"
-                if isinstance(image, Tensor)
-                else type(image).__name__
-            )
+            found = f"a tensor of shape {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
             raise UserError(
                 f"images must be tensors [3, S, S] or [crops, 3, S, S], found {found}: "
                 "use llava.mm_utils.process_images first"
@@ -109,9 +105,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
 
     def _project_crops(self, crops: Tensor, with_cls_attention: bool) -> tuple[Tensor, Tensor | None]:
         tower = self.get_vision_tower()
-        encoded = encode_crops(
-            tower.vision_tower, crops, tower.select_layer, tower.select_feature, with_cls_attention
-        )
+        encoded = encode_crops(tower.vision_tower, crops, tower.select_layer, tower.select_feature, with_cls_attention)
         projector = self.model.multi_modal_projector
         features = encoded.features_NPC.to(projector.linear_1.bias.dtype)
         return projector(features), encoded.cls_attention_NP
@@ -139,9 +133,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
             if values is not None and len(values) != len(per_image):
                 raise UserError(f"{name} has {len(values)} entries for {len(per_image)} image(s)")
         grids = [
-            self._grid(image, None if sizes is None else sizes[i])
-            if image.ndim == 4 and len(image) > 1
-            else None
+            self._grid(image, None if sizes is None else sizes[i]) if image.ndim == 4 and len(image) > 1 else None
             for i, image in enumerate(per_image)
         ]
         device = self.model.vision_tower.embeddings.patch_embedding.weight.device
@@ -173,19 +165,15 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
 
     def _grid(self, crops: Tensor, size_wh: tuple[int, int] | None) -> tuple[int, int]:
         if size_wh is None:
-            raise UserError(
-                "images cut into several crops need image_sizes=[(width, height), ...] to be put together"
-            )
+            raise UserError("images cut into several crops need image_sizes=[(width, height), ...] to be put together")
         pinpoints = getattr(self.config, "image_grid_pinpoints", None)
         if not pinpoints:
-            raise UserError(
-                "images cut into several crops need image_grid_pinpoints in the checkpoint's config.json"
-            )
+            raise UserError("images cut into several crops need image_grid_pinpoints in the checkpoint's config.json")
         rule = getattr(self.config, "anyres_resolution_rule", "fill")
         grid = get_anyres_image_grid_shape(size_wh, pinpoints, self.config.vision_config.image_size, rule)
         if 1 + grid[0] * grid[1] != len(crops):
             raise UserError(
-                f"an image of size {tuple(size_wh)} makes {grid[0]} x {grid[1]} tiles and one whole view, but has "
+                f"an image of size {tuple(size_wh)} makes {grid[0]} x {grid[1]} tiles and a whole view, but has "
                 f"{len(crops)} crops: pass in image_sizes the size of the image that was preprocessed"
             )
         return grid
@@ -245,12 +233,8 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         `labels`. Without images this is a plain decoder call, and `input_ids` keep their padding.
         """
         run = self.pruning_run
-        if run is not None and (
-            kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs") is not None
-        ):
-            raise UserError(
-                "a pruning run is attached: pass images= with -200 placeholders instead of pixel_values="
-            )
+        if run is not None and (kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs") is not None):
+            raise UserError("a pruning run is attached: pass images= with -200 placeholders instead of pixel_values=")
         starts = past_key_values is None or past_key_values.get_seq_length() == 0
         if input_ids is not None and inputs_embeds is None and starts and kwargs.get("pixel_values") is None:
             if images is not None or any(count_placeholders(input_ids)):
@@ -311,9 +295,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         ids = ids[None] if ids.ndim == 1 else ids
         if attention_mask is not None:
             attention_mask = attention_mask.to(ids.device).reshape(ids.shape)
-        prepared = self.prepare_multimodal_inputs(
-            ids, images, image_sizes, attention_mask, image_masks=image_masks
-        )
+        prepared = self.prepare_multimodal_inputs(ids, images, image_sizes, attention_mask, image_masks=image_masks)
         run = self.pruning_run
         if run is not None:
             run.set_visual(prepared.layout, cls_attention=prepared.cls_attention)
@@ -328,18 +310,14 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         if kwargs.get("pixel_values") is not None:
             raise UserError("pass images= (LLaVA's convention) instead of pixel_values=")
         if kwargs.get("position_ids") is not None:
-            raise UserError(
-                "position_ids= is not supported: positions follow from the prompt and its attention_mask"
-            )
+            raise UserError("position_ids= is not supported: positions follow from the prompt and its attention_mask")
 
         def option(name: str) -> Any:
             config = kwargs.get("generation_config") or self.generation_config
             return kwargs[name] if name in kwargs else getattr(config, name, None)
 
         if option("prefill_chunk_size") is not None:
-            raise UserError(
-                "prefill_chunk_size cannot be used: prompts reach the decoder as embeddings, in one piece"
-            )
+            raise UserError("prefill_chunk_size cannot be used: prompts reach the decoder as embeddings, in one piece")
         if self.pruning_run is None:
             return
         implementation = option("cache_implementation")
@@ -353,9 +331,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
             if getattr(cache, "is_compileable", False):
                 raise UserError(f"{type(cache).__name__} cannot be used with pruning: use DynamicCache")
             if cache.get_seq_length() > 0:
-                raise UserError(
-                    "pruning cannot continue a filled cache: pass the whole conversation as one prompt"
-                )
+                raise UserError("pruning cannot continue a filled cache: pass the whole conversation as one prompt")
 
 
 def _set_text_only(run: Any, input_ids: Tensor) -> None:
