@@ -148,7 +148,7 @@ class PruningMethod(ABC):
         """
 
     def attach(self, model: nn.Module):
-        """Context manager (:class:`~llava.pruning.PruningRun`) that prunes inside ``model`` and then leaves it as it was."""
+        """Context manager (a ``PruningRun``) that prunes inside ``model`` and afterwards leaves it as it was."""
         from llava.pruning.run import PruningRun  # methods know nothing of modules; only this shortcut does
 
         return PruningRun(self, model)

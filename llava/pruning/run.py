@@ -29,6 +29,7 @@ class PruningRun:
     Attributes:
         method: the attached method.
         traces: one :class:`Trace` per sample per prefill, in order; may be cleared at any time.
+        samples_seen: running number of the next sample; set it to continue an earlier run (seeded methods use it).
     """
 
     def __init__(self, method: PruningMethod, model: nn.Module) -> None:
@@ -38,8 +39,9 @@ class PruningRun:
         self._stages = method.stages(len(self.decoder.layers))
         self._layout: VisualLayout | None = None
         self._cls: list[Tensor] | None = None
-        self._timings: list[float | tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._samples_seen = 0
+        self.samples_seen = 0
+        self._seconds: list[float] = []
+        self._unread: list[_Stopwatch] = []
         self._model = model
 
     def __enter__(self) -> PruningRun:
@@ -74,14 +76,9 @@ class PruningRun:
     @property
     def prefill_seconds(self) -> list[float]:
         """Wall-clock seconds of every decoder prefill, selection included; reading it waits for the device."""
-        seconds = []
-        for timing in self._timings:
-            if not isinstance(timing, float):
-                start, end = timing
-                end.synchronize()
-                timing = start.elapsed_time(end) / 1000
-            seconds.append(timing)
-        return seconds
+        self._seconds.extend(watch.seconds() for watch in self._unread)
+        self._unread.clear()
+        return self._seconds
 
     def set_visual(self, layout: VisualLayout, cls_attention: Tensor | Sequence[Tensor | None] | None = None) -> None:
         """Say where the visual tokens of the next prompts are; holds until it is set again.
@@ -170,8 +167,8 @@ class PruningRun:
                 traces = pruned.traces
                 cached = cache if use_cache or past_key_values is not None or use_cache is None else None
                 result = self._output(pruned.hidden_BNC, cached, pruned.hidden_states, return_dict)
-        self._timings.append(watch.timing)
-        self._samples_seen += layout.batch_size // repeats
+        self._unread.append(watch)
+        self.samples_seen += layout.batch_size // repeats
         self.traces.extend(traces[::repeats])
         return result
 
@@ -205,7 +202,7 @@ class PruningRun:
         return padded.repeat_interleave(repeats, dim=0)
 
     def _sample_ids(self, repeats: int) -> tuple[int, ...]:
-        first = self._samples_seen
+        first = self.samples_seen
         return tuple(first + row for row in range(self._layout.batch_size) for _ in range(repeats))
 
     @staticmethod
@@ -240,7 +237,6 @@ class _Stopwatch:
         self.events = None
         if device.type == "cuda":
             self.events = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.timing: float | tuple | None = None
 
     def __enter__(self) -> _Stopwatch:
         if self.events:
@@ -252,6 +248,12 @@ class _Stopwatch:
     def __exit__(self, *exc) -> None:
         if self.events:
             self.events[1].record()
-            self.timing = self.events
         else:
-            self.timing = time.perf_counter() - self.started
+            self.elapsed = time.perf_counter() - self.started
+
+    def seconds(self) -> float:
+        if not self.events:
+            return self.elapsed
+        start, end = self.events
+        end.synchronize()
+        return start.elapsed_time(end) / 1000

@@ -83,6 +83,11 @@ def test_random_depends_on_seed_and_sample_not_on_the_batch(model):
     for one, other in zip(together, run.traces, strict=True):
         assert torch.equal(one.kept[0], other.kept[0])
     assert not torch.equal(together[0].kept[0], together[1].kept[0])
+    with method.attach(model) as run, torch.no_grad():  # a resumed run goes on counting where the first one stopped
+        run.samples_seen = 2
+        run.set_visual(batch.alone(2)["layout"])
+        model(inputs_embeds=batch.embeds[2][None])
+    assert torch.equal(run.traces[0].kept[0], together[2].kept[0]) and run.samples_seen == 3
     _, _, reseeded = generate(model, get_method("random")(target_tokens=10, seed=8), batch.alone(0), new_tokens=1)
     assert not torch.equal(reseeded[0].kept[0], together[0].kept[0])
 
