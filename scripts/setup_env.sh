@@ -54,7 +54,7 @@ autoprune_setup() {
             _autoprune_die "AUTOPRUNE_PYTHON=$AUTOPRUNE_PYTHON is $("$AUTOPRUNE_PYTHON" -V 2>&1); Python >= 3.10 is needed"
             return
         fi
-        if ! "$AUTOPRUNE_PYTHON" -c 'import torch, transformers, sentencepiece, PIL, tqdm, shortuuid' >/dev/null 2>&1; then
+        if ! "$AUTOPRUNE_PYTHON" -c 'import torch, transformers, sentencepiece, google.protobuf, PIL, tqdm, shortuuid' >/dev/null 2>&1; then
             _autoprune_die "AUTOPRUNE_PYTHON=$AUTOPRUNE_PYTHON lacks packages; run: $AUTOPRUNE_PYTHON -m pip install" \
                 "-c constraints.txt -e '.[dev]' in $AUTOPRUNE_ROOT"
             return

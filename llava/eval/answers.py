@@ -31,9 +31,7 @@ class AnswerFile:
     refused rather than mixed.
     """
 
-    def __init__(
-        self, path: str | Path, model_id: str, metadata: Mapping[str, Any], resume: bool = True
-    ) -> None:
+    def __init__(self, path: str | Path, model_id: str, metadata: Mapping[str, Any], resume: bool = True) -> None:
         self.path = Path(path)
         self.model_id = model_id
         self.metadata = dict(metadata)

@@ -52,12 +52,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model-path", required=True, help="checkpoint folder or hub name")
     group.add_argument("--model-base", default=None, help="base checkpoint of a LoRA or projector-only model")
     group.add_argument("--device", default=None, help="cuda, cuda:1, mps, cpu; default: the best there is")
-    group.add_argument(
-        "--dtype", default="auto", choices=DTYPES, help="auto: float16 on a GPU, float32 on a CPU"
-    )
-    group.add_argument(
-        "--attn-implementation", default=None, help="eager, sdpa or flash_attention_2; default: sdpa"
-    )
+    group.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: float16 on a GPU, float32 on a CPU")
+    group.add_argument("--attn-implementation", default=None, help="eager, sdpa or flash_attention_2; default: sdpa")
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,13 +61,9 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("generation")
     group.add_argument("--conv-mode", default="vicuna_v1", help="name of the conversation template")
     group.add_argument("--temperature", type=float, default=0.0, help="0: greedy; above: sampling")
-    group.add_argument(
-        "--top-p", "--top_p", type=float, default=None, help="nucleus sampling: probability mass kept"
-    )
+    group.add_argument("--top-p", "--top_p", type=float, default=None, help="nucleus sampling: probability mass kept")
     group.add_argument("--num-beams", "--num_beams", type=int, default=1, help="beams of beam search")
-    group.add_argument(
-        "--max-new-tokens", "--max_new_tokens", type=int, default=128, help="tokens per answer at most"
-    )
+    group.add_argument("--max-new-tokens", "--max_new_tokens", type=int, default=128, help="tokens per answer at most")
     group.add_argument("--seed", type=int, default=0, help="seed of sampling")
     group.add_argument("--batch-size", type=int, default=1, help="questions per forward pass")
 
@@ -102,15 +94,9 @@ def add_pruning_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="positions of surviving tokens: renumbered in each layer, or kept; default: the method's own",
     )
-    group.add_argument(
-        "--x0", type=float, default=None, help="AutoPrune: middle of the curve, in layers (14.9)"
-    )
-    group.add_argument(
-        "--k0", type=float, default=None, help="AutoPrune: base slope of the curve, per layer (0.4)"
-    )
-    group.add_argument(
-        "--gamma", type=float, default=None, help="AutoPrune: slope per bit of information (0.2)"
-    )
+    group.add_argument("--x0", type=float, default=None, help="AutoPrune: middle of the curve, in layers (14.9)")
+    group.add_argument("--k0", type=float, default=None, help="AutoPrune: base slope of the curve, per layer (0.4)")
+    group.add_argument("--gamma", type=float, default=None, help="AutoPrune: slope per bit of information (0.2)")
     group.add_argument(
         "--method-args",
         default="",

@@ -24,9 +24,7 @@ def to_prediction(text: str) -> str:
     return text.rstrip(".").lower()
 
 
-def gqa_accuracy(
-    questions: Mapping[str, dict[str, Any]], answers: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
+def gqa_accuracy(questions: Mapping[str, dict[str, Any]], answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Exact-match accuracy in percent over the answered balanced questions.
 
     questions: id -> `answer`, `types` and `isBalanced`; answers: `question_id` and `text`, where `text` is
@@ -57,10 +55,7 @@ def gqa_accuracy(
 
     return {
         **{name: percent(values) for name, values in groups.items()},
-        "types": {
-            kind: {k: (percent(v), len(v)) for k, v in sorted(table.items())}
-            for kind, table in by_type.items()
-        },
+        "types": {kind: {k: (percent(v), len(v)) for k, v in sorted(table.items())} for kind, table in by_type.items()},
         "samples": len(found),
         "coverage": coverage,
     }
@@ -109,9 +104,7 @@ def score_files(annotation_file: str, result_file: str) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description="GQA accuracy of a LLaVA answer file or of converted predictions.")
     parser.add_argument("--annotation-file", required=True, help="testdev_balanced_questions.json")
-    parser.add_argument(
-        "--result-file", required=True, help="answer file (.jsonl) or converted predictions (.json)"
-    )
+    parser.add_argument("--result-file", required=True, help="answer file (.jsonl) or converted predictions (.json)")
     parser.add_argument("--json", metavar="PATH", help="write the result as JSON (percent)")
     args = parser.parse_args(argv)
     result = score_files(args.annotation_file, args.result_file)
@@ -125,9 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"  {name}: {percent:.2f}% ({count} questions)")
     coverage.report()
     if args.json:
-        flat = {
-            f"{kind}_{name}": percent for kind, table in types.items() for name, (percent, _) in table.items()
-        }
+        flat = {f"{kind}_{name}": percent for kind, table in types.items() for name, (percent, _) in table.items()}
         write_json(args.json, {**result, **flat, **coverage.to_dict()})
 
 

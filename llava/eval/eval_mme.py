@@ -143,9 +143,7 @@ def load_truth(folder: str) -> dict[tuple[str, str, str], str]:
     Text files lie in `<category>/questions_answers_YN/` if that exists, in `<category>/` otherwise.
     """
     truth = {}
-    for category in sorted(
-        path for path in require_folder(folder, "annotation folder").iterdir() if path.is_dir()
-    ):
+    for category in sorted(path for path in require_folder(folder, "annotation folder").iterdir() if path.is_dir()):
         nested = category / "questions_answers_YN"
         for path in sorted((nested if nested.is_dir() else category).glob("*.txt")):
             for number, line in enumerate(read_text(path, "annotation file").splitlines(), start=1):
@@ -171,9 +169,7 @@ def load_questions(path: str) -> list[dict[str, Any]]:
 
 def score_files(annotation_dir: str, question_file: str, result_file: str) -> dict[str, Any]:
     """`evaluate_mme` on files; raises `UserError` when no answer belongs to a question."""
-    result = evaluate_mme(
-        load_truth(annotation_dir), load_questions(question_file), load_answers(result_file)
-    )
+    result = evaluate_mme(load_truth(annotation_dir), load_questions(question_file), load_answers(result_file))
     if not result["subtasks"]:
         raise UserError(f"{result_file}: no answer belongs to a question of {Path(question_file).name}")
     return result

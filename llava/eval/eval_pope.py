@@ -95,15 +95,11 @@ def _label_is_yes(entry: dict[str, Any], category: str) -> bool:
     return label == "yes"
 
 
-def _check_alignment(
-    category: str, entries: Sequence[dict[str, Any]], asked: Sequence[dict[str, Any]]
-) -> None:
+def _check_alignment(category: str, entries: Sequence[dict[str, Any]], asked: Sequence[dict[str, Any]]) -> None:
     """Labels join by position, so a label file of another release would silently give nonsense."""
     name = f"{_PREFIX}{category}.json"
     if not asked:
-        raise UserError(
-            f"the question file has no question of category {category!r}, for which there is {name}"
-        )
+        raise UserError(f"the question file has no question of category {category!r}, for which there is {name}")
     if len(entries) != len(asked):
         raise UserError(
             f"{name} has {len(entries)} labels but the question file has {len(asked)} such questions; "
@@ -145,9 +141,7 @@ def load_questions(path: str) -> list[dict[str, Any]]:
 
 def score_files(annotation_dir: str, question_file: str, result_file: str) -> dict[str, Any]:
     """`evaluate_pope` on files; raises `UserError` when no answer belongs to a question."""
-    result = evaluate_pope(
-        load_labels(annotation_dir), load_questions(question_file), load_answers(result_file)
-    )
+    result = evaluate_pope(load_labels(annotation_dir), load_questions(question_file), load_answers(result_file))
     if not result["categories"]:
         raise UserError(f"{result_file}: no answer belongs to a question of {Path(question_file).name}")
     return result
@@ -170,9 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--annotation-dir", required=True, help="folder with coco_pope_*.json")
     parser.add_argument("--question-file", required=True, help="llava_pope_test.jsonl")
     parser.add_argument("--result-file", required=True, help="answer file (.jsonl)")
-    parser.add_argument(
-        "--json", metavar="PATH", help="write the result as JSON (F1 and other ratios 0 to 1)"
-    )
+    parser.add_argument("--json", metavar="PATH", help="write the result as JSON (F1 and other ratios 0 to 1)")
     args = parser.parse_args(argv)
     result = score_files(args.annotation_dir, args.question_file, args.result_file)
     for category, s in result["categories"].items():

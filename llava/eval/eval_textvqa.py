@@ -35,9 +35,7 @@ def question_of_prompt(prompt: str) -> str:
     return lines[0].lower() if lines else ""
 
 
-def textvqa_accuracy(
-    annotations: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
+def textvqa_accuracy(annotations: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Mean soft accuracy in percent over the answered questions.
 
     annotations: entries with `image_id`, `question` and `answers` (ten strings); answers: entries with
@@ -64,11 +62,7 @@ def load_annotations(path: str) -> list[dict[str, Any]]:
     for index, item in enumerate(data):
         valid = isinstance(item, dict) and "image_id" in item and isinstance(item.get("question"), str)
         references = item.get("answers") if valid else None
-        if (
-            not isinstance(references, list)
-            or not references
-            or not all(isinstance(a, str) for a in references)
-        ):
+        if not isinstance(references, list) or not references or not all(isinstance(a, str) for a in references):
             raise UserError(f"{path}: data[{index}] needs 'image_id', 'question' and a list of 'answers'")
     return data
 
@@ -97,9 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     annotations = load_annotations(args.annotation_file)
     files = [args.result_file]
     if args.result_dir:
-        files = [
-            str(path) for path in sorted(require_folder(args.result_dir, "result folder").glob("*.jsonl"))
-        ]
+        files = [str(path) for path in sorted(require_folder(args.result_dir, "result folder").glob("*.jsonl"))]
         if not files:
             raise UserError(f"{args.result_dir}: holds no .jsonl file")
     for file in files:

@@ -61,15 +61,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="keep the answers that the answers file already has; --no-resume starts over",
     )
     output.add_argument("--strict", action="store_true", help="stop at the first sample that cannot be read")
-    output.add_argument(
-        "--trace-file", default=None, help="one JSON line per sample: tokens per layer, MI, slope"
-    )
+    output.add_argument("--trace-file", default=None, help="one JSON line per sample: tokens per layer, MI, slope")
     return parser
 
 
 def load_model(args: argparse.Namespace) -> tuple[Any, Any, Any, int]:
     """LLaVA's 4-tuple for the model flags."""
     import torch
+    from transformers.utils import logging as transformers_logging
 
     from llava.mm_utils import get_model_name_from_path
     from llava.model.builder import load_pretrained_model
@@ -85,6 +84,9 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any, Any, int]:
     if args.attn_implementation is not None:
         kwargs["attn_implementation"] = args.attn_implementation
     name = get_model_name_from_path(args.model_path)
+    if not sys.stderr.isatty():
+        # A log file needs no bar per weight; on a terminal it shows that a large checkpoint is being read.
+        transformers_logging.disable_progress_bar()
     return load_pretrained_model(args.model_path, args.model_base, name, device=args.device, **kwargs)
 
 
@@ -227,9 +229,7 @@ def print_summary(statistics: Any, total: int, skipped: int, seconds: float, bat
                 f" of {means['visual']:.0f}; decoder prefill FLOPs {100 * means['flops_ratio']:.1f}% of dense"
             )
     if skipped:
-        lines.append(
-            f"{skipped} samples were skipped, see above; a rerun retries them (exit status {SKIPPED_STATUS})"
-        )
+        lines.append(f"{skipped} samples were skipped, see above; a rerun retries them (exit status {SKIPPED_STATUS})")
     print("\n".join(lines), file=sys.stderr)
 
 

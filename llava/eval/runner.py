@@ -124,9 +124,7 @@ def open_image(folder: Path, name: str) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (
-        Exception
-    ) as error:  # decoders of damaged files raise nearly anything: OSError, SyntaxError, struct.error
+    except Exception as error:  # decoders of damaged files raise nearly anything: OSError, SyntaxError, struct.error
         reason = " ".join(str(error).split()) or type(error).__name__
         raise SampleError(f"image {path} cannot be decoded ({reason})") from None
 
@@ -175,7 +173,9 @@ class Answerer:
             # Seeded by position, so that a resumed run draws what an uninterrupted one draws.
             torch.manual_seed(self.generation.seed + samples[0].question.index)
         run.traces.clear()
-        timings_before = len(run.prefill_seconds)
+        run.prefill_seconds.clear()
+        # Methods that draw at random draw by sample number: the same for resumed and chunked runs.
+        run.samples_seen = samples[0].question.index
         started = time.perf_counter()
         with torch.inference_mode():
             output = self.model.generate(
@@ -188,7 +188,7 @@ class Answerer:
             )
         texts = self.tokenizer.batch_decode(output, skip_special_tokens=True)
         seconds = (time.perf_counter() - started) / len(samples)
-        prefill = sum(run.prefill_seconds[timings_before:]) / len(samples)
+        prefill = sum(run.prefill_seconds) / len(samples)
         return [
             Answered(sample.question, text.strip(), trace, prefill, seconds)
             for sample, text, trace in zip(samples, texts, run.traces, strict=True)

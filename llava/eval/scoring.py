@@ -73,9 +73,7 @@ def load_answers(path: str) -> list[dict[str, Any]]:
     for number, record in iter_jsonl(path, "answer file"):
         require_keys(record, ("question_id", "text"), f"{path}:{number}")
         text = record["text"]
-        answers.append(
-            {**record, "text": text if isinstance(text, str) else "" if text is None else str(text)}
-        )
+        answers.append({**record, "text": text if isinstance(text, str) else "" if text is None else str(text)})
     return answers
 
 

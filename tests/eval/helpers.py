@@ -10,9 +10,7 @@ SHARED = ROOT.parent / "shared" / "benchmarks" / "playground" / "data" / "eval"
 TINY_DATA = ROOT / "playground" / "tiny" / "data" / "eval"
 TINY_MODEL = ROOT / "playground" / "tiny" / "models" / "tiny-llava-v1.5"
 
-needs_shared = pytest.mark.skipif(
-    not SHARED.is_dir(), reason="the published answer files (../shared) are not here"
-)
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the published answer files (../shared) are not here")
 
 
 def write_jsonl(path: Path, records) -> Path:

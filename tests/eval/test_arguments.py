@@ -29,7 +29,7 @@ def test_loader_defaults_are_frozen():
     args = vars(parse())
     expected = {
         "conv_mode": "vicuna_v1", "temperature": 0.0, "top_p": None, "num_beams": 1, "max_new_tokens": 128,
-        "seed": 0,        "batch_size": 1, "method": "autoprune", "target_token_num": None, "num_chunks": 1, "chunk_idx": 0,
+        "seed": 0, "batch_size": 1, "method": "autoprune", "target_token_num": None, "num_chunks": 1, "chunk_idx": 0,
         "resume": True, "strict": False, "dtype": "auto", "device": None, "limit": None,
     }  # fmt: skip
     assert {key: args[key] for key in expected} == expected

@@ -39,9 +39,7 @@ def test_scores_by_hand(tmp_path, capsys):
     annotation = write_json(tmp_path / "testdev_balanced_questions.json", QUESTIONS)
     result_file = write_jsonl(tmp_path / "a.jsonl", ANSWERS)
     out = tmp_path / "r.json"
-    eval_gqa.main(
-        ["--annotation-file", str(annotation), "--result-file", str(result_file), "--json", str(out)]
-    )
+    eval_gqa.main(["--annotation-file", str(annotation), "--result-file", str(result_file), "--json", str(out)])
     printed = capsys.readouterr().out
     assert "Binary: 50.00%\nOpen: 50.00%\nAccuracy: 50.00%" in printed
     assert "  query: 50.00% (2 questions)" in printed and "  rel: 0.00% (1 questions)" in printed
@@ -71,12 +69,8 @@ def test_bad_input(tmp_path, capsys):
     annotation = write_json(tmp_path / "q.json", QUESTIONS)
     answers = write_jsonl(tmp_path / "a.jsonl", [answer("99", "yes")])
     main = eval_gqa.main
-    fails_with_one_line(
-        main, ["--annotation-file", annotation, "--result-file", answers], capsys, "no answer belongs"
-    )
-    fails_with_one_line(
-        main, ["--annotation-file", answers, "--result-file", answers], capsys, "a.jsonl", "answer"
-    )
+    fails_with_one_line(main, ["--annotation-file", annotation, "--result-file", answers], capsys, "no answer belongs")
+    fails_with_one_line(main, ["--annotation-file", answers, "--result-file", answers], capsys, "a.jsonl", "answer")
     entries = write_json(tmp_path / "p.json", [{"questionId": "11"}])
     fails_with_one_line(
         main, ["--annotation-file", annotation, "--result-file", entries], capsys, "entry 0", "prediction"

@@ -108,8 +108,7 @@ def make_files(folder, answers):
 def test_questions_join_across_instructions_and_folders(tmp_path):
     _, questions = make_files(tmp_path, [])
     answers = [
-        answer(q["question_id"], text, q["text"])
-        for q, text in zip(questions, "Yes No Yes Yes".split(), strict=True)
+        answer(q["question_id"], text, q["text"]) for q, text in zip(questions, "Yes No Yes Yes".split(), strict=True)
     ]
     argv, _ = make_files(tmp_path, answers)
     result = eval_mme.score_files(*map(str, argv[1::2]))

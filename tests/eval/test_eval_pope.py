@@ -121,12 +121,8 @@ def test_label_file_of_another_release_is_refused(tmp_path, capsys):
 def test_bad_input(tmp_path, capsys):
     argv = make_files(tmp_path, ANSWERS)
     (tmp_path / "empty").mkdir()
-    fails_with_one_line(
-        eval_pope.main, ["--annotation-dir", tmp_path / "empty", *argv[2:]], capsys, "coco_pope_"
-    )
-    fails_with_one_line(
-        eval_pope.main, ["--annotation-dir", tmp_path / "none", *argv[2:]], capsys, tmp_path / "none"
-    )
+    fails_with_one_line(eval_pope.main, ["--annotation-dir", tmp_path / "empty", *argv[2:]], capsys, "coco_pope_")
+    fails_with_one_line(eval_pope.main, ["--annotation-dir", tmp_path / "none", *argv[2:]], capsys, tmp_path / "none")
     write_jsonl(tmp_path / "a.jsonl", [answer(77, "Yes")])
     fails_with_one_line(eval_pope.main, argv, capsys, "no answer belongs")
     (tmp_path / "a.jsonl").write_text('{"question_id": 1, "text": "Yes"}\n{"question_id": 2, "te')

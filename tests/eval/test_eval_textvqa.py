@@ -60,9 +60,7 @@ def test_result_dir_scores_every_file(tmp_path, capsys):
     for name in ("a", "b"):
         write_jsonl(tmp_path / "answers" / f"{name}.jsonl", [answer("x", "stop", "What word?\nAnswer")])
     eval_textvqa.main(["--annotation-file", str(annotation), "--result-dir", str(tmp_path / "answers")])
-    assert (
-        capsys.readouterr().out == "a\nSamples: 1\nAccuracy: 100.00%\n\nb\nSamples: 1\nAccuracy: 100.00%\n\n"
-    )
+    assert capsys.readouterr().out == "a\nSamples: 1\nAccuracy: 100.00%\n\nb\nSamples: 1\nAccuracy: 100.00%\n\n"
 
 
 def test_bad_input(tmp_path, capsys):
@@ -78,6 +76,4 @@ def test_bad_input(tmp_path, capsys):
     fails_with_one_line(main, ["--annotation-file", wrong, "--result-file", answers], capsys, "data[0]")
     broken = tmp_path / "broken.json"
     broken.write_text('{"data": [\n}')
-    fails_with_one_line(
-        main, ["--annotation-file", broken, "--result-file", answers], capsys, "broken.json:2"
-    )
+    fails_with_one_line(main, ["--annotation-file", broken, "--result-file", answers], capsys, "broken.json:2")

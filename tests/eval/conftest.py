@@ -1,0 +1,37 @@
+"""A random LLaVA checkpoint with a tokenizer, and a small question file with images, for the loader's tests."""
+
+import pytest
+from PIL import Image
+
+from tests.eval.helpers import write_jsonl
+from tests.model.tiny import tiny_model, write_original, write_tokenizer
+
+VOCABULARY = 400  # more than the tokenizer's pieces
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """Folder of a random model: 3 layers, 16 visual tokens."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "random llava"
+    write_original(folder, tiny_model(text={"vocab_size": VOCABULARY}), vocab_size=VOCABULARY)
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Folder with `q.jsonl` (seven questions, one of them without image) and `images/`."""
+    images = tmp_path / "images"
+    images.mkdir()
+    colors = ["red", "green", "blue", "yellow"]
+    for i, color in enumerate(colors):
+        Image.new("RGB", (40 + 10 * i, 30), color).save(images / f"{i}.png")
+    questions = [
+        {"question_id": f"img{i // 2}", "image": f"{i // 2}.png", "text": text}
+        for i, text in enumerate(
+            ["What color?", "Is it a star?", "How many?", "What is this?", "Red?", "Blue circles?"]
+        )
+    ]
+    questions.insert(4, {"question_id": 99, "text": "Is there no image?"})
+    write_jsonl(tmp_path / "q.jsonl", questions)
+    return tmp_path
