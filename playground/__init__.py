@@ -1,0 +1,1 @@
+"""Models and data in the layout of the original evaluation scripts."""
