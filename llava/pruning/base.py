@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from llava.pruning.selection import on_device
 from llava.pruning.sequence import Sequences
 
 BEFORE_DECODER = -1
@@ -97,7 +98,7 @@ class LayerView:
     def relevance_BV(self) -> Tensor:
         """Attention that each visual token receives: mean over heads, then over the declared rows. float32."""
         received = self.attention_BHTV.mean(1).sum(1)
-        return received / torch.tensor(self.query_rows, device=received.device)[:, None]
+        return received / on_device(self.query_rows, received.device)[:, None]
 
     @cached_property
     def cls_attention_BV(self) -> Tensor:

@@ -22,12 +22,12 @@ class CacheRecord:
     Attributes:
         widths: cached tokens per layer, padding included.
         lengths: per layer, real tokens of each row.
-        next_positions: per layer, rotary position of the first new token of each row.
+        next_positions_LB: rotary position of the first new token, per layer and row.
     """
 
     widths: tuple[int, ...]
     lengths: tuple[tuple[int, ...], ...]
-    next_positions: tuple[tuple[int, ...], ...]
+    next_positions_LB: Tensor
 
     def attach_to(self, cache) -> None:
         setattr(cache, _ATTRIBUTE, self)
@@ -50,7 +50,7 @@ class CacheRecord:
 
     def positions(self, decoded: int, new_tokens: int, batch: int, device: torch.device) -> Tensor:
         """Rotary positions of new tokens, ``[L, B, new_tokens]``, after ``decoded`` earlier ones."""
-        first = torch.tensor(self.next_positions, device=device).repeat_interleave(self.repeats(batch), dim=1)
+        first = self.next_positions_LB.to(device).repeat_interleave(self.repeats(batch), dim=1)
         return first[:, :, None] + torch.arange(decoded, decoded + new_tokens, device=device)
 
     def padding_mask(

@@ -17,7 +17,7 @@ from llava.pruning.base import BEFORE_DECODER, LayerView, PruningMethod, Rows, S
 from llava.pruning.cache import CacheRecord
 from llava.pruning.layout import VisualLayout
 from llava.pruning.scores import attention_rows, rotate_rows
-from llava.pruning.selection import counts_to_mask, top_k
+from llava.pruning.selection import counts_to_mask, on_device, top_k
 from llava.pruning.sequence import Sequences, padding_mask
 from llava.pruning.trace import DecoderShape, Trace
 
@@ -278,14 +278,12 @@ class _Recorder:
         ]
 
     def cache_record(self, compact: bool, prompt: Prompt) -> CacheRecord:
-        if compact:
-            following = self.lengths
-        elif prompt.positions_BN is None:
-            following = [prompt.lengths] * len(self.lengths)
+        if not compact and prompt.positions_BN is not None:
+            following = (prompt.positions_BN[:, -1] + 1).expand(len(self.lengths), len(prompt.lengths))
         else:
-            last = prompt.positions_BN[:, -1].expand(len(prompt.lengths)).tolist()
-            following = [tuple(position + 1 for position in last)] * len(self.lengths)
-        return CacheRecord(tuple(self.widths), tuple(self.lengths), tuple(following))
+            lengths = self.lengths if compact else [prompt.lengths] * len(self.lengths)
+            following = on_device(lengths, prompt.hidden_BNC.device)
+        return CacheRecord(tuple(self.widths), tuple(self.lengths), following)
 
 
 def decoder_shape(decoder: nn.Module, bytes_per_value: int) -> DecoderShape:

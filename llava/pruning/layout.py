@@ -15,11 +15,19 @@ class VisualLayout:
     """Spans of visual tokens, one tuple of half-open ``(start, end)`` intervals per batch row.
 
     Spans are sorted, do not overlap and are not empty. A row without spans is a text-only prompt.
+
+    Attributes:
+        spans: the intervals.
+        lengths: real tokens per row, where known; without them they are read from the attention mask, for which the
+            host has to wait for the device.
     """
 
     spans: tuple[tuple[tuple[int, int], ...], ...]
+    lengths: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.lengths is not None and len(self.lengths) != len(self.spans):
+            raise ValueError(f"{len(self.spans)} rows of spans but {len(self.lengths)} lengths")
         for row, spans in enumerate(self.spans):
             previous_end = 0
             for start, end in spans:
@@ -30,13 +38,14 @@ class VisualLayout:
                 previous_end = end
 
     @classmethod
-    def from_spans(cls, rows: Iterable[Iterable[Sequence[int]]]) -> VisualLayout:
+    def from_spans(cls, rows: Iterable[Iterable[Sequence[int]]], lengths: Iterable[int] | None = None) -> VisualLayout:
         """Build a layout from one iterable of ``(start, end)`` pairs per batch row.
 
         Raises:
             ValueError: a span is empty, negative, out of order or overlaps another one.
         """
-        return cls(tuple(tuple((int(start), int(end)) for start, end in row) for row in rows))
+        spans = tuple(tuple((int(start), int(end)) for start, end in row) for row in rows)
+        return cls(spans, None if lengths is None else tuple(lengths))
 
     @property
     def batch_size(self) -> int:
@@ -49,4 +58,5 @@ class VisualLayout:
 
     def expand(self, repeats: int) -> VisualLayout:
         """Repeat every row ``repeats`` times in place, as beam search and several return sequences do."""
-        return VisualLayout(tuple(spans for spans in self.spans for _ in range(repeats)))
+        lengths = None if self.lengths is None else tuple(n for n in self.lengths for _ in range(repeats))
+        return VisualLayout(tuple(spans for spans in self.spans for _ in range(repeats)), lengths)

@@ -152,7 +152,7 @@ class PruningRun:
             return self._output(last, past_key_values, states, return_dict)
 
         layout, repeats = self._layout_for(len(hidden))
-        lengths = _row_lengths(attention_mask, hidden)
+        lengths = layout.lengths or _row_lengths(attention_mask, hidden)
         with _Stopwatch(hidden.device) as watch:
             if not self._prunes or not any(layout.counts):
                 result = dense()

@@ -14,9 +14,16 @@ import torch
 from torch import Tensor
 
 
+def on_device(values: Sequence, device: torch.device) -> Tensor:
+    """Host numbers as a tensor, without making the host wait for the device (a plain copy to CUDA would)."""
+    if device.type != "cuda":
+        return torch.tensor(values, device=device)
+    return torch.tensor(values, pin_memory=True).to(device, non_blocking=True)
+
+
 def counts_to_mask(counts: Sequence[int], width: int, device: torch.device) -> Tensor:
     """Bool ``[B, width]``: True in the first ``counts[i]`` columns of row i."""
-    return torch.arange(width, device=device) < torch.tensor(counts, device=device)[:, None]
+    return torch.arange(width, device=device) < on_device(counts, device)[:, None]
 
 
 def descending_order(scores_BV: Tensor, counts: Sequence[int]) -> Tensor:
@@ -88,7 +95,7 @@ def density_peaks(
     most = max(clusters)
     nearest = distance.sort(dim=2).values[:, :, :most].square()
     if min(clusters) < most:
-        k = torch.tensor(clusters, device=device).clamp_min(1)
+        k = on_device(clusters, device).clamp_min(1)
         inside = torch.arange(most, device=device) < k[:, None, None]
         density = torch.exp(-nearest.masked_fill(~inside, 0).sum(2) / k[:, None])
     else:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from llava.pruning.selection import counts_to_mask, on_device
+
 if TYPE_CHECKING:
     from llava.pruning.base import Selection
     from llava.pruning.layout import VisualLayout
@@ -63,10 +65,10 @@ class Sequences:
         """
         batch, width = hidden_BNC.shape[:2]
         device = hidden_BNC.device
-        origin = torch.full((batch, width), _TEXT)
+        origin = [[_TEXT] * width for _ in range(batch)]
         slots: list[list[int]] = []
         for row, (spans, length) in enumerate(zip(layout.spans, lengths, strict=True)):
-            origin[row, : width - length] = _PADDING
+            origin[row][: width - length] = [_PADDING] * (width - length)
             where = [slot for start, end in spans for slot in range(start, min(end, width - 1))]
             if spans and (spans[0][0] < width - length or spans[-1][1] > width):
                 raise ValueError(
@@ -74,18 +76,19 @@ class Sequences:
                     "layout must be set for each prompt, padding must be on the left, and the prompt must be given to "
                     "the decoder in one piece (chunked prefill cannot be pruned)"
                 )
-            origin[row, where] = torch.arange(len(where))
+            for index, slot in enumerate(where):
+                origin[row][slot] = index
             slots.append(where)
         counts = tuple(len(where) for where in slots)
-        padded = torch.tensor([where + [width] * (max(counts) - len(where)) for where in slots])
+        padded = [where + [width] * (max(counts) - len(where)) for where in slots]
         if positions_BN is None:
             positions_BN = _contiguous_positions(lengths, width, device)
         return cls(
             hidden_BNC,
             lengths,
-            origin.to(device),
+            on_device(origin, device),
             positions_BN if compact else positions_BN.expand(batch, -1),
-            padded.to(device),
+            on_device(padded, device),
             counts,
             compact,
         )
@@ -149,9 +152,9 @@ class Sequences:
 
         most = max(merged)
         if most:
-            last = torch.tensor([max(count - 1, 0) for count in self.counts], device=device)[:, None]
+            last = on_device([max(count - 1, 0) for count in self.counts], device)[:, None]
             behind = 2 * slots.gather(1, last) + 1
-            real = torch.arange(most, device=device) < torch.tensor(merged, device=device)[:, None]
+            real = counts_to_mask(merged, most, device)
             key = torch.cat((key, torch.where(real, behind, -1)), dim=1)
             hidden = torch.cat((hidden, selection.merged_BMC.to(hidden.dtype)), dim=1)
             origin = torch.cat((origin, torch.where(real, MERGED, _PADDING)), dim=1)
@@ -180,14 +183,14 @@ class Sequences:
 
 def padding_mask(lengths: tuple[int, ...], width: int, device: torch.device) -> Tensor:
     """Bool ``[B, width]``, True in the last ``lengths[i]`` columns."""
-    return torch.arange(width, device=device) >= width - torch.tensor(lengths, device=device)[:, None]
+    return torch.arange(width, device=device) >= width - on_device(lengths, device)[:, None]
 
 
 def _contiguous_positions(lengths: tuple[int, ...], width: int, device: torch.device) -> Tensor:
     """Positions 0.. from the first real token of each row; 0 in the padding. ``[1, N]`` where no row is padded."""
     if min(lengths) == width:
         return torch.arange(width, device=device)[None]
-    starts = torch.tensor([width - length for length in lengths], device=device)[:, None]
+    starts = on_device([width - length for length in lengths], device)[:, None]
     return (torch.arange(width, device=device) - starts).clamp_min(0)
 
 

@@ -63,11 +63,12 @@ class Batch:
             "cls": [self.cls[row]],
         }
 
-    def together(self, rows) -> dict:
+    def together(self, rows, tell_lengths: bool = False) -> dict:
         width = max(len(self.embeds[row]) for row in rows)
         embeds = torch.zeros(len(rows), width, self.embeds[0].shape[1])
         mask = torch.zeros(len(rows), width, dtype=torch.long)
         spans = []
+        lengths = [len(self.embeds[row]) for row in rows] if tell_lengths else None
         for place, row in enumerate(rows):
             shift = width - len(self.embeds[row])
             embeds[place, shift:] = self.embeds[row]
@@ -76,7 +77,7 @@ class Batch:
         return {
             "embeds": embeds,
             "mask": mask,
-            "layout": VisualLayout.from_spans(spans),
+            "layout": VisualLayout.from_spans(spans, lengths),
             "cls": [self.cls[row] for row in rows],
         }
 

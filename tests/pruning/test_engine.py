@@ -155,7 +155,8 @@ def test_rows_of_a_batch_equal_the_samples_alone(model, name):
     method = METHODS[name]
     batch = Batch(model)
     rows = [3, 0, 4, 1, 2]
-    tokens, logits, traces = generate(model, method, batch.together(rows))
+    tokens, logits, traces = generate(model, method, batch.together(rows, tell_lengths=True))
+    assert torch.equal(generate(model, method, batch.together(rows))[1], logits)  # lengths read from the mask
     for place, row in enumerate(rows):
         if name == "random" and place:
             continue  # its choice follows the running number of the sample, see test_methods

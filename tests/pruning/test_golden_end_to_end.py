@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
-from tests.conftest import GOLDEN
 
 from llava.model.builder import load_pretrained_model
 from llava.pruning import AutoPrune
+from tests.conftest import GOLDEN
 
 CASES = json.loads((GOLDEN / "e2e_cases.json").read_text())
 

@@ -39,6 +39,7 @@ from llava.pruning.selection import (
     descending_order,
     first_in_sequence_order,
     merge_clusters,
+    on_device,
     top_k,
 )
 
@@ -97,12 +98,12 @@ class AutoPrune(PruningMethod):
 
     def _information(self, view: LayerView) -> Tensor:
         """Mutual information per sample, summed (not averaged) over the heads (published)."""
-        rows = torch.tensor(view.query_rows, device=view.device)[:, None]
+        rows = on_device(view.query_rows, view.device)[:, None]
         return mutual_information(view.attention_BHTV, self.eps, rows).sum(1)
 
     def _coarse_cut(self, view: LayerView, memory: SimpleNamespace) -> Selection:
         # Published: only here the information is divided by the number of text tokens. It may be negative.
-        information = self._information(view) / torch.tensor(view.query_rows, device=view.device)
+        information = self._information(view) / on_device(view.query_rows, view.device)
         scores = self.text_weight * information[:, None] * view.relevance_BV + view.cls_attention_BV
         memory.information = information
         memory.coarse = tuple(
@@ -145,7 +146,7 @@ class AutoPrune(PruningMethod):
             return Selection(kept, keep)
 
         # The recycled tokens follow the kept ones in the order; they are merged from the layer's output.
-        ranks = torch.tensor(keep, device=view.device)[:, None] + torch.arange(max(recycled), device=view.device)
+        ranks = on_device(keep, view.device)[:, None] + torch.arange(max(recycled), device=view.device)
         width = order.shape[1]
         candidates = order.gather(1, ranks.clamp_max(width - 1))
         tokens = view.hidden_BVC.gather(1, candidates[:, :, None].expand(-1, -1, view.hidden_BVC.shape[2]))
