@@ -186,7 +186,12 @@ def _read_checkpoint(folder: Path, local_files_only: bool) -> tuple[LlavaConfig,
 
 
 def load_tokenizer(folder: Path, config: LlavaConfig) -> Any | None:
-    """The folder's tokenizer; None, with a warning, if it has none."""
+    """The folder's tokenizer; None, with a warning, if it has none.
+
+    Transformers 5 has no sentencepiece backend any more. For LLaVA's prompts (`<image>` followed by a
+    newline) the ids are those of sentencepiece; a piece that starts with a space gets one leading-space
+    token where sentencepiece gave two.
+    """
     if not any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
         logger.warning("%s has no tokenizer (tokenizer.model or tokenizer.json): only token ids can be used", folder)
         return None
@@ -194,12 +199,17 @@ def load_tokenizer(folder: Path, config: LlavaConfig) -> Any | None:
         if (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         else:
-            # A bare sentencepiece model: there is nothing that could tell AutoTokenizer the class.
-            tokenizer = LlamaTokenizer.from_pretrained(str(folder), local_files_only=True)
+            # A bare sentencepiece model: nothing tells AutoTokenizer the class, or that Llama prompts start
+            # with BOS.
+            tokenizer = LlamaTokenizer.from_pretrained(str(folder), local_files_only=True, add_bos_token=True)
     except Exception as error:
         # Depends on the backend: JSON, protobuf, sentencepiece and tokenizers errors.
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder}: tokenizer cannot be read ({reason}); copy or download its files again") from None
+    if tokenizer.pad_token is None:
+        # Never seen by the decoder (padding is masked), but batches cannot be built without one. LLaVA's is
+        # unk.
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     extra = []
     if getattr(config, "mm_use_im_patch_token", False):
         extra.append(DEFAULT_IMAGE_PATCH_TOKEN)

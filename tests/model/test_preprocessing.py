@@ -1,0 +1,181 @@
+"""Pixels: the published code's recorded tensors, and an independent computation on real photographs."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessorPil
+
+from llava.mm_utils import (
+    divide_to_patches,
+    expand2square,
+    get_anyres_image_grid_shape,
+    padding_mask,
+    process_images,
+    resize_and_pad_image,
+    select_best_resolution,
+)
+from tests.conftest import GOLDEN
+
+GOLDEN_PINPOINTS = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
+NEXT_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+@pytest.fixture(scope="module")
+def golden_processor():
+    return CLIPImageProcessorPil.from_pretrained(GOLDEN / "tiny8_p16" / "vision_tower")
+
+
+def config(aspect_ratio, pinpoints=None, **fields):
+    return SimpleNamespace(image_aspect_ratio=aspect_ratio, image_grid_pinpoints=pinpoints, **fields)
+
+
+@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("mode", ["pad", "anyres"])
+def test_recorded_pixel_values(golden, golden_processor, mode, index):
+    _, arrays = golden("pure_functions")
+    image = Image.fromarray(arrays[f"pad_pre{index}/image"])
+    pixels = process_images([image], golden_processor, config(mode, GOLDEN_PINPOINTS))[0]
+    np.testing.assert_array_equal(pixels.numpy(), arrays[f"{mode}_pre{index}/pixel_values"])
+
+
+def test_recorded_padding_masks(golden):
+    cases, arrays = golden("pure_functions")
+    assert cases["pad_masks"]
+    for name, case in cases["pad_masks"].items():
+        mask = padding_mask((case["w"], case["h"]), 24)
+        assert mask.dtype == torch.bool and int(mask.sum()) == case["n_masked"]
+        np.testing.assert_array_equal(mask.numpy(), arrays[f"{name}/mask24"].astype(bool))
+
+
+@pytest.mark.parametrize("grid", [4, 8, 16, 24, 27])
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (100, 1), (335, 336), (1000, 300), (7, 5)])
+def test_padding_mask_never_hides_the_image(size, grid):
+    # Checked on pixels: paint the image white on black padding, then look at every patch.
+    side = max(size)
+    picture = np.zeros((side, side), bool)
+    top, left = (side - size[1]) // 2, (side - size[0]) // 2
+    picture[top : top + size[1], left : left + size[0]] = True
+    mask = padding_mask(size, grid).numpy()
+    for row in range(grid):
+        for column in range(grid):
+            if mask[row, column]:
+                y, x = row * side // grid, column * side // grid
+                patch = picture[y : math.ceil((row + 1) * side / grid), x : math.ceil((column + 1) * side / grid)]
+                assert not patch.any(), (row, column)
+
+
+def test_padding_mask_is_transposed_with_the_image_and_refuses_nonsense():
+    assert torch.equal(padding_mask((300, 900), 12), padding_mask((900, 300), 12).T)
+    assert padding_mask((900, 300), 12).any() and not padding_mask((50, 50), 12).any()
+    with pytest.raises(ValueError, match="positive"):
+        padding_mask((0, 5), 4)
+
+
+def test_best_resolutions_of_the_published_code(golden):
+    cases, _ = golden("pure_functions")
+    for case in cases["anyres_tokens_llava_next"]:
+        best = select_best_resolution((case["w"], case["h"]), NEXT_PINPOINTS)
+        assert best == tuple(case["best"])
+        grid_w, grid_h = get_anyres_image_grid_shape((case["w"], case["h"]), str(NEXT_PINPOINTS), 336)
+        assert (1 + grid_w * grid_h) * 576 == case["n_visual"]
+    for case in cases["preprocess"].values():
+        assert select_best_resolution((case["w"], case["h"]), GOLDEN_PINPOINTS) == tuple(case["best_resolution"])
+
+
+def test_the_two_published_resolution_rules_differ_for_small_images():
+    assert select_best_resolution((336, 336), NEXT_PINPOINTS, "fill") == (672, 672)
+    # LLaVA's rule counts no upscaling: pictures smaller than every canvas get the first of the smallest.
+    assert select_best_resolution((336, 336), NEXT_PINPOINTS, "effective") == (336, 672)
+    assert select_best_resolution((320, 240), NEXT_PINPOINTS, "effective") == (336, 672)
+    for size in ((1200, 1200), (2000, 600), (700, 1400)):
+        assert len({select_best_resolution(size, NEXT_PINPOINTS, rule) for rule in ("fill", "effective")}) == 1
+    with pytest.raises(ValueError, match="unknown resolution rule"):
+        select_best_resolution((1, 1), NEXT_PINPOINTS, "best")
+    with pytest.raises(ValueError, match="empty"):
+        select_best_resolution((1, 1), [])
+
+
+def test_anyres_rule_is_an_option_of_the_config(golden_processor):
+    image = Image.new("RGB", (56, 56), (9, 99, 199))
+    fill = process_images([image], golden_processor, config("anyres", GOLDEN_PINPOINTS))
+    effective = process_images(
+        [image], golden_processor, config("anyres", GOLDEN_PINPOINTS, anyres_resolution_rule="effective")
+    )
+    assert fill.shape == (1, 5, 3, 56, 56) and effective.shape == (1, 3, 3, 56, 56)
+
+
+def test_images_of_different_crop_counts_stay_a_list(golden_processor):
+    images = [Image.new("RGB", (112, 112)), Image.new("RGB", (168, 56))]
+    pixels = process_images(images, golden_processor, config("anyres", GOLDEN_PINPOINTS))
+    assert [tuple(p.shape) for p in pixels] == [(5, 3, 56, 56), (4, 3, 56, 56)]
+
+
+def test_padding_centers_with_the_odd_pixel_below():
+    square = expand2square(Image.new("RGB", (4, 1), (255, 0, 0)), (1, 2, 3))
+    rows = np.asarray(square)[:, 0]
+    assert square.size == (4, 4) and rows.tolist() == [[1, 2, 3], [255, 0, 0], [1, 2, 3], [1, 2, 3]]
+
+
+def test_tiles_are_row_major_and_resizing_centers_on_black():
+    picture = Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4))
+    assert [np.asarray(t)[0, 0] for t in divide_to_patches(picture, 2)] == [0, 2, 8, 10]
+    canvas = np.asarray(resize_and_pad_image(Image.new("RGB", (10, 5), (50, 60, 70)), (8, 8)))
+    assert (canvas[:2] == 0).all() and (canvas[6:] == 0).all() and (canvas[2:6] == (50, 60, 70)).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "LA", "1"])
+def test_any_image_mode_becomes_rgb(golden_processor, mode):
+    pixels = process_images([Image.new(mode, (60, 40))], golden_processor, config("pad"))
+    assert pixels.shape == (1, 3, 56, 56)
+
+
+def independent_clip(image: Image.Image, side: int) -> np.ndarray:
+    """Bicubic resize of the short edge, center crop, normalization: written down once more with PIL and
+    numpy only.
+    """
+    width, height = image.size
+    if width < height:
+        image = image.resize((side, int(side * height / width)), Image.BICUBIC)
+    else:
+        image = image.resize((int(side * width / height), side), Image.BICUBIC)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    pixels = np.asarray(image.crop((left, top, left + side, top + side)), dtype=np.float64) / 255
+    return ((pixels - MEAN) / STD).transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize("mode", ["pad", None])
+def test_real_photographs_against_an_independent_computation(shared_benchmarks, mode):
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}, image_mean=MEAN, image_std=STD
+    )
+    paths = sorted((shared_benchmarks / "images").iterdir())
+    assert paths
+    for path in paths:
+        image = Image.open(path).convert("RGB")
+        expected = image
+        if mode == "pad":
+            side = max(image.size)
+            canvas = np.empty((side, side, 3), np.uint8)
+            canvas[:] = (122, 116, 104)
+            x, y = (side - image.width) // 2, (side - image.height) // 2
+            canvas[y : y + image.height, x : x + image.width] = np.asarray(image)
+            expected = Image.fromarray(canvas)
+        pixels = process_images([image], processor, config(mode))[0].numpy()
+        np.testing.assert_allclose(pixels, independent_clip(expected, 336), atol=1e-5, err_msg=path.name)
+
+
+def test_torchvision_free_backend_is_used_for_loading(golden_processor):
+    # The torchvision backend rounds differently; answers measured with LLaVA used PIL.
+    from llava.model.builder import load_image_processor
+    from tests.model.tiny import tiny_config
+
+    config = tiny_config(vision={"image_size": 56, "patch_size": 14})
+    processor = load_image_processor(GOLDEN, GOLDEN / "tiny8_p16" / "vision_tower", config)
+    assert isinstance(processor, CLIPImageProcessorPil) and processor.crop_size["height"] == 56

@@ -1,0 +1,140 @@
+"""The vision tower: selected layer, nothing behind it, and the CLS row without an attention map."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from llava.model.assemble import assemble, assemble_spatial
+from llava.model.vision import VisionTower, encode_crops, layers_to_run
+from tests.model.tiny import GRID, PATCHES, VISION_FIELDS, sharpen, tiny_images, tiny_model
+
+LAYERS = VISION_FIELDS["num_hidden_layers"]
+
+
+def tower(attn_implementation: str) -> CLIPVisionModel:
+    config = CLIPVisionConfig(**VISION_FIELDS)
+    config._attn_implementation = attn_implementation
+    model = CLIPVisionModel(config).eval()
+    sharpen(model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def eager_outputs():
+    with torch.no_grad():
+        return tower("eager")(tiny_images(3), output_hidden_states=True, output_attentions=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("select", [-2, -1, -3, -LAYERS])
+def test_negative_layers_equal_the_full_towers_outputs(eager_outputs, implementation, select):
+    encoded = encode_crops(tower(implementation), tiny_images(3), select, with_cls_attention=True)
+    torch.testing.assert_close(encoded.features_NPC, eager_outputs.hidden_states[select][:, 1:], atol=1e-5, rtol=1e-5)
+    expected = eager_outputs.attentions[select][:, :, 0, 1:].mean(dim=1)
+    torch.testing.assert_close(encoded.cls_attention_NP, expected, atol=1e-6, rtol=1e-5)
+    assert encoded.cls_attention_NP.dtype == torch.float32
+    # The row is not renormalized without its CLS entry, and it must be peaked for this comparison to mean
+    # something.
+    assert (encoded.cls_attention_NP.sum(dim=1) < 1).all() and encoded.cls_attention_NP.max() > 3 / PATCHES
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("select", [1, 2, LAYERS])
+def test_positive_layers_use_the_attention_of_the_layer_that_made_the_features(eager_outputs, select):
+    encoded = encode_crops(tower("sdpa"), tiny_images(3), select, with_cls_attention=True)
+    torch.testing.assert_close(encoded.features_NPC, eager_outputs.hidden_states[select][:, 1:], atol=1e-5, rtol=1e-5)
+    expected = eager_outputs.attentions[select - 1][:, :, 0, 1:].mean(dim=1)
+    torch.testing.assert_close(encoded.cls_attention_NP, expected, atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_cls_patch_keeps_the_cls_token_first(eager_outputs):
+    encoded = encode_crops(tower("sdpa"), tiny_images(3), -2, "cls_patch", with_cls_attention=True)
+    torch.testing.assert_close(encoded.features_NPC, eager_outputs.hidden_states[-2], atol=1e-5, rtol=1e-5)
+    assert encoded.cls_attention_NP.shape == (3, PATCHES + 1)
+    torch.testing.assert_close(encoded.cls_attention_NP.sum(dim=1), torch.ones(3))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("select", "ran"), [(-2, LAYERS - 1), (-1, LAYERS), (1, 1), (0, 0)])
+def test_layers_behind_the_selected_one_do_not_run(select, ran):
+    model = tower("sdpa")
+    calls = []
+    for i, layer in enumerate(model.encoder.layers):
+        layer.register_forward_hook(lambda *_, i=i: calls.append(i))
+    encode_crops(model, tiny_images(1), select)
+    assert calls == list(range(ran))
+
+
+@torch.no_grad()
+def test_cls_attention_needs_one_query_row_and_the_tower_keeps_its_kernel():
+    model = tower("sdpa")
+    rows = []
+    model.encoder.layers[LAYERS - 2].self_attn.q_proj.register_forward_hook(
+        lambda _, inputs, __: rows.append(inputs[0].shape[1])
+    )
+    encode_crops(model, tiny_images(2), -2, with_cls_attention=True)
+    assert rows == [1, PATCHES + 1]  # the CLS row alone, then the layer itself
+    assert model.config._attn_implementation == "sdpa"
+    rows.clear()
+    encode_crops(model, tiny_images(2), -2)
+    assert rows == [PATCHES + 1]
+
+
+def test_what_cannot_work_is_refused():
+    assert layers_to_run(-2, 24) == 23 and layers_to_run(0, 24) == 0 and layers_to_run(24, 24) == 24
+    for select in (25, -26):
+        with pytest.raises(ValueError, match="out of range for a tower of 24 layers"):
+            layers_to_run(select, 24)
+    with pytest.raises(ValueError, match="embeddings, which have no attention"):
+        encode_crops(tower("sdpa"), tiny_images(1), 0, with_cls_attention=True)
+    with pytest.raises(ValueError, match="mm_vision_select_feature"):
+        encode_crops(tower("sdpa"), tiny_images(1), -2, "cls")
+
+
+def test_pixel_values_of_any_dtype_are_moved():
+    with torch.no_grad():
+        half = encode_crops(tower("sdpa"), tiny_images(1).half(), -2).features_NPC
+        double = encode_crops(tower("sdpa"), tiny_images(1).double(), -2).features_NPC
+    assert half.dtype == double.dtype == torch.float32
+    torch.testing.assert_close(half, double, atol=0.05, rtol=0.05)
+
+
+def test_llavas_view_of_the_tower():
+    model = tiny_model()
+    view = model.get_vision_tower()
+    assert isinstance(view, VisionTower) and view.is_loaded and view.load_model() is None
+    assert (view.num_patches, view.num_patches_per_side, view.hidden_size) == (PATCHES, GRID, 24)
+    assert view.select_layer == -2 and view.select_feature == "patch" and view.dtype == torch.float32
+    stack = view(tiny_images(2))
+    assert stack.shape == (2, PATCHES, 24) and not stack.requires_grad
+    assert torch.equal(torch.cat(view([tiny_images(2)[0], tiny_images(2)[1:]])), torch.cat([stack[:1], stack[1:]]))
+    assert view.vision_tower is model.model.vision_tower and model.get_model() is model.model
+
+
+def test_spatial_assembly_is_one_global_raster():
+    # Write each patch's own coordinates into it: base view first, then reading the whole picture row by row.
+    grid_w, grid_h, p = 3, 2, 2
+    base = torch.full((p * p, 2), -1)
+    tiles = [
+        torch.tensor([[gy * p + y, gx * p + x] for y in range(p) for x in range(p)])
+        for gy in range(grid_h)
+        for gx in range(grid_w)
+    ]
+    joined = assemble_spatial(torch.stack([base, *tiles]), (grid_w, grid_h))
+    expected = [[y, x] for y in range(grid_h * p) for x in range(grid_w * p)]
+    assert joined[: p * p].eq(-1).all() and joined[p * p :].tolist() == expected
+    # Scores are arranged like features.
+    scores = torch.stack([base, *tiles])[..., 0] * 100 + torch.stack([base, *tiles])[..., 1]
+    assert assemble(scores, (grid_w, grid_h))[p * p :].tolist() == [100 * y + x for y, x in expected]
+
+
+def test_assembly_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match="4 crops do not make one image and 2 x 2 tiles"):
+        assemble_spatial(torch.zeros(4, 4, 1), (2, 2))
+    with pytest.raises(ValueError, match="not a square of patches"):
+        assemble_spatial(torch.zeros(5, 5, 1), (2, 2))
+    assert assemble(torch.arange(6).view(1, 6), None).tolist() == [0, 1, 2, 3, 4, 5]
