@@ -1,7 +1,7 @@
 """Rows of attention maps, computed from queries and keys.
 
 A pruning score needs a handful of rows (the text tokens, the last token, the CLS token), never the whole map. So the
-layer itself stays on its fused kernel and the rows are computed here. Everything is normalized in float32.
+layer itself stays on its fused kernel and the rows are computed here. Everything is computed in float32.
 
 Shapes: B batch, H query heads, G key/value heads (H is a multiple of G), T rows, N keys, D head width.
 """
@@ -30,8 +30,8 @@ def attention_rows(query_BHTD: Tensor, key_BGND: Tensor, scaling: float, allowed
         raise ValueError(f"{heads} query heads cannot share {groups} key heads")
     # The queries of a key head are stacked along the row axis: grouped-query attention without copying the keys.
     stacked = query_BHTD.reshape(batch, groups, heads // groups * rows, width)
-    logits = (stacked @ key_BGND.transpose(-1, -2)).view(batch, heads, rows, keys)
-    logits = logits.float().mul_(scaling) if logits.dtype != torch.float32 else logits.mul_(scaling)
+    # Widened before the product, as the fused kernels accumulate: bfloat16 logits would be off by several percent.
+    logits = (stacked.float() * scaling @ key_BGND.float().transpose(-1, -2)).view(batch, heads, rows, keys)
     if allowed is not None:
         logits = logits.masked_fill_(~allowed, torch.finfo(torch.float32).min)
     return torch.softmax(logits, dim=-1)

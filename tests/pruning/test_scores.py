@@ -81,6 +81,10 @@ def test_rows_are_probabilities_in_float32():
     rows = attention_rows(query, key, 8**-0.5)
     assert rows.dtype == torch.float32
     torch.testing.assert_close(rows.sum(-1), torch.ones(2, 4, 3))
+    double = attention_rows(query.float(), key.float(), 8**-0.5)
+    torch.testing.assert_close(rows, double, atol=1e-6, rtol=1e-5)
+    large = attention_rows(query.half() * 500, key.half() * 500, 8**-0.5)  # unscaled products overflow float16
+    assert torch.isfinite(large).all()
     with pytest.raises(ValueError, match="4 query heads cannot share 3"):
         attention_rows(query, torch.randn(2, 3, 11, 8).bfloat16(), 1.0)
 
