@@ -157,7 +157,8 @@ def _pad_left(
         mask = (torch.arange(length, device=device)[None, :] >= pad_B[:, None]).long()
         positions = positions_from_mask(mask)
     layout = VisualLayout.from_spans(
-        [[(s + pad, e + pad) for s, e in spans] for spans, pad in zip(row_spans, pads, strict=True)]
+        [[(s + pad, e + pad) for s, e in spans] for spans, pad in zip(row_spans, pads, strict=True)],
+        lengths=[len(row) for row in rows],
     )
     labels = None
     if row_labels is not None:
