@@ -177,6 +177,13 @@ def _read_checkpoint(folder: Path, local_files_only: bool) -> tuple[LlavaConfig,
     llava_config(raw, path, CLIPVisionConfig())
     if not isinstance(tower_name, str) or not tower_name:
         raise UserError(f"{path}: missing field mm_vision_tower (folder or hub name of the CLIP tower)")
+    if raw.get("mm_patch_merge_type", "flat") not in ("flat", "spatial"):
+        logger.warning(
+            "%s: mm_patch_merge_type %r: tiles are joined as 'spatial', without unpadding and newline tokens, as the "
+            "published AutoPrune code does",
+            path,
+            raw["mm_patch_merge_type"],
+        )
     weights = read_weights(weight_files(folder), translate_name)
     inside = any(name.startswith(TOWER_PREFIX) for name in weights)
     tower_folder = locate_vision_tower(tower_name, folder, not inside, local_files_only)
@@ -202,6 +209,8 @@ def load_tokenizer(folder: Path, config: LlavaConfig) -> Any | None:
             # A bare sentencepiece model: nothing tells AutoTokenizer the class, or that Llama prompts start
             # with BOS.
             tokenizer = LlamaTokenizer.from_pretrained(str(folder), local_files_only=True, add_bos_token=True)
+    except ImportError as error:
+        raise UserError(f"{folder}: the tokenizer needs a package: {' '.join(str(error).split())[:200]}") from None
     except Exception as error:
         # Depends on the backend: JSON, protobuf, sentencepiece and tokenizers errors.
         reason = " ".join(str(error).split())[:200]
@@ -260,6 +269,7 @@ def _build_model(
     except (ImportError, ValueError) as error:
         # Packages or options that do not fit this machine (flash attention, quantization, device maps).
         raise UserError(f"{folder}: cannot be loaded this way: {' '.join(str(error).split())}") from None
+    model.name_or_path = model.config._name_or_path = str(folder)
     return model.eval()
 
 

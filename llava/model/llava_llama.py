@@ -77,6 +77,20 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
     # Set by the loader; scripts reach it through `get_vision_tower().image_processor`.
     image_processor: Any = None
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> LlavaLlamaForCausalLM:
+        """The model of a checkpoint, read by `load_pretrained_model` with its options and defaults.
+
+        Transformers' own loading would take a flat LLaVA config for the 7B defaults and, for a class it does not know,
+        skip the weight renames and leave the head random. With None it is used for what it is good at: placing a
+        translated `state_dict`.
+        """
+        if pretrained_model_name_or_path is None:
+            return super().from_pretrained(None, *args, **kwargs)
+        from llava.model.builder import load_pretrained_model  # the loader imports this class
+
+        return load_pretrained_model(str(pretrained_model_name_or_path), *args, **kwargs)[1]
+
     # --- parts, under LLaVA's names ---
 
     def get_model(self) -> nn.Module:

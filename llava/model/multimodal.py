@@ -165,9 +165,7 @@ def _pad_left(
         labels = row_labels[0].new_full((len(rows), length), IGNORE_INDEX)
         for b, row in enumerate(row_labels):
             labels[b, pads[b] :] = row
-    return MultimodalInputs(
-        embeds, mask, positions, layout, _row_attention(row_scores, layout, device), labels
-    )
+    return MultimodalInputs(embeds, mask, positions, layout, _row_attention(row_scores, layout, device), labels)
 
 
 def _row_attention(row_scores: list[list[Tensor | None]], layout: VisualLayout, device: torch.device):
@@ -175,8 +173,6 @@ def _row_attention(row_scores: list[list[Tensor | None]], layout: VisualLayout, 
         return None
     # Truncation can cut visual tokens at the end of a row; their scores go with them.
     return [
-        (torch.cat([score.to(device) for score in scores]) if scores else torch.zeros(0, device=device))[
-            :count
-        ]
+        (torch.cat([score.to(device) for score in scores]) if scores else torch.zeros(0, device=device))[:count]
         for scores, count in zip(row_scores, layout.counts, strict=True)
     ]

@@ -35,9 +35,7 @@ def layers_to_run(select_layer: int, num_layers: int) -> int:
     """
     count = select_layer if select_layer >= 0 else num_layers + 1 + select_layer
     if not 0 <= count <= num_layers:
-        raise ValueError(
-            f"mm_vision_select_layer {select_layer} is out of range for a tower of {num_layers} layers"
-        )
+        raise ValueError(f"mm_vision_select_layer {select_layer} is out of range for a tower of {num_layers} layers")
     return count
 
 

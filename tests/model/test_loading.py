@@ -10,10 +10,11 @@ import sys
 import huggingface_hub
 import pytest
 import torch
-from transformers import CLIPModel, CLIPVisionConfig, LlavaForConditionalGeneration
+from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, LlavaForConditionalGeneration
 
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import translate_name
+from llava.model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.locate import is_hub_name
 from llava.utils import UserError
 from tests.conftest import ROOT
@@ -119,8 +120,6 @@ def test_a_tower_saved_by_transformers(tmp_path, source):
 def test_a_whole_clip_model_saved_by_transformers(tmp_path, source):
     folder = write_original(tmp_path / "llava", source, tower_inside=False)
     text = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 9}
-    from transformers import CLIPConfig
-
     clip = CLIPModel(CLIPConfig(text_config=text, vision_config=CLIPVisionConfig(**VISION_FIELDS).to_dict()))
     clip.vision_model.load_state_dict(source.model.vision_tower.state_dict())
     clip.save_pretrained(folder / "vision_tower")
@@ -136,6 +135,28 @@ def test_llava_hf_layout_and_our_own_save(tmp_path, source):
     assert processor.crop_size["height"] == IMAGE_SIDE and model.config.mm_use_im_start_end is False
     model.save_pretrained(tmp_path / "again")
     assert_same(load(tmp_path / "again")[1], source)
+
+
+def test_our_own_save_keeps_llavas_fields(tmp_path, source):
+    folder = write_original(tmp_path / "llava", source, tokenizer_model_max_length=50, image_grid_pinpoints=[[28, 56]])
+    load(folder)[1].save_pretrained(tmp_path / "again")
+    config = load(tmp_path / "again")[1].config
+    assert config.image_aspect_ratio == "pad" and config.tokenizer_model_max_length == 50
+    assert config.image_grid_pinpoints == [[28, 56]] and config.text_config.pad_token_id == 0
+
+
+def test_from_pretrained_reads_the_original_layout(tmp_path, source):
+    # Transformers' own would skip the renames for a class it does not know and leave lm_head random.
+    folder = write_original(tmp_path, source)
+    model = LlavaLlamaForCausalLM.from_pretrained(folder, device="cpu", dtype=torch.float32, low_cpu_mem_usage=True)
+    assert_same(model, source)
+    assert model.name_or_path == str(folder)
+
+
+def test_arrangements_of_tiles_that_are_not_followed_are_announced(tmp_path, source, caplog):
+    with caplog.at_level(logging.WARNING):
+        load(write_original(tmp_path, source, mm_patch_merge_type="spatial_unpad"))
+    assert "mm_patch_merge_type 'spatial_unpad': tiles are joined as 'spatial'" in caplog.text
 
 
 def test_computed_buffers_and_the_newline_token_are_left_out(tmp_path, source):
@@ -290,10 +311,6 @@ def test_tokens_without_rows_in_the_table_are_refused(tmp_path, source):
 # --- broken folders ---
 
 
-def break_nothing(folder):
-    pass
-
-
 def drop(name):
     return lambda folder: (folder / name).unlink()
 
@@ -402,6 +419,15 @@ def test_broken_checkpoints_are_told_in_one_line(tmp_path, source, name):
     assert "\n" not in str(caught.value)
 
 
+def test_a_tokenizer_that_needs_a_package_says_which(tmp_path, source, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise ImportError("LlamaTokenizer requires the protobuf library")
+
+    monkeypatch.setattr("llava.model.builder.AutoTokenizer.from_pretrained", refuse)
+    with pytest.raises(UserError, match="needs a package: LlamaTokenizer requires the protobuf library"):
+        load(write_tokenizer(write_original(tmp_path, source)))
+
+
 @pytest.mark.parametrize("tower_inside", [True, False])
 def test_missing_and_unexpected_weights_are_listed(tmp_path, source, tower_inside):
     folder = write_original(tmp_path, source, tower_inside=tower_inside)
@@ -436,7 +462,7 @@ def test_pickles_cannot_run_code(tmp_path, source):
 
     folder = write_original(tmp_path, source, "bin")
     with (folder / "pytorch_model.bin").open("wb") as file:
-        pickle.dump({"lm_head.weight": Bomb()}, file)
+        pickle.dump({"lm_head.weight": Bomb()}, file, protocol=2)
     with pytest.raises(UserError, match="pytorch_model.bin: weights cannot be read"):
         load(folder)
 

@@ -7,6 +7,7 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.mm_utils import KeywordsStoppingCriteria
 from llava.model.multimodal import positions_from_mask
 from llava.utils import UserError
 from tests.model.tiny import NATIVE_IMAGE_ID, PATCHES, tiny_images, tiny_model
@@ -247,3 +248,78 @@ def test_decoder_is_the_llama_model(ours):
     assert ours.get_decoder() is ours.model.language_model and ours.pruning_run is None
     projected = ours.encode_images(tiny_images(2))
     assert projected.shape == (2, PATCHES, ours.config.text_config.hidden_size)
+
+
+@torch.no_grad()
+def test_images_are_encoded_once_and_not_by_transformers_own_route(ours, monkeypatch):
+    # generate() of transformers 5 encodes images itself, through get_image_features; ours must not do it twice.
+    def refuse(*args, **kwargs):
+        raise AssertionError("get_image_features was called")
+
+    monkeypatch.setattr(ours, "get_image_features", refuse)
+    monkeypatch.setattr(ours.model, "get_image_features", refuse)
+    calls = []
+    handle = ours.model.vision_tower.embeddings.register_forward_hook(
+        lambda _, inputs, __: calls.append(len(inputs[0]))
+    )
+    try:
+        ours.generate(
+            torch.tensor([[1, I, 5], [1, I, 6]]),
+            images=tiny_images(2),
+            num_beams=2,
+            max_new_tokens=3,
+            eos_token_id=None,
+        )
+    finally:
+        handle.remove()
+    assert calls == [2]
+
+
+@torch.no_grad()
+def test_placeholder_ids_never_touch_the_embedding_table(ours):
+    # -200 has no row; the table is not grown for it, and what the placeholder looks up must not leak into the prompt.
+    assert ours.get_input_embeddings().weight.shape[0] == ours.config.text_config.vocab_size
+    prepared = ours.prepare_multimodal_inputs(torch.tensor([[7, I, 9]]), tiny_images(1))
+    assert prepared.inputs_embeds.shape == (1, PATCHES + 2, 32)
+    assert torch.equal(prepared.inputs_embeds[0, [0, -1]], ours.get_input_embeddings()(torch.tensor([7, 9])))
+    assert torch.equal(prepared.inputs_embeds[0, 1:-1], ours.encode_images(tiny_images(1))[0])
+
+
+@torch.no_grad()
+def test_images_of_different_tile_grids_in_one_batch():
+    model = tiny_model(image_aspect_ratio="anyres", image_grid_pinpoints=[[56, 28], [28, 84], [56, 56]])
+    wide, tall, plain = tiny_images(3, 1), tiny_images(4, 2), tiny_images(1, 3)[0]
+    sizes = [(100, 50), (20, 60), (28, 28)]
+    ids = torch.tensor([[1, I, 5, I], [1, 4, 5, I]])
+    prepared = model.prepare_multimodal_inputs(ids, [wide, tall, plain], sizes, with_cls_attention=True)
+    assert prepared.layout.counts == (7 * PATCHES, PATCHES)
+    (first_a, first_b), (second,) = prepared.layout.spans
+    assert (first_a, first_b) == ((1, 1 + 3 * PATCHES), (2 + 3 * PATCHES, 2 + 7 * PATCHES))
+    alone = model.encode_visual_tokens([tall], [(20, 60)], with_cls_attention=True)[0]
+    torch.testing.assert_close(prepared.inputs_embeds[0, slice(*first_b)], alone.features, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(prepared.cls_attention[0][3 * PATCHES :], alone.cls_attention)
+    torch.testing.assert_close(
+        prepared.inputs_embeds[1, slice(*second)], model.encode_images(plain[None])[0], atol=1e-5, rtol=1e-5
+    )
+
+
+@torch.no_grad()
+def test_generation_stops_at_keywords(ours):
+    class Letters:
+        """One character per id."""
+
+        bos_token_id = 1
+
+        def __call__(self, text):
+            return type("Encoding", (), {"input_ids": [1, *map(ord, text)]})()
+
+        def batch_decode(self, rows, skip_special_tokens=True):
+            return ["".join(chr(i) for i in row.tolist()) for row in rows]
+
+    ids, images = torch.tensor([[1, 5, I, 7, 8, 9]]), tiny_images(1, seed=1)
+    options = {"images": images, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 6}
+    free = ours.generate(ids, **options)[0].tolist()
+    keyword = "".join(chr(i) for i in free[2:4])
+    first = "".join(map(chr, free)).index(keyword) + 2
+    stopped = ours.generate(ids, stopping_criteria=[KeywordsStoppingCriteria([keyword], Letters(), ids)], **options)
+    assert stopped[0].tolist() == free[:first] and first < 6
