@@ -238,9 +238,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"\n{report}\n")
     write_json(output / "demo.json", result)
     write_text_atomic(output / "demo.md", report + "\n")
-    plot_survivors(examples, data_dir, model.config, image_processor, output / "survivors.png")
-    plot_retention_curves(examples, budgets[-1], output / "retention.png")
-    for name in ("demo.md", "demo.json", "survivors.png", "retention.png"):
+    written = ["demo.md", "demo.json"]
+    if plot_survivors(examples, data_dir, model.config, image_processor, output / "survivors.png"):
+        written.append("survivors.png")
+    if plot_retention_curves(examples, budgets[-1], output / "retention.png"):
+        written.append("retention.png")
+    for name in written:
         print(f"wrote {output / name}")
     print(f"took {time.perf_counter() - started:.0f} s")
 

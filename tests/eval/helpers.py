@@ -29,6 +29,10 @@ def read_jsonl(path: Path):
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
+def read_json(path: Path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
 def answer(question_id, text, prompt=""):
     return {"question_id": question_id, "prompt": prompt, "text": text}
 
