@@ -25,7 +25,7 @@ from llava.model.multimodal import (
     positions_from_mask,
     splice,
 )
-from llava.model.vision import VisionTower, encode_crops
+from llava.model.vision import VisionTower, encode_crops, execution_device
 from llava.pruning.layout import VisualLayout
 from llava.utils import UserError
 
@@ -150,7 +150,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
             self._grid(image, None if sizes is None else sizes[i]) if image.ndim == 4 and len(image) > 1 else None
             for i, image in enumerate(per_image)
         ]
-        device = self.model.vision_tower.embeddings.patch_embedding.weight.device
+        device = execution_device(self.model.vision_tower.embeddings.patch_embedding)
         stacks = [(image if image.ndim == 4 else image[None]).to(device) for image in per_image]
         # All crops of the batch go through the tower together.
         features, attention = self._project_crops(torch.cat(stacks), with_cls_attention)
@@ -222,7 +222,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         if with_cls_attention is None:
             with_cls_attention = run is not None and bool(run.needs_cls_attention)
         embeddings = self.get_input_embeddings()
-        input_ids = input_ids.to(embeddings.weight.device)
+        input_ids = input_ids.to(execution_device(embeddings))
         check_image_count(count_placeholders(input_ids, attention_mask), len(split_images(images)))
         visual = self.encode_visual_tokens(images, image_sizes, image_masks, with_cls_attention)
         max_length = getattr(self.config, "tokenizer_model_max_length", None)

@@ -27,6 +27,13 @@ class VisionFeatures:
     cls_attention_NP: Tensor | None
 
 
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module computes: its weights' device, or the one accelerate moves them to when they are offloaded."""
+    hook = getattr(module, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    return torch.device(device) if device is not None else next(module.parameters()).device
+
+
 def layers_to_run(select_layer: int, num_layers: int) -> int:
     """How many encoder layers produce `hidden_states[select_layer]` of a tower with `num_layers` layers.
 
@@ -50,7 +57,8 @@ def cls_attention(layer: nn.Module, hidden_NTC: Tensor) -> Tensor:
     less than 1.
     """
     attention = layer.self_attn
-    normed_NTC = layer.layer_norm1(hidden_NTC)
+    # The layer's own hooks would move its input; its parts are called here before it is.
+    normed_NTC = layer.layer_norm1(hidden_NTC.to(execution_device(layer.layer_norm1)))
     crops, tokens, _ = normed_NTC.shape
     # Only row 0 is wanted: one query instead of T, and no T x T map.
     query_NHTD = attention.q_proj(normed_NTC[:, :1]).view(crops, 1, -1, attention.head_dim).transpose(1, 2)
@@ -86,8 +94,8 @@ def encode_crops(
             f"mm_vision_select_layer {select_layer} selects the embeddings, which have no attention: "
             "pruning by CLS attention needs a later layer"
         )
-    weight = tower.embeddings.patch_embedding.weight
-    pixel_values = pixel_values.to(device=weight.device, dtype=weight.dtype)
+    patch_embedding = tower.embeddings.patch_embedding
+    pixel_values = pixel_values.to(device=execution_device(patch_embedding), dtype=patch_embedding.weight.dtype)
     hidden_NTC = tower.pre_layrnorm(tower.embeddings(pixel_values))
     attention_NT = None
     for index, layer in enumerate(layers[:count]):
