@@ -114,15 +114,12 @@ def _placement_options(device_map: Any, device: Any, dtype: Any, torch_dtype: An
             raise UserError(f"device {str(device)!r} is not available here; use --device cpu")
         device_map = {"": device}
     elif device_map == "auto" and not torch.cuda.is_available() and not torch.backends.mps.is_available():
-        # Nothing to distribute: without hooks around every module, CPU runs are faster and errors are
-        # readable.
+        # Nothing to distribute: without hooks around every module, CPU runs are faster and errors are readable.
         device_map = {"": torch.device("cpu")}
     dtype = dtype if dtype is not None else torch_dtype
     if dtype is None:
-        on_cpu = device.type == "cpu" if device is not None else not torch.cuda.is_available()
-        # LLaVA runs in half precision. CPUs have no fast fp16 arithmetic, and its rounding changes answers
-        # for nothing.
-        dtype = torch.float32 if on_cpu else torch.float16
+        # LLaVA runs in half precision. CPUs have no fast fp16 arithmetic, and its rounding changes answers for nothing.
+        dtype = torch.float32 if _only_cpu(device_map) else torch.float16
     if isinstance(dtype, str):
         names = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
         found = getattr(torch, names.get(dtype, dtype), None)
@@ -130,6 +127,12 @@ def _placement_options(device_map: Any, device: Any, dtype: Any, torch_dtype: An
             raise UserError(f"dtype {dtype!r} is not supported; use float16, bfloat16 or float32")
         dtype = found
     return {"device_map": device_map, "dtype": dtype}
+
+
+def _only_cpu(device_map: Any) -> bool:
+    places = device_map.values() if isinstance(device_map, dict) else [device_map]
+    # None is transformers' "stay on the CPU"; "auto" and its like reach here only where there is an accelerator.
+    return all(place is None or str(place) == "cpu" for place in places)
 
 
 def _quantization_options(load_8bit: bool, load_4bit: bool, dtype: torch.dtype) -> dict[str, Any]:

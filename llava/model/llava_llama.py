@@ -66,6 +66,15 @@ def _size_list(image_sizes: Any) -> list[tuple[int, int]] | None:
     return [(int(w), int(h)) for w, h in sizes]
 
 
+def _mask_scores(scores: Tensor, mask: Tensor) -> Tensor:
+    """`scores` `[N]` with 0 where `mask` (N entries, raster order) is True; a CLS entry in front is left alone."""
+    hidden = torch.as_tensor(mask, device=scores.device).bool().flatten()
+    extra = len(scores) - len(hidden)
+    if extra not in (0, 1):
+        raise UserError(f"an image mask has {len(hidden)} entries for {len(scores)} visual tokens")
+    return torch.cat((scores[:extra], scores[extra:].masked_fill(hidden, 0.0)))
+
+
 class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
     """LLaVA with a Llama decoder.
 
@@ -161,15 +170,10 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         for i, (crops, scores) in enumerate(zip(per_features, per_attention, strict=True)):
             if scores is not None:
                 scores = assemble(scores, grids[i])
-                mask = image_masks[i] if image_masks is not None else None
-                if mask is None and sizes is not None and grids[i] is None and self.config_pads_images():
-                    mask = padding_mask(sizes[i], self.get_vision_tower().num_patches_per_side)
-                if mask is not None:
-                    patches = mask.numel()
-                    # With "cls_patch" the first entry belongs to CLS, which is never padding.
-                    hidden = torch.zeros(len(scores), dtype=torch.bool)
-                    hidden[len(scores) - patches :] = torch.as_tensor(mask).bool().flatten().cpu()
-                    scores = scores.masked_fill(hidden.to(scores.device), 0.0)
+                if image_masks is not None:
+                    scores = _mask_scores(scores, image_masks[i])
+                elif sizes is not None and grids[i] is None and self.config_pads_images():
+                    scores = _mask_scores(scores, padding_mask(sizes[i], self.get_vision_tower().num_patches_per_side))
             tokens.append(VisualTokens(assemble(crops, grids[i]), scores))
         return tokens
 

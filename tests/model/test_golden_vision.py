@@ -71,3 +71,11 @@ def test_crops_need_the_size_that_was_preprocessed(golden):
         model.encode_visual_tokens(pixels)
     with pytest.raises(UserError, match="3 x 1 tiles and a whole view, but has 5 crops"):
         model.encode_visual_tokens(pixels, [(300, 50)])
+
+
+def test_masks_must_fit_the_visual_tokens(golden):
+    _, arrays = golden("e2e_cases")
+    model = golden_model("tiny8_p16")
+    pixels = torch.from_numpy(arrays["e2e01/pixel_values"])
+    with pytest.raises(UserError, match="an image mask has 9 entries for 16 visual tokens"):
+        model.encode_visual_tokens(pixels, image_masks=[torch.zeros(3, 3)], with_cls_attention=True)

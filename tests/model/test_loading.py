@@ -230,6 +230,29 @@ def test_half_precision_storage_loads_as_float32_exactly(tmp_path, source):
     assert torch.equal(model.lm_head.weight, halves["lm_head.weight"].float())
 
 
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}, None])
+def test_device_maps_without_an_accelerator(tmp_path, source, device_map, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    model = load_pretrained_model(str(write_original(tmp_path, source)), None, "tiny", device_map=device_map)[1]
+    assert model.device.type == "cpu" and model.dtype == torch.float32
+    # No hooks between the modules where there is nothing to distribute.
+    assert not any(hasattr(module, "_hf_hook") for module in model.modules())
+
+
+def test_half_precision_is_the_default_of_accelerators(monkeypatch):
+    from llava.model.builder import _placement_options
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert _placement_options("auto", None, None, None)["dtype"] == torch.float16
+    assert _placement_options("auto", "cuda:0", None, None)["dtype"] == torch.float16
+    assert _placement_options("cpu", None, None, None)["dtype"] == torch.float32
+    assert _placement_options("auto", "cpu", None, None) == {
+        "device_map": {"": torch.device("cpu")},
+        "dtype": torch.float32,
+    }
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_attention_implementation(tmp_path, source, implementation):
     model = load(write_original(tmp_path, source), attn_implementation=implementation)[1]
