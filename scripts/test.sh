@@ -19,11 +19,14 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then
     export OMP_NUM_THREADS="$((cores < 4 ? cores : 4))"
 fi
 
+# A style error fails the run but does not keep the tests from running.
+style=0
 if "$PYTHON" -m ruff --version >/dev/null 2>&1; then
     echo "[test] ruff check"
-    "$PYTHON" -m ruff check .
+    "$PYTHON" -m ruff check . || style=$?
 else
     echo "[test] ruff is not installed for $PYTHON: style check skipped"
 fi
 echo "[test] pytest -q $* (OMP_NUM_THREADS=$OMP_NUM_THREADS)"
-exec "$PYTHON" -m pytest -q "$@"
+"$PYTHON" -m pytest -q "$@" || exit
+[ "$style" -eq 0 ] || { echo "error: the style check failed, see above" >&2; exit "$style"; }
