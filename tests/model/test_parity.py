@@ -166,6 +166,14 @@ def test_image_sizes_in_any_container(ours):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("aspect_ratio", [None, "anyres"])
+def test_only_checkpoints_that_pad_mask_the_padding(aspect_ratio):
+    model = tiny_model(image_aspect_ratio=aspect_ratio)
+    scores = model.encode_visual_tokens(tiny_images(1), [(90, 30)], with_cls_attention=True)[0].cls_attention
+    assert scores.gt(0).all()
+
+
+@torch.no_grad()
 def test_labels_are_expanded_and_give_the_native_loss(ours, native):
     ids, mask = torch.tensor([[1, 5, I, 7, 8], [1, I, 9, 4, 3]]), None
     labels = torch.where(ids == I, IGNORE_INDEX, ids)

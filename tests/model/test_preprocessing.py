@@ -171,11 +171,14 @@ def test_real_photographs_against_an_independent_computation(shared_benchmarks, 
         np.testing.assert_allclose(pixels, independent_clip(expected, 336), atol=1e-5, err_msg=path.name)
 
 
-def test_torchvision_free_backend_is_used_for_loading(golden_processor):
-    # The torchvision backend rounds differently; answers measured with LLaVA used PIL.
+def test_the_loader_gives_the_recorded_pixels(golden):
+    # On the PIL backend: torchvision's rounds differently, and answers measured with LLaVA used PIL.
     from llava.model.builder import load_image_processor
     from tests.model.tiny import tiny_config
 
-    config = tiny_config(vision={"image_size": 56, "patch_size": 14})
-    processor = load_image_processor(GOLDEN, GOLDEN / "tiny8_p16" / "vision_tower", config)
-    assert isinstance(processor, CLIPImageProcessorPil) and processor.crop_size["height"] == 56
+    _, arrays = golden("pure_functions")
+    small = tiny_config(vision={"image_size": 56, "patch_size": 14})
+    processor = load_image_processor(GOLDEN, GOLDEN / "tiny8_p16" / "vision_tower", small)
+    assert isinstance(processor, CLIPImageProcessorPil)
+    pixels = process_images([Image.fromarray(arrays["pad_pre0/image"])], processor, config("pad"))[0]
+    np.testing.assert_array_equal(pixels.numpy(), arrays["pad_pre0/pixel_values"])
