@@ -42,6 +42,7 @@ TOWER_PREFIX = "model.vision_tower."
 # Left in full precision under bitsandbytes, as LLaVA does: small, and sensitive to quantization.
 UNQUANTIZED_MODULES = ["lm_head", "multi_modal_projector", "vision_tower"]
 PASSED_ON = ("attn_implementation", "quantization_config", "max_memory", "offload_folder", "offload_buffers")
+LLAMA_TOKENIZERS = ("LlamaTokenizer", "LlamaTokenizerFast")
 # Accepted for LLaVA's sake; loading is always lean.
 NO_LONGER_NEEDED = ("low_cpu_mem_usage", "use_fast", "trust_remote_code", "use_cache")
 
@@ -205,13 +206,17 @@ def load_tokenizer(folder: Path, config: LlavaConfig) -> Any | None:
     if not any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
         logger.warning("%s has no tokenizer (tokenizer.model or tokenizer.json): only token ids can be used", folder)
         return None
+    settings_path = folder / "tokenizer_config.json"
+    settings = read_json(settings_path) if settings_path.is_file() else {}
+    tokenizer_class = settings.get("tokenizer_class", "LlamaTokenizer")
     try:
-        if (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        if tokenizer_class in LLAMA_TOKENIZERS:
+            # AutoTokenizer goes by config.json's "llava" instead, and reads a tokenizer.model without Llama's leading
+            # blank. A bare tokenizer.model does not say either that Llama prompts start with BOS.
+            bos = {} if settings else {"add_bos_token": True}
+            tokenizer = LlamaTokenizer.from_pretrained(str(folder), local_files_only=True, **bos)
         else:
-            # A bare sentencepiece model: nothing tells AutoTokenizer the class, or that Llama prompts start
-            # with BOS.
-            tokenizer = LlamaTokenizer.from_pretrained(str(folder), local_files_only=True, add_bos_token=True)
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except ImportError as error:
         raise UserError(f"{folder}: the tokenizer needs a package: {' '.join(str(error).split())[:200]}") from None
     except Exception as error:

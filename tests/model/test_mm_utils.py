@@ -17,12 +17,15 @@ from llava.mm_utils import (
     tokenizer_image_token,
 )
 from llava.model.builder import load_tokenizer
-from tests.model.tiny import tiny_config, write_tokenizer
+from tests.model.tiny import LLAVA_FIELDS, TEXT_FIELDS, tiny_config, write_json, write_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer_folder(tmp_path_factory):
-    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    folder = write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    # Beside a LLaVA config, AutoTokenizer would take the same file for a tokenizer without leading blanks.
+    write_json(folder / "config.json", {"model_type": "llava", **TEXT_FIELDS, **LLAVA_FIELDS})
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +68,15 @@ def test_pieces_are_tokenized_alone_behind_one_bos(tokenizer, sentencepiece_ids,
     assert tokenizer_image_token(prompt, tokenizer, IMAGE_TOKEN_INDEX) == expected
     as_tensor = tokenizer_image_token(prompt, tokenizer, return_tensors="pt")
     assert as_tensor.dtype == torch.long and as_tensor.tolist() == expected
+
+
+def test_decoded_text_keeps_its_blanks(tokenizer, sentencepiece_ids, tmp_path):
+    text = "What is the color of the star?"
+    assert tokenizer(text).input_ids[1:] == sentencepiece_ids(text)
+    assert tokenizer.decode(sentencepiece_ids(text), skip_special_tokens=True) == text
+    tokenizer.save_pretrained(tmp_path)  # as transformers writes it: tokenizer.json
+    again = load_tokenizer(tmp_path, tiny_config())
+    assert again(text).input_ids == tokenizer(text).input_ids
 
 
 def test_newline_after_the_image_keeps_its_leading_space_token(tokenizer):
