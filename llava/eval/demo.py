@@ -29,7 +29,6 @@ from llava.utils import UserError, cli_main
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_BUDGETS = (192, 128, 64)
-DEFAULT_LIMIT = 250
 DEFAULT_BATCH_SIZE = 8
 # Answers are a word or a letter; the bound only matters for a model that does not stop.
 MAX_NEW_TOKENS = 16
@@ -65,9 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output-dir", default=str(ROOT / "results" / "demo"), help="where the results go")
     parser.add_argument("--method", default="autoprune", help="pruning method that is compared with dense")
     parser.add_argument("--budgets", default=",".join(map(str, DEFAULT_BUDGETS)), help="target tokens, by commas")
-    parser.add_argument(
-        "--limit", type=int, default=DEFAULT_LIMIT, help="questions per benchmark, spread over it; 0: all of them"
-    )
+    parser.add_argument("--limit", type=int, default=0, help="questions per benchmark, spread over it; 0: all of them")
     parser.add_argument("--batch-size", type=int, default=DEFAULT_BATCH_SIZE, help="questions per forward pass")
     parser.add_argument("--device", default=None, help="cuda, mps, cpu; default: the best there is")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: float16 on a GPU, float32 on a CPU")
@@ -121,11 +118,12 @@ def run_benchmark(
     progress = tqdm(total=len(questions), desc=benchmark.name, unit="q", mininterval=2.0, file=sys.stderr)
     with progress:
         for number, chunk in enumerate(batches(questions, batch_size)):
-            samples = [answerer.prepare(question) for question in chunk]
+            # What comes before the decoder is the same for all settings; prefill times do not include it.
+            encoded = answerer.encode([answerer.prepare(question) for question in chunk], with_cls_attention=True)
             for turn in range(len(settings)):
                 setting = settings[(number + turn) % len(settings)]
                 with setting.method.attach(answerer.model) as run:
-                    answered = answerer.answer(samples, run)
+                    answered = answerer.generate(encoded, run)
                 setting.batch_ms.append(1000 * answered[0].prefill_seconds)
                 for item in answered:
                     setting.statistics.add(item)

@@ -43,6 +43,15 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """A batch as the decoder gets it: the model's `MultimodalInputs`, and the seconds that encoding took."""
+
+    samples: tuple[Sample, ...]
+    inputs: Any
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Answered:
     """An answer, the trace of its pruning and its share of the time of its batch, in seconds."""
 
@@ -164,35 +173,56 @@ class Answerer:
             self._cache.popitem(last=False)
         return self._cache[name]
 
-    def answer(self, samples: Sequence[Sample], run: Any) -> list[Answered]:
-        """Answers one batch; `run` is what the method's `attach` returned for this model."""
+    def encode(self, samples: Sequence[Sample], with_cls_attention: bool) -> Encoded:
+        """Runs the vision tower and puts prompts together; the result can be answered under several methods."""
+        started = time.perf_counter()
         input_ids, mask = left_pad([sample.input_ids for sample in samples], self._pad_id())
         device = self.model.device
         with_image = [sample for sample in samples if sample.pixels is not None]
-        if self.generation.samples:
-            # Seeded by position, so that a resumed run draws what an uninterrupted one draws.
-            torch.manual_seed(self.generation.seed + samples[0].question.index)
-        run.traces.clear()
-        run.prefill_seconds.clear()
-        # Methods that draw at random draw by sample number: the same for resumed and chunked runs.
-        run.samples_seen = samples[0].question.index
-        started = time.perf_counter()
         with torch.inference_mode():
-            output = self.model.generate(
+            inputs = self.model.prepare_multimodal_inputs(
                 input_ids.to(device),
                 images=[s.pixels.to(device) for s in with_image] if with_image else None,
                 image_sizes=[s.image_size for s in with_image] if with_image else None,
                 attention_mask=mask.to(device),
+                with_cls_attention=with_cls_attention,
+            )
+        return Encoded(tuple(samples), inputs, time.perf_counter() - started)
+
+    def generate(self, encoded: Encoded, run: Any) -> list[Answered]:
+        """Answers an encoded batch; `run` is what a method's `attach` returned for this model."""
+        first, count = encoded.samples[0].question, len(encoded.samples)
+        inputs = encoded.inputs
+        if self.generation.samples:
+            # Seeded by position, so that a resumed run draws what an uninterrupted one draws.
+            torch.manual_seed(self.generation.seed + first.index)
+        run.traces.clear()
+        run.prefill_seconds.clear()
+        # Methods that draw at random draw by sample number: the same for resumed and chunked runs.
+        run.samples_seen = first.index
+        started = time.perf_counter()
+        with torch.inference_mode():
+            run.set_visual(inputs.layout, cls_attention=inputs.cls_attention)
+            mask = inputs.attention_mask
+            if mask is None:
+                mask = torch.ones(inputs.inputs_embeds.shape[:2], dtype=torch.long, device=inputs.inputs_embeds.device)
+            output = self.model.generate(
+                inputs_embeds=inputs.inputs_embeds,
+                attention_mask=mask,
                 pad_token_id=self._pad_id(),
                 **self.generation.generate_kwargs(),
             )
         texts = self.tokenizer.batch_decode(output, skip_special_tokens=True)
-        seconds = (time.perf_counter() - started) / len(samples)
-        prefill = sum(run.prefill_seconds) / len(samples)
+        seconds = (encoded.seconds + time.perf_counter() - started) / count
+        prefill = sum(run.prefill_seconds) / count
         return [
             Answered(sample.question, text.strip(), trace, prefill, seconds)
-            for sample, text, trace in zip(samples, texts, run.traces, strict=True)
+            for sample, text, trace in zip(encoded.samples, texts, run.traces, strict=True)
         ]
+
+    def answer(self, samples: Sequence[Sample], run: Any) -> list[Answered]:
+        """Encodes and answers one batch."""
+        return self.generate(self.encode(samples, run.needs_cls_attention), run)
 
     def _pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id
