@@ -60,16 +60,20 @@ def load_pretrained_model(
 ) -> tuple[Any, LlavaLlamaForCausalLM, Any, int]:
     """Load a LLaVA checkpoint.
 
-    Args: model_path: folder or hub name; original LLaVA-1.5 layout or llava-hf layout. model_base: base
-    model of LoRA or projector-only checkpoints; not supported yet. model_name: kept for LLaVA's callers;
-    the checkpoint's config.json decides what it is. load_8bit, load_4bit: quantize with bitsandbytes.
-    device_map: transformers' placement; ignored when `device` is given. device: put everything there
-    ("cpu", "cuda:1", "mps"). use_flash_attn: the same as `attn_implementation="flash_attention_2"`.
-    **kwargs: `dtype` (or `torch_dtype`), `attn_implementation`, `quantization_config`, `max_memory`,
-    `offload_folder`, `local_files_only`.
+    Args:
+        model_path: folder or hub name; original LLaVA-1.5 layout or llava-hf layout.
+        model_base: base model of LoRA or projector-only checkpoints; not supported yet.
+        model_name: kept for LLaVA's callers; the checkpoint's config.json decides what it is.
+        load_8bit: quantize with bitsandbytes.
+        load_4bit: the same, with 4 bits.
+        device_map: transformers' placement; ignored when `device` is given.
+        device: put everything there ("cpu", "cuda:1", "mps").
+        use_flash_attn: the same as `attn_implementation="flash_attention_2"`.
+        **kwargs: `dtype` (or `torch_dtype`), `attn_implementation`, `quantization_config`, `max_memory`,
+            `offload_folder`, `local_files_only`. Default precision: float16 on an accelerator, float32 on the CPU.
 
-    Returns: `(tokenizer, model, image_processor, context_len)`; the tokenizer is None for a checkpoint
-    without one.
+    Returns:
+        `(tokenizer, model, image_processor, context_len)`; the tokenizer is None for a checkpoint without one.
 
     Raises:
         UserError: anything wrong with the folder, a file in it, or an option.

@@ -36,8 +36,7 @@ STATIC_CACHES = ("static", "sliding_window", "hybrid", "hybrid_chunked")
 def split_images(images: Images | None) -> list[Tensor]:
     """One tensor per image: `[3, S, S]`, or `[crops, 3, S, S]` for an image cut into crops.
 
-    Accepts a list of such tensors, a stack `[n, 3, S, S]` or `[n, crops, 3, S, S]`, or a single image `[3,
-    S, S]`.
+    Accepts a list of such tensors, a stack `[n, 3, S, S]` or `[n, crops, 3, S, S]`, or one image `[3, S, S]`.
     """
     if images is None:
         return []
@@ -142,11 +141,16 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
     ) -> list[VisualTokens]:
         """Visual tokens of every image, in order.
 
-        Args: images: see `split_images`; an image of several crops is a base view and tiles row by row
-        ("anyres"). image_sizes: original `(width, height)` per image. Needed for images of several crops;
-        where the checkpoint pads to a square it also tells which patches are padding, whose CLS attention
-        becomes 0. image_masks: bool `[grid, grid]` per image, True = padding; overrides what `image_sizes`
-        says. with_cls_attention: compute the CLS attention of each token too.
+        Args:
+            images: see `split_images`; an image of several crops is a base view and tiles row by row ("anyres").
+            image_sizes: original `(width, height)` per image. Needed for images of several crops; where the
+                checkpoint pads to a square it also tells which patches are padding, whose CLS attention becomes 0.
+            image_masks: bool per image, one entry per visual token (`[grid, grid]` for one crop), True = padding;
+                overrides what `image_sizes` says.
+            with_cls_attention: compute the CLS attention of each token too.
+
+        Raises:
+            UserError: sizes, masks and images do not fit together.
         """
         per_image = split_images(images)
         if not per_image:
@@ -161,6 +165,9 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         ]
         device = execution_device(self.model.vision_tower.embeddings.patch_embedding)
         stacks = [(image if image.ndim == 4 else image[None]).to(device) for image in per_image]
+        if len({stack.shape[1:] for stack in stacks}) > 1:
+            shapes = ", ".join(str(list(stack.shape[1:])) for stack in stacks)
+            raise UserError(f"images must have one size, the vision tower's, found {shapes}: use process_images first")
         # All crops of the batch go through the tower together.
         features, attention = self._project_crops(torch.cat(stacks), with_cls_attention)
         counts = [len(stack) for stack in stacks]
@@ -215,6 +222,12 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         the end, as in LLaVA.
 
         Args:
+            input_ids: `[B, T]`.
+            images: one per placeholder, in reading order over the whole batch; see `split_images`.
+            image_sizes: original `(width, height)` per image.
+            attention_mask: `[B, T]`, 0 = padding on either side; None = nothing is padded.
+            labels: `[B, T]`, expanded like the prompts.
+            image_masks: see `encode_visual_tokens`.
             with_cls_attention: None = only if an attached pruning run needs it.
 
         Raises:
@@ -293,14 +306,17 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
     ) -> Any:
         """New token ids `[B, new]` (the prompt is not repeated), or transformers' output object if asked for.
 
-        Args: inputs: prompts `[B, T]` with -200 placeholders (also as `input_ids=`). images: see
-        `split_images`; in reading order of the placeholders over the whole batch. image_sizes: original
-        `(width, height)` per image. attention_mask: `[B, T]`, 0 = padding. image_masks: bool `[grid, grid]`
-        per image, True = padding; rarely needed, see `encode_visual_tokens`. **kwargs: transformers'
-        generation arguments (sampling, beams, streamer, ...).
+        Args:
+            inputs: prompts `[B, T]` with -200 placeholders (also as `input_ids=`).
+            images: see `split_images`; in reading order of the placeholders over the whole batch.
+            image_sizes: original `(width, height)` per image.
+            attention_mask: `[B, T]`, 0 = padding.
+            image_masks: rarely needed, see `encode_visual_tokens`.
+            **kwargs: transformers' generation arguments (sampling, beams, streamer, ...).
 
-        Raises: UserError: placeholders and images do not match, or an argument that cannot work with
-        embeddings as prompts.
+        Raises:
+            UserError: placeholders and images do not match, or an argument that cannot work with embeddings as
+                prompts or with pruning.
         """
         ids = inputs if inputs is not None else input_ids
         if inputs is not None and input_ids is not None:

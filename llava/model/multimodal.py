@@ -84,12 +84,14 @@ def splice(
 ) -> MultimodalInputs:
     """Replace each placeholder by the tokens of the next image.
 
-    Args: embed: token embedding, `[..., T]` ids -> `[..., T, C]`. input_ids: `[B, T]` with
-    `IMAGE_TOKEN_INDEX` placeholders; padding may be on either side. visual: the images in reading order
-    over the whole batch. attention_mask: `[B, T]`, 0 = padding; None = nothing is padded. labels: `[B, T]`;
-    visual tokens get `IGNORE_INDEX`. max_length: rows are cut to this many tokens *after* splicing, at the
-    end, as LLaVA does with the checkpoint's `tokenizer_model_max_length`: a long prompt loses text (even
-    visual tokens), silently.
+    Args:
+        embed: token embedding, `[..., T]` ids -> `[..., T, C]`.
+        input_ids: `[B, T]` with `IMAGE_TOKEN_INDEX` placeholders; padding may be on either side.
+        visual: the images in reading order over the whole batch.
+        attention_mask: `[B, T]`, 0 = padding; None = nothing is padded.
+        labels: `[B, T]`; visual tokens get `IGNORE_INDEX`.
+        max_length: rows are cut to this many tokens *after* splicing, at the end, as LLaVA does with the
+            checkpoint's `tokenizer_model_max_length`: a long prompt loses text (even visual tokens), silently.
 
     Raises:
         UserError: numbers of placeholders and images differ.

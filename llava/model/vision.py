@@ -82,8 +82,8 @@ def encode_crops(
         select_feature: "patch" drops the CLS token, "cls_patch" keeps it as the first feature row.
         with_cls_attention: also compute the CLS attention, one value per feature row.
 
-    Raises: ValueError: unknown `select_feature`, layer out of range, or CLS attention of the embeddings (no
-    layer ran).
+    Raises:
+        ValueError: unknown `select_feature`, layer out of range, or CLS attention of the embeddings (no layer ran).
     """
     if select_feature not in SELECT_FEATURES:
         raise ValueError(f"mm_vision_select_feature must be one of {SELECT_FEATURES}, got {select_feature!r}")

@@ -203,6 +203,8 @@ def test_unprocessed_images_and_wrong_lists_are_refused(ours):
         ours.generate(ids, images=[Image.new("RGB", (8, 8))])
     with pytest.raises(UserError, match="image_sizes has 2 entries for 1 image"):
         ours.generate(ids, images=tiny_images(1), image_sizes=[(8, 8), (9, 9)])
+    with pytest.raises(UserError, match=r"must have one size.*\[3, 28, 28\], \[3, 14, 28\]"):
+        ours.generate(torch.tensor([[I, I]]), images=[tiny_images(1)[0], torch.zeros(3, 14, 28)])
     with pytest.raises(UserError, match="3 to 5 dimensions"):
         ours.generate(ids, images=torch.zeros(3, 4))
 
