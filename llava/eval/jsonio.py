@@ -50,17 +50,22 @@ def read_text(path: str | os.PathLike[str], what: str) -> str:
     return _decode(path.read_bytes(), str(path))
 
 
+def _parse(text: str, where: str, what: str, is_line: bool) -> Any:
+    """Parses JSON; `where` is the file, or file:line if `text` is one line of it."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = where if is_line else f"{where}:{error.lineno}"
+        raise UserError(f"{where}: malformed JSON in {what} (column {error.colno}: {error.msg})") from None
+    except RecursionError:
+        raise UserError(f"{where}: malformed JSON in {what} (nested too deeply)") from None
+    except ValueError as error:  # a number with thousands of digits
+        raise UserError(f"{where}: malformed JSON in {what} ({error})") from None
+
+
 def read_json(path: str | os.PathLike[str], what: str) -> Any:
     """The parsed content of a JSON file; errors name the file, line and column."""
-    path = require_file(path, what)
-    try:
-        return json.loads(_decode(path.read_bytes(), str(path)))
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}:{error.lineno}: malformed JSON in {what} (column {error.colno}: {error.msg})"
-        ) from None
-    except RecursionError:
-        raise UserError(f"{path}: malformed JSON in {what} (nested too deeply)") from None
+    return _parse(read_text(path, what), str(path), what, is_line=False)
 
 
 def iter_jsonl(
@@ -78,21 +83,13 @@ def iter_jsonl(
             if limit_bytes is not None and consumed >= limit_bytes:
                 return
             consumed += len(raw)
-            line = _decode(raw, f"{path}:{number}").strip()
+            where = f"{path}:{number}"
+            line = _decode(raw, where).strip()
             if not line:
                 continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{path}:{number}: malformed JSON in {what} (column {error.colno}: {error.msg})"
-                ) from None
-            except RecursionError:
-                raise UserError(f"{path}:{number}: malformed JSON in {what} (nested too deeply)") from None
+            record = _parse(line, where, what, is_line=True)
             if not isinstance(record, dict):
-                raise UserError(
-                    f"{path}:{number}: {what} needs one JSON object per line, found {type(record).__name__}"
-                )
+                raise UserError(f"{where}: {what} needs one JSON object per line, found {type(record).__name__}")
             yield number, record
 
 

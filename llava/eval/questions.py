@@ -51,10 +51,20 @@ def read_questions(path: str | Path) -> list[Question]:
             raise UserError(f"{source}: text must be a string, found {type(text).__name__}")
         if image is not None and not isinstance(image, str):
             raise UserError(f"{source}: image must be a string, found {type(image).__name__}")
+        _require_encodable(source, str(identity), text, image or "")
         questions.append(Question(len(questions), source, identity, text, image or None))
     if not questions:
         raise UserError(f"{path}: holds no question")
     return questions
+
+
+def _require_encodable(source: str, *texts: str) -> None:
+    # JSON can spell half a surrogate pair, which no file and no tokenizer takes.
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UserError(f"{source}: holds characters that are not valid Unicode") from None
 
 
 def chunk(items: Sequence[Item], num_chunks: int, chunk_idx: int) -> Sequence[Item]:

@@ -128,14 +128,14 @@ def open_image(folder: Path, name: str) -> Image.Image:
     if relative.is_absolute() or ".." in relative.parts:
         raise SampleError(f"image path {name!r} leaves the image folder")
     path = folder / name
-    if not path.is_file():
-        raise SampleError(f"image {path} {'is not a file' if path.exists() else 'does not exist'}")
     try:
+        if not path.is_file():  # also: a pipe, which would block
+            raise FileNotFoundError("not a file" if path.exists() else "does not exist")
         with Image.open(path) as image:
             return image.convert("RGB")
     except Exception as error:  # decoders of damaged files raise nearly anything: OSError, SyntaxError, struct.error
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise SampleError(f"image {path} cannot be decoded ({reason})") from None
+        raise SampleError(f"image {path} cannot be read ({reason})") from None
 
 
 @dataclass

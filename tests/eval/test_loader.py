@@ -159,8 +159,8 @@ def test_repaired_image_is_answered_in_its_place(argv, data):
     assert (data / "b.jsonl").read_bytes() == (data / "a.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["../q.jsonl", "/etc/hostname", "images", "."])
-def test_image_paths_that_lead_elsewhere_are_skipped(argv, data, capsys, name):
+@pytest.mark.parametrize("name", ["../q.jsonl", "/etc/hostname", "images", ".", "a" * 300, "nul\0.png"])
+def test_image_paths_that_lead_nowhere_are_skipped(argv, data, capsys, name):
     write_jsonl(data / "q.jsonl", [{"question_id": 1, "image": name, "text": "?"}])
     with pytest.raises(SystemExit) as exit_info:
         main(argv())

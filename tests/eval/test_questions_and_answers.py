@@ -60,6 +60,8 @@ def test_blank_lines_crlf_and_byte_order_mark_are_accepted(tmp_path):
         ('{"question_id": [1], "text": "a"}', "question_id must be"),
         ('{"question_id": 1, "text": "a", "image": 3}', "image must be"),
         ("[" * 100000, "malformed JSON"),
+        ('{"question_id": ' + "1" * 5000 + ', "text": "a"}', "malformed JSON"),
+        ('{"question_id": 1, "text": "\\ud800"}', "not valid Unicode"),
     ],
 )
 def test_bad_line_is_named(tmp_path, line, part):
