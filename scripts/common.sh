@@ -33,6 +33,8 @@ begin() {
         PYTHON="${AUTOPRUNE_PYTHON:-$ROOT/.venv/bin/python}"
         [ -x "$PYTHON" ] || command -v "$PYTHON" >/dev/null 2>&1 || PYTHON=python3
     fi
+    "$PYTHON" -c 'import sys, importlib.util as u; sys.exit(not (u.find_spec("torch") and u.find_spec("transformers")))' \
+        >/dev/null 2>&1 || die "$PYTHON has no torch and transformers; run scripts/demo.sh once, or set PYTHON"
     case "$TOKENS" in
         dense) METHOD=dense; RUN=dense ;;
         "" | *[!0-9]*) die "TOKENS must be a number or 'dense', got '$TOKENS'" ;;

@@ -83,6 +83,11 @@ def test_wrong_budget_is_refused_by_the_script(arguments, place, checkpoint):
     assert result.returncode == 2 and "TOKENS" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
+def test_python_without_torch_is_explained(place, checkpoint):
+    result = run_script("pope", "4", place=place, checkpoint=checkpoint, PYTHON="/bin/false")
+    assert result.returncode == 2 and "/bin/false has no torch" in result.stderr
+
+
 def test_missing_checkpoint_stops_the_script(place, checkpoint):
     result = run_script("gqa", "4", "--limit", "2", place=place, checkpoint=checkpoint, CKPT="nowhere")
     assert result.returncode == 2 and result.stdout == ""
