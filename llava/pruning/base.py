@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from llava.pruning.scores import received_attention
 from llava.pruning.selection import on_device
 from llava.pruning.sequence import Sequences
 
@@ -97,8 +98,7 @@ class LayerView:
     @cached_property
     def relevance_BV(self) -> Tensor:
         """Attention that each visual token receives: mean over heads, then over the declared rows. float32."""
-        received = self.attention_BHTV.mean(1).sum(1)
-        return received / on_device(self.query_rows, received.device)[:, None]
+        return received_attention(self.attention_BHTV, on_device(self.query_rows, self.attention_BHTV.device))
 
     @cached_property
     def cls_attention_BV(self) -> Tensor:

@@ -37,6 +37,17 @@ def attention_rows(query_BHTD: Tensor, key_BGND: Tensor, scaling: float, allowed
     return torch.softmax(logits, dim=-1)
 
 
+def received_attention(attention_BHTV: Tensor, rows: Tensor | None = None) -> Tensor:
+    """Attention that each key receives, ``[B, V]``: mean over heads, then over the query rows.
+
+    Args:
+        attention_BHTV: probabilities ``[B, H, T, V]``, zero in padded rows.
+        rows: real query rows per batch row, ``[B]``, where rows are padded; default T.
+    """
+    received = attention_BHTV.mean(1).sum(1)
+    return received / (attention_BHTV.shape[2] if rows is None else rows[:, None])
+
+
 def rotate_rows(query_BHTD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> Tensor:
     """Apply the half-split rotary embedding of Llama to query rows ``[B, H, T, D]`` with tables ``[B or 1, T, D]``."""
     cos, sin = cos_BTD.unsqueeze(1), sin_BTD.unsqueeze(1)

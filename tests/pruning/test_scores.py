@@ -7,7 +7,9 @@ import torch
 
 from llava import compat
 from llava.pruning import AutoPrune, PruningMethod, Rows
-from llava.pruning.scores import attention_rows
+from llava.pruning.retention import prune_step, tokens_to_keep
+from llava.pruning.scores import attention_rows, received_attention
+from llava.pruning.selection import top_k
 from tests.pruning.models import Batch, random_llama
 
 
@@ -74,6 +76,23 @@ def test_last_row_is_the_last_text_row():
         torch.testing.assert_close(
             views[Rows.LAST][layer].attention_BHTV, views[Rows.TEXT][layer].attention_BHTV[:, :, -1:]
         )
+
+
+def test_ranking_goldens(golden):
+    """Who is kept at a share of the retention curve, from full recorded maps."""
+    facts, arrays = golden("pure_functions")
+    for name, fact in facts["attn_postprocess_rank"].items():
+        attention = torch.from_numpy(arrays[f"{name}/attn"]).float()[None]
+        start, count = fact["v_start"], fact["v_token_num"]
+        block = attention[:, :, start + count :, start : start + count]
+        assert block.shape[2] == fact["n_text"]
+        relevance = received_attention(block)
+        recorded = torch.from_numpy(arrays[f"{name}/relation"])
+        torch.testing.assert_close(relevance[0], recorded.flatten(), atol=1e-6, rtol=1e-4)
+        step = prune_step(count, tokens_to_keep(fact["image_shape"], fact["keep_percent"]))
+        assert step.keep == fact["n_kept"]
+        kept = top_k(relevance, [count], [step.keep])[0].tolist()
+        assert kept == arrays[f"{name}/mask"].flatten().nonzero()[0].tolist()
 
 
 def test_rows_are_probabilities_in_float32():
