@@ -30,7 +30,11 @@ def autocast() -> contextlib.AbstractContextManager:
 
 def cosine(progress: float, step: int, peak: float, warmup: int, floor: float = 0.05) -> float:
     """Learning rate: linear warm-up over steps, cosine over progress (0..1) to `floor` of the peak."""
-    return peak * min(1.0, (step + 1) / warmup) * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+    return (
+        peak
+        * min(1.0, (step + 1) / warmup)
+        * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+    )
 
 
 class Log:

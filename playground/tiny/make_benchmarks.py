@@ -3,8 +3,8 @@
     python -m playground.tiny.make_benchmarks            # writes playground/tiny/data/eval, the same every time
     python -m playground.tiny.make_benchmarks --check    # compares what is there with what would be written
 
-Scenes come from the evaluation half of the split (`Scene.held_out`), which training never draws. JSON files are compared
-byte for byte, pictures pixel for pixel (the compressed bytes depend on the zlib at hand).
+Scenes come from the evaluation half of the split (`Scene.held_out`), which training never draws. JSON files are
+compared byte for byte, pictures pixel for pixel (the compressed bytes depend on the zlib at hand).
 """
 
 from __future__ import annotations
@@ -36,8 +36,20 @@ GQA_KINDS: dict[str, tuple[Callable, str, str, str]] = {  # generator, structura
     "where": (q.where, "choose", "global", "positionChoose"),
     "exists": (q.exists, "verify", "obj", "exist"),
 }
-GQA_ORDER = ("color", "shape", "relation", "color", "exists", "shape", "choose_color", "verify_color", "relation", "where",
-             "color", "verify_shape")
+GQA_ORDER = (
+    "color",
+    "shape",
+    "relation",
+    "color",
+    "exists",
+    "shape",
+    "choose_color",
+    "verify_color",
+    "relation",
+    "where",
+    "color",
+    "verify_shape",
+)
 
 
 @dataclass
@@ -102,13 +114,20 @@ def build_textvqa(pictures: int = 130) -> Build:
                 answers[place] = ("the " + asked.answer.lower(), wrong, "unanswerable")[int(rng.integers(3))]
             line = {"question_id": name, "image": f"{name}.png", "text": asked.text, "category": "default"}
             lines.append(line)
-            data.append({"question": asked.question.lower(), "image_id": name, "answers": answers,
-                         "question_id": 34602 + len(data)})
+            data.append(
+                {
+                    "question": asked.question.lower(),
+                    "image_id": name,
+                    "answers": answers,
+                    "question_id": 34602 + len(data),
+                }
+            )
             build.items.append(Item("textvqa", line["image"], line, scene, asked))
         build.images[f"textvqa/train_images/{name}.png"] = scene
     build.files["textvqa/llava_textvqa_val_v051_ocr.jsonl"] = dumps_lines(lines)
     build.files["textvqa/TextVQA_0.5.1_val.json"] = json.dumps(
-        {"dataset_type": "val", "dataset_name": "textvqa", "dataset_version": "0.5.1", "data": data})
+        {"dataset_type": "val", "dataset_name": "textvqa", "dataset_version": "0.5.1", "data": data}
+    )
     return build
 
 
@@ -119,7 +138,8 @@ def recombinations(scene: Scene) -> int:
 
 
 def build_pope(pictures: int = 34) -> Build:
-    """Existence: three present and three absent objects per picture and category; absent ones get harder by category."""
+    """Existence: three present and three absent objects per picture and category; absent ones get harder by category.
+    """
     build, lines, scenes = Build(), [], []
     for index in range(pictures):
         rng = stream("pope", index)
@@ -135,10 +155,20 @@ def build_pope(pictures: int = 34) -> Build:
             for place in range(6):
                 want = place % 2 == 0
                 asked = distinct(lambda: q.exists(scene, rng, category, want), seen)  # noqa: B023
-                labels.append({"question_id": len(labels) + 1, "image": name, "text": asked.question,
-                               "label": asked.answer.lower()})
-                line = {"question_id": 10_000_000 * number + len(labels), "image": name, "text": asked.text,
-                        "category": category}
+                labels.append(
+                    {
+                        "question_id": len(labels) + 1,
+                        "image": name,
+                        "text": asked.question,
+                        "label": asked.answer.lower(),
+                    }
+                )
+                line = {
+                    "question_id": 10_000_000 * number + len(labels),
+                    "image": name,
+                    "text": asked.text,
+                    "category": category,
+                }
                 lines.append(line)
                 build.items.append(Item("pope", name, line, scene, asked))
         build.files[f"pope/coco/coco_pope_{category}.json"] = dumps_lines(labels)
@@ -151,15 +181,25 @@ def gqa_entry(identity: str, image: str, asked: q.Question, scene: Scene) -> dic
     _, structural, semantic, detailed = GQA_KINDS[asked.kind]
     answer = asked.answer.lower()
     names = [q.full_name(scene.things[i]) for i in asked.asked]
-    steps = [{"operation": "select", "dependencies": [], "argument": f"{name} ({i})"}
-             for name, i in zip(names, asked.asked, strict=True)]
-    last = {"operation": f"{structural}{'' if structural == 'query' else ' ' + semantic}",
-            "dependencies": list(range(len(steps))), "argument": asked.kind}
+    steps = [
+        {"operation": "select", "dependencies": [], "argument": f"{name} ({i})"}
+        for name, i in zip(names, asked.asked, strict=True)
+    ]
+    last = {
+        "operation": f"{structural}{'' if structural == 'query' else ' ' + semantic}",
+        "dependencies": list(range(len(steps))),
+        "argument": asked.kind,
+    }
     return {
-        "semantic": [*steps, last], "entailed": [], "equivalent": [identity], "question": asked.question,
-        "imageId": image, "isBalanced": True,
+        "semantic": [*steps, last],
+        "entailed": [],
+        "equivalent": [identity],
+        "question": asked.question,
+        "imageId": image,
+        "isBalanced": True,
         "groups": {"global": asked.kind if structural == "query" else None, "local": f"{len(names)}-{asked.kind}"},
-        "answer": answer, "semanticStr": "->".join(f"{s['operation']}: {s['argument']}" for s in [*steps, last]),
+        "answer": answer,
+        "semanticStr": "->".join(f"{s['operation']}: {s['argument']}" for s in [*steps, last]),
         "annotations": {"answer": {}, "question": {}, "fullAnswer": {}},
         "types": {"detailed": detailed, "semantic": semantic, "structural": structural},
         "fullAnswer": f"{asked.answer}." if structural == "verify" else f"It is {answer}.",
@@ -191,7 +231,12 @@ def build_gqa(pictures: int = 90) -> Build:
 
 def opposite(scene: Scene, asked: q.Question, rng: np.random.Generator) -> str:
     """The same relation with the sides exchanged."""
-    pairs = {"to the left of": "to the right of", "to the right of": "to the left of", "above": "below", "below": "above"}
+    pairs = {
+        "to the left of": "to the right of",
+        "to the right of": "to the left of",
+        "above": "below",
+        "below": "above",
+    }
     return asked.question.replace(f" {asked.category} ", f" {pairs[asked.category]} ")
 
 
@@ -228,8 +273,12 @@ def build_mme(pictures: int = 52) -> Build:
             name = f"{index + 1:04d}"
             text = ""
             for asked in pair:
-                line = {"question_id": f"{category}/{name}.png", "image": f"{category}/{name}.png", "text": asked.text,
-                        "category": category}
+                line = {
+                    "question_id": f"{category}/{name}.png",
+                    "image": f"{category}/{name}.png",
+                    "text": asked.text,
+                    "category": category,
+                }
                 lines.append(line)
                 text += f"{asked.question} {YES_NO}\t{asked.answer}\n"
                 build.items.append(Item("mme", line["image"], line, scene, asked))
@@ -267,8 +316,11 @@ def write(build: Build, root: Path) -> None:
 
 def differences(build: Build, root: Path) -> list[str]:
     """Paths that are missing or differ: JSON and text byte for byte, pictures pixel for pixel."""
-    wrong = [path for path, content in build.files.items()
-             if not (root / path).is_file() or (root / path).read_text() != content]
+    wrong = [
+        path
+        for path, content in build.files.items()
+        if not (root / path).is_file() or (root / path).read_text() != content
+    ]
     for path, scene in build.images.items():
         if not (root / path).is_file():
             wrong.append(path)
@@ -283,7 +335,9 @@ def differences(build: Build, root: Path) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", type=Path, default=DATA, help="folder to write or check (default: %(default)s)")
-    parser.add_argument("--check", action="store_true", help="compare instead of writing; exit status 2 on a difference")
+    parser.add_argument(
+        "--check", action="store_true", help="compare instead of writing; exit status 2 on a difference"
+    )
     args = parser.parse_args()
     build = build_all()
     if not args.check:

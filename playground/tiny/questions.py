@@ -29,6 +29,7 @@ class Question:
         options: the choices of a multiple-choice question, in order.
         ocr: the words on the `Reference OCR token` line.
         category: what a benchmark groups by (the kind of negative, the relation, ...).
+        names: phrases of the question that name one object each, with that object.
     """
 
     kind: str
@@ -38,6 +39,7 @@ class Question:
     options: tuple[str, ...] = ()
     ocr: tuple[str, ...] | None = None
     category: str = ""
+    names: tuple[tuple[str, int], ...] = ()
 
     @property
     def text(self) -> str:
@@ -97,13 +99,24 @@ def exists(scene: Scene, rng: np.random.Generator, category: str = "", want: boo
     category = category or pick(rng, ("random", "popular", "adversarial", "adversarial"))
     if want:
         index = int(rng.integers(len(scene.things)))
-        return Question("exists", f"Is there {article(full_name(scene.things[index]))} in the image?", "Yes", (index,),
-                        category=category)
+        name = full_name(scene.things[index])
+        return Question(
+            "exists",
+            f"Is there {article(name)} in the image?",
+            "Yes",
+            (index,),
+            category=category,
+            names=((name, index),),
+        )
     present = {(t.color, t.shape) for t in scene.things}
     colors, shapes = {c for c, _ in present}, {s for _, s in present}
     level = {"random": (0, 1, 2), "popular": (1,), "adversarial": (2,)}[category]
-    absent = [(c, s) for c in range(len(COLORS)) for s in range(len(SHAPES))
-              if (c, s) not in present and (c in colors) + (s in shapes) in level]
+    absent = [
+        (c, s)
+        for c in range(len(COLORS))
+        for s in range(len(SHAPES))
+        if (c, s) not in present and (c in colors) + (s in shapes) in level
+    ]
     if not absent:
         return None
     color, shape = pick(rng, absent)
@@ -119,7 +132,13 @@ def color_of(scene: Scene, rng: np.random.Generator) -> Question | None:
         return None
     index = pick(rng, able)
     thing = scene.things[index]
-    return Question("color", f"What color is the {SHAPES[thing.shape]}?", COLORS[thing.color], (index,))
+    return Question(
+        "color",
+        f"What color is the {SHAPES[thing.shape]}?",
+        COLORS[thing.color],
+        (index,),
+        names=((SHAPES[thing.shape], index),),
+    )
 
 
 def shape_of(scene: Scene, rng: np.random.Generator) -> Question | None:
@@ -129,7 +148,13 @@ def shape_of(scene: Scene, rng: np.random.Generator) -> Question | None:
         return None
     index = pick(rng, able)
     thing = scene.things[index]
-    return Question("shape", f"What shape is the {COLORS[thing.color]} object?", SHAPES[thing.shape], (index,))
+    return Question(
+        "shape",
+        f"What shape is the {COLORS[thing.color]} object?",
+        SHAPES[thing.shape],
+        (index,),
+        names=((f"{COLORS[thing.color]} object", index),),
+    )
 
 
 def verify_color(scene: Scene, rng: np.random.Generator, want: bool | None = None) -> Question | None:
@@ -142,7 +167,13 @@ def verify_color(scene: Scene, rng: np.random.Generator, want: bool | None = Non
     thing = scene.things[index]
     others = [t.color for t in scene.things if t.color != thing.color] or [(thing.color + 1) % len(COLORS)]
     color = thing.color if want else pick(rng, others)
-    return Question("verify_color", f"Is the {SHAPES[thing.shape]} {COLORS[color]}?", yes_no(want), (index,))
+    return Question(
+        "verify_color",
+        f"Is the {SHAPES[thing.shape]} {COLORS[color]}?",
+        yes_no(want),
+        (index,),
+        names=((SHAPES[thing.shape], index),),
+    )
 
 
 def verify_shape(scene: Scene, rng: np.random.Generator, want: bool | None = None) -> Question | None:
@@ -155,8 +186,13 @@ def verify_shape(scene: Scene, rng: np.random.Generator, want: bool | None = Non
     thing = scene.things[index]
     others = [t.shape for t in scene.things if t.shape != thing.shape] or [(thing.shape + 1) % len(SHAPES)]
     shape = thing.shape if want else pick(rng, others)
-    return Question("verify_shape", f"Is the {COLORS[thing.color]} object {article(SHAPES[shape])}?", yes_no(want),
-                    (index,))
+    return Question(
+        "verify_shape",
+        f"Is the {COLORS[thing.color]} object {article(SHAPES[shape])}?",
+        yes_no(want),
+        (index,),
+        names=((f"{COLORS[thing.color]} object", index),),
+    )
 
 
 def choose_color(scene: Scene, rng: np.random.Generator) -> Question | None:
@@ -170,7 +206,13 @@ def choose_color(scene: Scene, rng: np.random.Generator) -> Question | None:
     pair = [COLORS[thing.color], COLORS[pick(rng, others)]]
     if rng.integers(2):
         pair.reverse()
-    return Question("choose_color", f"Is the {SHAPES[thing.shape]} {pair[0]} or {pair[1]}?", COLORS[thing.color], (index,))
+    return Question(
+        "choose_color",
+        f"Is the {SHAPES[thing.shape]} {pair[0]} or {pair[1]}?",
+        COLORS[thing.color],
+        (index,),
+        names=((SHAPES[thing.shape], index),),
+    )
 
 
 def relation(scene: Scene, rng: np.random.Generator, want: bool | None = None) -> Question | None:
@@ -185,9 +227,33 @@ def relation(scene: Scene, rng: np.random.Generator, want: bool | None = None) -
         delta = (a.col - b.col, b.col - a.col, a.row - b.row, b.row - a.row)[side]
         if delta != 0 and (delta < 0) == want:
             first, second = refer(scene, i, rng), refer(scene, j, rng)
-            return Question("relation", f"Is the {first} {SIDES[side]} the {second}?", yes_no(want), (i, j),
-                            category=SIDES[side])
+            return Question(
+                "relation",
+                f"Is the {first} {SIDES[side]} the {second}?",
+                yes_no(want),
+                (i, j),
+                category=SIDES[side],
+                names=((first, i), (second, j)),
+            )
     return None
+
+
+def choose_relation(scene: Scene, rng: np.random.Generator) -> Question | None:
+    """`Is the red star to the left or to the right of the blue circle?` (or above / below)."""
+    asked = relation(scene, rng, want=True)
+    if asked is None:
+        return None
+    (first, i), (second, j) = asked.names
+    answer = asked.category.split()[-2] if "the" in asked.category else asked.category
+    pair = ("to the left", "to the right of") if answer in ("left", "right") else ("above", "below")
+    return Question(
+        "choose_relation",
+        f"Is the {first} {pair[0]} or {pair[1]} the {second}?",
+        answer,
+        (i, j),
+        category=asked.category,
+        names=((first, i), (second, j)),
+    )
 
 
 def where(scene: Scene, rng: np.random.Generator) -> Question | None:
@@ -201,16 +267,25 @@ def where(scene: Scene, rng: np.random.Generator) -> Question | None:
     pair = ("top", "bottom") if vertical else ("left", "right")
     answer = pair[int(place > 3)]
     order = pair if rng.integers(2) else pair[::-1]
-    return Question("where", f"Is the {refer(scene, index, rng)} on the {order[0]} or on the {order[1]} of the image?",
-                    answer, (index,))
+    name = refer(scene, index, rng)
+    return Question(
+        "where",
+        f"Is the {name} on the {order[0]} or on the {order[1]} of the image?",
+        answer,
+        (index,),
+        names=((name, index),),
+    )
 
 
 def count_target(scene: Scene, rng: np.random.Generator) -> tuple[str, str, list[int]]:
     """Something to count: singular, plural and the objects."""
     if rng.integers(2):
         color = int(rng.integers(len(COLORS))) if rng.random() < 0.1 else pick(rng, scene.things).color
-        return (f"{COLORS[color]} object", f"{COLORS[color]} objects",
-                [i for i, t in enumerate(scene.things) if t.color == color])
+        return (
+            f"{COLORS[color]} object",
+            f"{COLORS[color]} objects",
+            [i for i, t in enumerate(scene.things) if t.color == color],
+        )
     shape = int(rng.integers(len(SHAPES))) if rng.random() < 0.1 else pick(rng, scene.things).shape
     plural = "crosses" if SHAPES[shape] == "cross" else SHAPES[shape] + "s"
     return SHAPES[shape], plural, [i for i, t in enumerate(scene.things) if t.shape == shape]
@@ -245,8 +320,15 @@ def word_on(scene: Scene, rng: np.random.Generator, ocr: bool | None = None) -> 
     index = pick(rng, able)
     ocr = rng.random() < 0.7 if ocr is None else ocr
     words = tuple(WORDS[scene.things[i].word] for i in rng.permutation(able)) if ocr else None
-    return Question("word", f"What word is on the {refer(scene, index, rng)}?", WORDS[scene.things[index].word], (index,),
-                    ocr=words)
+    name = refer(scene, index, rng)
+    return Question(
+        "word",
+        f"What word is on the {name}?",
+        WORDS[scene.things[index].word],
+        (index,),
+        ocr=words,
+        names=((name, index),),
+    )
 
 
 def verify_word(scene: Scene, rng: np.random.Generator, want: bool | None = None) -> Question | None:
@@ -259,7 +341,15 @@ def verify_word(scene: Scene, rng: np.random.Generator, want: bool | None = None
     word = scene.things[index].word
     others = [scene.things[i].word for i in able if i != index] or [(word + 1) % len(WORDS)]
     shown = word if want else pick(rng, others)
-    return Question("verify_word", f'Is the word on the {refer(scene, index, rng)} "{WORDS[shown]}"?', yes_no(want), (index,))
+    name = refer(scene, index, rng)
+    holder = tuple((f'"{WORDS[shown]}', i) for i in able if scene.things[i].word == shown)
+    return Question(
+        "verify_word",
+        f'Is the word on the {name} "{WORDS[shown]}"?',
+        yes_no(want),
+        (index,),
+        names=((name, index), *holder),
+    )
 
 
 def multiple_choice(scene: Scene, rng: np.random.Generator) -> Question | None:
@@ -275,14 +365,27 @@ def multiple_choice(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 
 KINDS: dict[str, tuple[Callable[..., Question | None], float]] = {
-    "exists": (exists, 2.5), "color": (color_of, 1.5), "shape": (shape_of, 1.5), "verify_color": (verify_color, 0.7),
-    "verify_shape": (verify_shape, 0.7), "choose_color": (choose_color, 0.6), "relation": (relation, 2.0),
-    "where": (where, 0.7), "count": (count, 0.5), "verify_count": (verify_count, 1.2), "word": (word_on, 1.6),
-    "verify_word": (verify_word, 1.0), "choice": (multiple_choice, 0.5),
+    "exists": (exists, 1.5),
+    "color": (color_of, 0.8),
+    "shape": (shape_of, 0.8),
+    "verify_color": (verify_color, 0.6),
+    "verify_shape": (verify_shape, 0.8),
+    "choose_color": (choose_color, 0.4),
+    "relation": (relation, 2.2),
+    "choose_relation": (choose_relation, 1.8),
+    "where": (where, 1.0),
+    "count": (count, 1.2),
+    "verify_count": (verify_count, 1.2),
+    "word": (word_on, 1.2),
+    "verify_word": (verify_word, 1.8),
+    "choice": (multiple_choice, 0.6),
 }
+"""Generator and training weight of every kind; the kinds that are learned last have more weight."""
 
 
-def sample_questions(scene: Scene, rng: np.random.Generator, count: int, kinds: tuple[str, ...] = tuple(KINDS)) -> list[Question]:
+def sample_questions(
+    scene: Scene, rng: np.random.Generator, count: int, kinds: tuple[str, ...] = tuple(KINDS)
+) -> list[Question]:
     """`count` different questions about a scene, kinds drawn by their training weights."""
     weights = np.array([KINDS[k][1] for k in kinds])
     out: list[Question] = []

@@ -11,15 +11,26 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "pink", "cyan")
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
 WORDS = ("CAT", "DOG", "SUN", "MAP", "KEY", "CUP", "BOX", "FOX", "JAM", "NET", "PIE", "VAN")
-RGB = np.array([(220, 40, 40), (40, 160, 60), (50, 80, 220), (235, 215, 50), (140, 60, 170), (240, 140, 30),
-                (245, 150, 190), (60, 200, 210)], dtype=np.int64)
+RGB = np.array(
+    [
+        (220, 40, 40),
+        (40, 160, 60),
+        (50, 80, 220),
+        (235, 215, 50),
+        (140, 60, 170),
+        (240, 140, 30),
+        (245, 150, 190),
+        (60, 200, 210),
+    ],
+    dtype=np.int64,
+)
 IMAGE, PATCH, CELL, GRID = 192, 8, 48, 24
 JITTER = (-8, -4, 0, 4, 8)
 SIZES = (15, 16)
@@ -29,13 +40,26 @@ PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 _GLYPHS = {  # 5 x 7 pixels, one 5-bit number per row
-    "A": (14, 17, 17, 31, 17, 17, 17), "B": (30, 17, 17, 30, 17, 17, 30), "C": (14, 17, 16, 16, 16, 17, 14),
-    "D": (30, 17, 17, 17, 17, 17, 30), "E": (31, 16, 16, 30, 16, 16, 31), "F": (31, 16, 16, 30, 16, 16, 16),
-    "G": (14, 17, 16, 23, 17, 17, 14), "I": (31, 4, 4, 4, 4, 4, 31), "J": (7, 2, 2, 2, 2, 18, 12),
-    "K": (17, 18, 20, 24, 20, 18, 17), "M": (17, 27, 21, 21, 17, 17, 17), "N": (17, 25, 21, 19, 17, 17, 17),
-    "O": (14, 17, 17, 17, 17, 17, 14), "P": (30, 17, 17, 30, 16, 16, 16), "S": (15, 16, 16, 14, 1, 1, 30),
-    "T": (31, 4, 4, 4, 4, 4, 4), "U": (17, 17, 17, 17, 17, 17, 14), "V": (17, 17, 17, 17, 17, 10, 4),
-    "X": (17, 17, 10, 4, 10, 17, 17), "Y": (17, 17, 10, 4, 4, 4, 4),
+    "A": (14, 17, 17, 31, 17, 17, 17),
+    "B": (30, 17, 17, 30, 17, 17, 30),
+    "C": (14, 17, 16, 16, 16, 17, 14),
+    "D": (30, 17, 17, 17, 17, 17, 30),
+    "E": (31, 16, 16, 30, 16, 16, 31),
+    "F": (31, 16, 16, 30, 16, 16, 16),
+    "G": (14, 17, 16, 23, 17, 17, 14),
+    "I": (31, 4, 4, 4, 4, 4, 31),
+    "J": (7, 2, 2, 2, 2, 18, 12),
+    "K": (17, 18, 20, 24, 20, 18, 17),
+    "M": (17, 27, 21, 21, 17, 17, 17),
+    "N": (17, 25, 21, 19, 17, 17, 17),
+    "O": (14, 17, 17, 17, 17, 17, 14),
+    "P": (30, 17, 17, 30, 16, 16, 16),
+    "S": (15, 16, 16, 14, 1, 1, 30),
+    "T": (31, 4, 4, 4, 4, 4, 4),
+    "U": (17, 17, 17, 17, 17, 17, 14),
+    "V": (17, 17, 17, 17, 17, 10, 4),
+    "X": (17, 17, 10, 4, 10, 17, 17),
+    "Y": (17, 17, 10, 4, 4, 4, 4),
 }
 
 
@@ -96,15 +120,25 @@ def sample_scene(rng: np.random.Generator, low: int, high: int, held_out: bool, 
         things = []
         for i, (color, shape) in enumerate(sorted(kinds)):
             word = int(words[i]) if rng.random() < word_share else -1
-            things.append(Thing(color, shape, word, int(cells[i]) // cols, int(cells[i]) % cols,
-                                int(JITTER[rng.integers(5)]), int(JITTER[rng.integers(5)]),
-                                int(SIZES[rng.integers(2)]), int(rng.integers(-14, 15))))
+            things.append(
+                Thing(
+                    color,
+                    shape,
+                    word,
+                    int(cells[i]) // cols,
+                    int(cells[i]) % cols,
+                    int(JITTER[rng.integers(5)]),
+                    int(JITTER[rng.integers(5)]),
+                    int(SIZES[rng.integers(2)]),
+                    int(rng.integers(-14, 15)),
+                )
+            )
         scene = Scene(tuple(things), rows, cols, int(rng.integers(1 << 31)))
         if scene.held_out() == held_out:
             return scene
 
 
-@lru_cache(maxsize=None)
+@cache
 def shape_mask(shape: int, size: int, dy: int, dx: int) -> np.ndarray:
     """Pixels of a shape in its cell: bool [48, 48]."""
     y, x = np.mgrid[0:CELL, 0:CELL]
@@ -127,7 +161,7 @@ def shape_mask(shape: int, size: int, dy: int, dx: int) -> np.ndarray:
     return upright | diagonal | (x * x + y * y <= r * r // 3)
 
 
-@lru_cache(maxsize=None)
+@cache
 def word_bitmap(word: int) -> np.ndarray:
     """Black letters on a white band: bool [9, 19], True where black."""
     band = np.zeros((9, 19), dtype=bool)
@@ -137,7 +171,7 @@ def word_bitmap(word: int) -> np.ndarray:
     return band
 
 
-@lru_cache(maxsize=None)
+@cache
 def _cell_cover(shape: int, size: int, dy: int, dx: int, word: bool) -> np.ndarray:
     """Share of the pixels of each patch of the cell that the object covers: float [6, 6]."""
     mask = shape_mask(shape, size, dy, dx).copy()
@@ -198,7 +232,8 @@ def render(scene: Scene) -> np.ndarray:
 
 
 def pad_square(image: np.ndarray) -> np.ndarray:
-    """Center the picture on a 192 x 192 square of the mean color, as LLaVA's `pad` preprocessing does: uint8 [192, 192, 3]."""
+    """Center the picture on a 192 x 192 square of the mean color, as LLaVA's `pad` preprocessing does: uint8
+    [192, 192, 3]."""
     out = np.empty((IMAGE, IMAGE, 3), dtype=np.uint8)
     out[:] = [int(m * 255) for m in PIXEL_MEAN]
     top, left = (IMAGE - image.shape[0]) // 2, (IMAGE - image.shape[1]) // 2

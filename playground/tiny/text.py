@@ -1,7 +1,7 @@
 """Tokenizer and token ids of training examples: exactly the ids that evaluation feeds.
 
-A prompt is built by `llava.conversation` and split at `<image>` as LLaVA does; the ids before the picture are the same for
-all examples, the ids behind it belong to one question each.
+A prompt is built by `llava.conversation` and split at `<image>` as LLaVA does; the ids before the picture are the
+same for all examples, the ids behind it belong to one question each.
 """
 
 from __future__ import annotations
@@ -32,10 +32,14 @@ def prompt(text: str, answer: str | None = None) -> str:
 
 @lru_cache(maxsize=1)
 def tokenizer():
-    """The tokenizer of the checkpoint, as the model loader makes it."""
-    from transformers import AutoTokenizer
+    """The tokenizer of the checkpoint.
 
-    return AutoTokenizer.from_pretrained(CHECKPOINT, use_fast=False)
+    The Llama class by name: beside a config.json of type `llava`, AutoTokenizer converts tokenizer.model without the
+    blank that Llama puts before every text.
+    """
+    from transformers import LlamaTokenizer
+
+    return LlamaTokenizer.from_pretrained(CHECKPOINT)
 
 
 @lru_cache(maxsize=1)
@@ -54,6 +58,13 @@ def tail_ids(text: str, answer: str) -> tuple[tuple[int, ...], int]:
     return tuple(whole), len(whole) - len(question)
 
 
+@lru_cache(maxsize=400_000)
+def name_place(question: str, name: str) -> int:
+    """Index, in the ids behind the picture, of the last token of a phrase of the question."""
+    end = question.index(name) + len(name)
+    return len(tokenizer()(prompt("").split("<image>")[1].split(" ASSISTANT")[0] + question[:end]).input_ids) - 2
+
+
 def corpus(lines: int = 20000, seed: int = 7) -> list[str]:
     """Text to train the tokenizer on."""
     rng = np.random.default_rng([99, seed])
@@ -63,8 +74,17 @@ def corpus(lines: int = 20000, seed: int = 7) -> list[str]:
         for question in sample_questions(scene, rng, 10):
             out.append(prompt(question.text, question.answer).split("<image>")[1].replace("</s>", ""))
     names = [*COLORS, *SHAPES, *(w.lower() for w in WORDS), *WORDS]
-    extra = [prompt("").replace("<image>", ""), SHORT, LETTER, "Reference OCR token:", "yes no Yes No yes no",
-             "Describe the image. Please answer yes or no. A photo of", "A. B. C. D. E.", *names, *(f'"{w}"' for w in WORDS)]
+    extra = [
+        prompt("").replace("<image>", ""),
+        SHORT,
+        LETTER,
+        "Reference OCR token:",
+        "yes no Yes No yes no",
+        "Describe the image. Please answer yes or no. A photo of",
+        "A. B. C. D. E.",
+        *names,
+        *(f'"{w}"' for w in WORDS),
+    ]
     return [line for line in out + extra * 200 if line]
 
 
@@ -74,14 +94,35 @@ def train_tokenizer(folder: Path = CHECKPOINT) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus()), model_prefix=str(folder / "tokenizer"), model_type="bpe",
-        vocab_size=VOCABULARY, byte_fallback=True, character_coverage=1.0, normalization_rule_name="identity",
-        remove_extra_whitespaces=False, split_digits=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1,
-        minloglevel=2, hard_vocab_limit=False)
+        sentence_iterator=iter(corpus()),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=VOCABULARY,
+        byte_fallback=True,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        num_threads=1,
+        minloglevel=2,
+        hard_vocab_limit=False,
+    )
     (folder / "tokenizer.vocab").unlink()
     (folder / "tokenizer.json").unlink(missing_ok=True)
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
-    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": False,
-              "clean_up_tokenization_spaces": False, "model_max_length": 2048, "padding_side": "right", **special}
+    config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "legacy": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 2048,
+        "padding_side": "right",
+        **special,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")

@@ -1,8 +1,8 @@
 """Stage `vision`: the tower learns to say at every patch what object covers it, and its CLS token to look at objects.
 
-Dense supervision by temporary linear heads at the output of the selected layer (-2); the head-mean CLS attention of that
-same layer is pulled to the patches of the objects; a multi-label loss trains CLS at the last layer. Starts on windows of
-12 x 12 patches (four times cheaper), ends on whole pictures. Knows nothing of language.
+Dense supervision by temporary linear heads at the output of the selected layer (-2); the head-mean CLS attention of
+that same layer is pulled to the patches of the objects; a multi-label loss trains CLS at the last layer. Starts on
+windows of 12 x 12 patches (four times cheaper), ends on whole pictures. Knows nothing of language.
 """
 
 from __future__ import annotations
@@ -27,8 +27,16 @@ HEADS = {"color": 9, "shape": 7, "word": 13, "row": 7, "col": 7, "center": 2}
 
 def build_tower() -> CLIPVisionModel:
     """A CLIP vision tower with random weights: 24 x 24 patches of 8 pixels, width 96, four layers."""
-    config = CLIPVisionConfig(hidden_size=96, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-                              image_size=192, patch_size=8, projection_dim=96, attention_dropout=0.0)
+    config = CLIPVisionConfig(
+        hidden_size=96,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=192,
+        patch_size=8,
+        projection_dim=96,
+        attention_dropout=0.0,
+    )
     tower = CLIPVisionModel(config)
     nn.init.normal_(vision_body(tower).embeddings.patch_embedding.weight, std=0.05)
     return tower
@@ -56,8 +64,8 @@ def run_tower(
         last: also run the layers behind the selected one.
 
     Returns:
-        Patch features of the selected layer [B, n, C], head-mean attention of CLS over the patches there, summing to one
-        over the patches [B, n], and CLS after the last layer [B, C] or None.
+        Patch features of the selected layer [B, n, C], head-mean attention of CLS over the patches there, summing to
+        one over the patches [B, n], and CLS after the last layer [B, C] or None.
     """
     body = vision_body(tower)
     patches = body.embeddings.patch_embedding(pixels)
@@ -114,8 +122,13 @@ def patch_labels(scene: scenes.Scene) -> dict[str, np.ndarray]:
     for i, thing in enumerate(scene.things):
         mask = on & (owner == i)
         row, col = scene.bins(thing)
-        for name, value in (("color", thing.color + 1), ("shape", thing.shape + 1), ("word", thing.word + 1),
-                            ("row", row), ("col", col)):
+        for name, value in (
+            ("color", thing.color + 1),
+            ("shape", thing.shape + 1),
+            ("word", thing.word + 1),
+            ("row", row),
+            ("col", col),
+        ):
             labels[name][mask] = value
         labels["center"][scenes.center_patch(scene, thing)] = 1
     unclear = (share > 0.04) & ~on
@@ -145,11 +158,14 @@ def window_batch(rng: np.random.Generator, count: int, side: int) -> tuple:
 
 def multi_label(labels: dict[str, torch.Tensor]) -> torch.Tensor:
     """Which colors, shapes and words occur: float [B, 26]."""
-    return torch.cat([torch.stack([(labels[n] == k).any(1) for k in range(1, HEADS[n])], 1)
-                      for n in ("color", "shape", "word")], 1).float()
+    return torch.cat(
+        [torch.stack([(labels[n] == k).any(1) for k in range(1, HEADS[n])], 1) for n in ("color", "shape", "word")], 1
+    ).float()
 
 
-def train_vision(folder: Path, minutes: float, batch: int = 32, peak: float = 1.5e-3, whole_share: float = 0.25) -> None:
+def train_vision(
+    folder: Path, minutes: float, batch: int = 32, peak: float = 1.5e-3, whole_share: float = 0.25
+) -> None:
     """Train the tower for `minutes` (the last `whole_share` of them on whole pictures); writes `folder/vision.pt`."""
     torch.manual_seed(1)
     tower = build_tower()
@@ -170,10 +186,17 @@ def train_vision(folder: Path, minutes: float, batch: int = 32, peak: float = 1.
             outputs = {name: head(features) for name, head in heads.items()}
             extra = several(cls) if last else None
         on = labels["color"] > 0
-        losses = {name: F.cross_entropy(out.float().flatten(0, 1), labels[name].flatten(), ignore_index=-100,
-                                        weight=torch.tensor([0.3] + [1.0] * (out.shape[-1] - 1)) if name in
-                                        ("color", "shape", "word") else None)
-                  for name, out in outputs.items()}
+        losses = {
+            name: F.cross_entropy(
+                out.float().flatten(0, 1),
+                labels[name].flatten(),
+                ignore_index=-100,
+                weight=torch.tensor([0.3] + [1.0] * (out.shape[-1] - 1))
+                if name in ("color", "shape", "word")
+                else None,
+            )
+            for name, out in outputs.items()
+        }
         losses["attention"] = 0.3 * attention_loss(attention, on)
         if last:
             losses["cls"] = 0.5 * F.binary_cross_entropy_with_logits(extra.float(), multi_label(labels))
@@ -190,10 +213,18 @@ def train_vision(folder: Path, minutes: float, batch: int = 32, peak: float = 1.
                     mask = (labels[name] > 0) if name != "word" else on
                     right[name] = (out.argmax(-1) == labels[name])[mask].float().mean().item()
                 count = on.sum(1).clamp(min=1)
-                top = [on[i][attention[i].topk(min(64 if side == GRID else 16, int(count[i]))).indices].float().mean()
-                       for i in range(len(on))]
-            log.write(step=step, side=side, seconds=round(time.time() - start), loss=round(loss.item(), 4),
-                      on_object=round(torch.stack(top).mean().item(), 3), **{k: round(v, 3) for k, v in right.items()})
+                top = [
+                    on[i][attention[i].topk(min(64 if side == GRID else 16, int(count[i]))).indices].float().mean()
+                    for i in range(len(on))
+                ]
+            log.write(
+                step=step,
+                side=side,
+                seconds=round(time.time() - start),
+                loss=round(loss.item(), 4),
+                on_object=round(torch.stack(top).mean().item(), 3),
+                **{k: round(v, 3) for k, v in right.items()},
+            )
         if step % 500 == 0:
             save_state(folder / "vision.pt", tower=tower.state_dict(), heads=heads.state_dict(), step=step)
     save_state(folder / "vision.pt", tower=tower.state_dict(), heads=heads.state_dict(), step=step)

@@ -1,0 +1,149 @@
+"""Writes the trained parts as a checkpoint in the original LLaVA-1.5 layout, and reads such a folder back into the
+parts.
+
+The weights are stored in fp16. Reading back is independent of `llava.model`, so that the arena measures the stored
+weights with transformers' own modules.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from playground.tiny import scenes, text
+from playground.tiny.joint import TinyLlava
+
+TOWER = "model.vision_tower.vision_tower.vision_model."
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def export(model: TinyLlava, folder: Path = text.CHECKPOINT) -> None:
+    """Write config, weights, tower folder and generation config; the tokenizer's files are there already."""
+    decoder, tower = model.decoder.config, model.tower.config
+    write_json(
+        folder / "config.json",
+        {
+            "architectures": ["LlavaLlamaForCausalLM"],
+            "model_type": "llava",
+            "mm_vision_tower": "vision_tower",
+            "mm_hidden_size": tower.hidden_size,
+            "mm_projector_type": "mlp2x_gelu",
+            "mm_vision_select_layer": -2,
+            "mm_vision_select_feature": "patch",
+            "mm_patch_merge_type": "flat",
+            "image_aspect_ratio": "pad",
+            "mm_use_im_start_end": False,
+            "mm_use_im_patch_token": False,
+            "use_mm_proj": True,
+            "torch_dtype": "float16",
+            "tokenizer_model_max_length": 2048,
+            "tokenizer_padding_side": "right",
+            "max_position_embeddings": 2048,
+            "hidden_size": decoder.hidden_size,
+            "intermediate_size": decoder.intermediate_size,
+            "num_hidden_layers": decoder.num_hidden_layers,
+            "num_attention_heads": decoder.num_attention_heads,
+            "num_key_value_heads": decoder.num_key_value_heads,
+            "vocab_size": decoder.vocab_size,
+            "hidden_act": "silu",
+            "rms_norm_eps": decoder.rms_norm_eps,
+            "rope_theta": 1e6,
+            "pretraining_tp": 1,
+            "use_cache": True,
+            "initializer_range": 0.02,
+            "attention_bias": False,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+            "tie_word_embeddings": False,
+        },
+    )
+    write_json(
+        folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "do_sample": False}
+    )
+    write_json(
+        folder / "vision_tower" / "config.json",
+        {
+            "model_type": "clip_vision_model",
+            "hidden_size": tower.hidden_size,
+            "hidden_act": tower.hidden_act,
+            "intermediate_size": tower.intermediate_size,
+            "num_hidden_layers": tower.num_hidden_layers,
+            "num_attention_heads": tower.num_attention_heads,
+            "num_channels": 3,
+            "patch_size": tower.patch_size,
+            "image_size": tower.image_size,
+            "projection_dim": tower.projection_dim,
+            "layer_norm_eps": tower.layer_norm_eps,
+            "attention_dropout": 0.0,
+        },
+    )
+    side = tower.image_size
+    write_json(
+        folder / "vision_tower" / "preprocessor_config.json",
+        {
+            "image_processor_type": "CLIPImageProcessor",
+            "do_resize": True,
+            "size": {"shortest_edge": side},
+            "resample": 3,
+            "do_center_crop": True,
+            "crop_size": {"height": side, "width": side},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "do_convert_rgb": True,
+            "image_mean": list(scenes.PIXEL_MEAN),
+            "image_std": list(scenes.PIXEL_STD),
+        },
+    )
+    weights = {
+        TOWER + name.removeprefix("vision_model."): value
+        for name, value in model.tower.state_dict().items()
+        if "position_ids" not in name
+    }
+    weights |= {f"model.mm_projector.{name}": value for name, value in model.projector.state_dict().items()}
+    weights |= dict(model.decoder.state_dict())
+    weights["lm_head.weight"] = model.decoder.lm_head.weight.detach().clone()
+    save_file(
+        {k: v.detach().to(torch.float16).contiguous().clone() for k, v in weights.items()},
+        str(folder / "model.safetensors"),
+        metadata={"format": "pt"},
+    )
+    text.tokenizer().backend_tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def load(folder: Path = text.CHECKPOINT) -> TinyLlava:
+    """The parts with the stored weights, in fp32; every tensor is used and none is missing."""
+    model = TinyLlava(json.loads((folder / "config.json").read_text())["num_hidden_layers"])
+    parts: dict[str, dict[str, torch.Tensor]] = {"tower": {}, "projector": {}, "decoder": {}}
+    for name, value in load_file(folder / "model.safetensors").items():
+        if name.startswith(TOWER):
+            parts["tower"][name.removeprefix(TOWER)] = value.float()
+        elif name.startswith("model.mm_projector."):
+            parts["projector"][name.removeprefix("model.mm_projector.")] = value.float()
+        else:
+            parts["decoder"][name] = value.float()
+    if hasattr(model.tower, "vision_model"):
+        parts["tower"] = {"vision_model." + name: value for name, value in parts["tower"].items()}
+    for part, state in parts.items():
+        getattr(model, part).load_state_dict(state)
+    return model.eval()
+
+
+def main() -> None:
+    """Export `runs/joint.pt`."""
+    state = torch.load(Path(__file__).resolve().parent / "runs" / "joint.pt")
+    model = TinyLlava(state["layers"])
+    model.load_state_dict(state["model"])
+    export(model)
+
+
+if __name__ == "__main__":
+    main()

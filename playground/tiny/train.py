@@ -1,0 +1,71 @@
+"""Train the tiny LLaVA, stage by stage.
+
+    python -m playground.tiny.train --stage tokenizer
+    python -m playground.tiny.train --stage vision --minutes 25 --threads 1 &
+    python -m playground.tiny.train --stage language --minutes 25 --threads 1
+    python -m playground.tiny.train --stage align --minutes 1.5
+    python -m playground.tiny.train --stage joint --minutes 14 --full-share 0
+    python -m playground.tiny.train --stage joint --minutes 10 --run 1 --deepen
+    python -m playground.tiny.export && python -m playground.tiny.arena
+
+Every stage saves its weights to `playground/tiny/runs/` as it goes, so a run can be stopped at any time; `--resume`
+continues from there (with scenes not drawn before and fresh optimizers).
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from llava.utils import UserError, cli_main
+from playground.tiny import text
+from playground.tiny.common import RUNS
+from playground.tiny.joint import align, train_joint
+from playground.tiny.language import train_language
+from playground.tiny.vision import train_vision
+
+STAGES = {"tokenizer": (), "vision": (), "language": (), "align": ("vision.pt", "language.pt"), "joint": ("joint.pt",)}
+
+
+@cli_main
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--stage", choices=tuple(STAGES), required=True, help="what to train")
+    parser.add_argument(
+        "--minutes", type=float, default=20, help="training time; the learning rate falls towards its end"
+    )
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--rate", type=float, default=None, help="factor on the learning rates of language and joint")
+    parser.add_argument("--resume", action="store_true", help="language: continue the saved run")
+    parser.add_argument("--run", type=int, default=0, help="joint: number of the restart, chooses its random stream")
+    parser.add_argument("--deepen", action="store_true", help="joint: grow the decoder from six to twelve layers first")
+    parser.add_argument(
+        "--full-share", type=float, default=0.2, help="joint: last part of the run with all 576 visual tokens"
+    )
+    args = parser.parse_args()
+    needed = STAGES[args.stage] + (("language.pt",) if args.resume and args.stage == "language" else ())
+    for name in needed:
+        if not (RUNS / name).is_file():
+            raise UserError(f"{RUNS / name}: no such file; train the earlier stages first")
+    if args.minutes <= 0:
+        raise UserError(f"--minutes {args.minutes}: must be above 0")
+    torch.set_num_threads(args.threads)
+    if args.stage == "tokenizer":
+        text.train_tokenizer()
+    elif args.stage == "vision":
+        train_vision(RUNS, args.minutes)
+    elif args.stage == "language":
+        train_language(RUNS, args.minutes, resume=args.resume, rate=args.rate or 0.6)
+    elif args.stage == "align":
+        align(RUNS, args.minutes)
+    else:
+        train_joint(
+            RUNS, args.minutes, rate=args.rate or 0.3, run=args.run, full_share=args.full_share, deepen=args.deepen
+        )
+
+
+if __name__ == "__main__":
+    main()
