@@ -9,6 +9,9 @@ from llava.pruning.base import OptionError, PruningMethod
 _METHODS = {
     "autoprune": "AutoPrune",
     "dense": "Dense",
+    "divprune": "DivPrune",
+    "fastervlm": "FasterVLM",
+    "fastv": "FastV",
     "random": "Random",
     "uniform": "Uniform",
 }

@@ -34,12 +34,12 @@ def descending_order(scores_BV: Tensor, counts: Sequence[int]) -> Tensor:
     return scores_BV.sort(dim=1, descending=True, stable=True).indices
 
 
-def first_in_sequence_order(order_BV: Tensor, keep: Sequence[int]) -> Tensor:
+def first_in_sequence_order(order_BV: Tensor, keep: Sequence[int], width: int | None = None) -> Tensor:
     """The first ``keep[i]`` entries of each order, sorted by index: ``[B, max(keep)]``.
 
-    Entries behind ``keep[i]`` are padding with the value V, which is no valid index.
+    Entries behind ``keep[i]`` are padding with the value V, which is no valid index (give ``width`` if the order is cut short).
     """
-    width = order_BV.shape[1]
+    width = order_BV.shape[1] if width is None else width
     chosen = order_BV[:, : max(keep)]
     if min(keep) < chosen.shape[1]:
         chosen = chosen.masked_fill(~counts_to_mask(keep, chosen.shape[1], chosen.device), width)
@@ -49,6 +49,33 @@ def first_in_sequence_order(order_BV: Tensor, keep: Sequence[int]) -> Tensor:
 def top_k(scores_BV: Tensor, counts: Sequence[int], keep: Sequence[int]) -> Tensor:
     """Indices of the ``keep[i]`` best of the first ``counts[i]`` scores, in sequence order, padded with V."""
     return first_in_sequence_order(descending_order(scores_BV, counts), keep)
+
+
+def max_min_order(tokens_BVC: Tensor, counts: Sequence[int], picks: int) -> Tensor:
+    """Indices ``[B, picks]`` of the most diverse tokens, in the order in which they are picked.
+
+    First the token whose nearest neighbor is farthest, then always the token farthest from those already picked, by
+    cosine distance. One running minimum per token: O(picks x V) after the distances to the first pick are known.
+
+    Args:
+        tokens_BVC: ``[B, V, C]``, row i valid up to ``counts[i]``.
+        counts: valid tokens per row; a row with fewer than ``picks`` repeats arbitrary indices behind its count.
+        picks: tokens to pick.
+    """
+    unit = torch.nn.functional.normalize(tokens_BVC.float(), dim=2)
+    distance = 1 - unit @ unit.transpose(1, 2)
+    valid = counts_to_mask(counts, distance.shape[1], distance.device)
+    # Invalid tokens are infinitely far as neighbors, so they are nobody's nearest, and never picked themselves.
+    distance = distance.masked_fill(~valid[:, None, :], torch.inf)
+    itself = torch.eye(distance.shape[1], dtype=torch.bool, device=distance.device)
+    nearest = distance.masked_fill(itself, torch.inf).amin(2)
+    picked = [nearest.masked_fill(~valid, -torch.inf).argmax(1)]  # of equals the first
+    closest = torch.full_like(nearest, torch.inf).masked_fill(~valid, -torch.inf)
+    for _ in range(picks - 1):
+        from_last = distance.gather(1, picked[-1][:, None, None].expand(-1, 1, distance.shape[2]))[:, 0]
+        closest = torch.minimum(closest, from_last).scatter(1, picked[-1][:, None], -torch.inf)
+        picked.append(closest.argmax(1))
+    return torch.stack(picked, 1)
 
 
 class DensityPeaks(NamedTuple):
@@ -118,9 +145,7 @@ def density_peaks(
     slots = torch.arange(most, device=device)
     if min(clusters) < most:
         to_center = to_center.masked_fill(~counts_to_mask(clusters, most, device)[:, :, None], torch.inf)
-    # First center among equals: argmin leaves the choice between ties open.
-    at_minimum = to_center == to_center.amin(1, keepdim=True)
-    assignment = torch.where(at_minimum, slots[None, :, None], most).amin(1)
+    assignment = to_center.argmin(1)  # of equals the first
     # A center belongs to its own cluster even if it coincides with an earlier one.
     own = counts_to_mask(clusters, most, device)
     is_center = torch.zeros(batch, width + 1, dtype=torch.long, device=device)

@@ -60,6 +60,9 @@ METHODS = {
     "random": get_method("random")(target_tokens=9),
     "uniform": get_method("uniform")(target_tokens=9, positions="compact"),
     "last-row": LastRowTop(),
+    "fastv": get_method("fastv")(target_tokens=22),
+    "fastervlm": get_method("fastervlm")(target_tokens=9),
+    "divprune": get_method("divprune")(target_tokens=9),
     "merge-tail": MergeTail(positions="original"),
     "dense-capped": Dense(visual_token_num=12),
 }

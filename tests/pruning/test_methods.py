@@ -57,7 +57,7 @@ def test_methods_are_immutable():
         AutoPrune().target_tokens = 3
 
 
-@pytest.mark.parametrize("name", ["random", "uniform"])
+@pytest.mark.parametrize("name", ["random", "uniform", "fastervlm", "divprune"])
 def test_constant_budget_is_exact(model, name):
     for target in (1, 7, 48, 500):
         _, _, (trace,) = generate(model, get_method(name)(target_tokens=target), Batch(model).alone(0), new_tokens=1)
@@ -118,3 +118,30 @@ def test_autoprune_without_any_pruning_is_dense(model):
         torch.testing.assert_close(logits, dense_logits, atol=1e-5, rtol=1e-5)
     else:
         pytest.fail(f"a budget of all tokens dropped some: {trace.tokens_out}")
+
+
+@pytest.mark.parametrize(("target", "kept"), [(40, 36), (24, 12), (20, 6), (16, 1), (4, 1), (48, 48)])
+def test_fastv_meets_the_processed_mean_where_it_can(model, target, kept):
+    """N = 48, L = 6, K = 2: (6 T - 96) / 4 tokens remain behind layer 1."""
+    _, _, (trace,) = generate(model, get_method("fastv")(target_tokens=target), Batch(model).alone(0), new_tokens=1)
+    assert trace.tokens_in == [48, 48, kept, kept, kept, kept]
+    if kept > 1:
+        assert abs(trace.mean_tokens("processed") - target) < 1
+
+
+def test_fastv_keeps_what_the_last_token_attends_to():
+    eager = random_llama("eager")
+    batch = Batch(eager)
+    with torch.no_grad():
+        maps = eager(inputs_embeds=batch.embeds[0][None], output_attentions=True).attentions
+    expected = maps[2][0, :, -1, 4:52].mean(0).topk(24).indices.sort().values
+    _, _, (trace,) = generate(random_llama(), get_method("fastv")(layer=3, ratio=0.5), batch.alone(0), new_tokens=1)
+    assert torch.equal(trace.kept[2], expected) and trace.tokens_out[:3] == [48, 48, 24]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"layer": 0}, "layer"), ({"ratio": 1.0}, "ratio"), ({"layer": 6}, "6 layers")]
+)
+def test_fastv_options_are_checked(model, options, message):
+    with pytest.raises(OptionError, match=message):
+        get_method("fastv")(**options).attach(model)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llava.pruning import dpc_knn_merge
-from llava.pruning.selection import density_peaks, top_k
+from llava.pruning.selection import density_peaks, max_min_order, top_k
 
 
 def naive_dpc(tokens: torch.Tensor, clusters: int) -> torch.Tensor:
@@ -101,3 +101,27 @@ def test_top_k_breaks_ties_by_index_and_pads():
     chosen = top_k(scores, counts=[5, 2], keep=[2, 1])
     assert chosen.tolist() == [[1, 2], [0, 5]]
     assert top_k(scores, counts=[5, 5], keep=[4, 4]).tolist() == [[0, 1, 2, 3], [0, 2, 3, 4]]
+
+
+def naive_diversity(tokens: torch.Tensor, picks: int) -> list[int]:
+    """Farthest-point picking one number at a time."""
+    rows = torch.nn.functional.normalize(tokens.double(), dim=1)
+    distance = (1 - rows @ rows.T).tolist()
+    count = len(distance)
+    nearest = [min(distance[i][j] for j in range(count) if j != i) for i in range(count)]
+    picked = [max(range(count), key=lambda i: (nearest[i], -i))]
+    while len(picked) < picks:
+        rest = [i for i in range(count) if i not in picked]
+        picked.append(max(rest, key=lambda i: (min(distance[i][j] for j in picked), -i)))
+    return picked
+
+
+def test_max_min_order_equals_a_naive_loop_in_every_row():
+    generator = torch.Generator().manual_seed(4)
+    counts = [23, 9, 14]
+    tokens = torch.zeros(3, 23, 8)
+    for row, count in enumerate(counts):
+        tokens[row, :count] = torch.randn(count, 8, generator=generator)
+    order = max_min_order(tokens, counts, 9)
+    for row, count in enumerate(counts):
+        assert order[row].tolist() == naive_diversity(tokens[row, :count], 9)

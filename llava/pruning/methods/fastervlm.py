@@ -1,0 +1,38 @@
+"""FasterVLM, "[CLS] Attention is All You Need for Training-Free Visual Token Pruning" (arXiv 2412.01818 v1).
+
+Before the decoder, keep the visual tokens with the highest CLS attention of the vision tower's selected layer (mean
+over heads), in raster order. Positions are contiguous.
+
+Budget: ``target_tokens`` tokens enter the decoder and stay, so nominal and processed mean are both the target.
+
+Deviation: for several crops the paper keeps a share per crop; here the tokens of a sample compete with each other.
+Patches that are padding have no CLS attention (they are masked), which the published code does not do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import ClassVar
+
+from llava.pruning.base import BEFORE_DECODER, LayerView, PruningMethod, Rows, Selection
+from llava.pruning.selection import top_k
+
+
+@dataclass(frozen=True, kw_only=True)
+class FasterVLM(PruningMethod):
+    """Keep the ``target_tokens`` visual tokens with the highest CLS attention."""
+
+    target_tokens: int | None = 64
+    positions: str = "compact"
+
+    name: ClassVar[str] = "fastervlm"
+    needs_cls: ClassVar[bool] = True
+
+    def stages(self, num_layers: int) -> Mapping[int, Rows]:
+        return {BEFORE_DECODER: Rows.NONE}
+
+    def select(self, view: LayerView, memory: SimpleNamespace) -> Selection:
+        keep = tuple(min(self.target_tokens, count) for count in view.counts)
+        return Selection(top_k(view.cls_attention_BV, view.counts, keep), keep)

@@ -1,0 +1,60 @@
+"""FastV, "An Image is Worth 1/2 Tokens After Layer 2" (ECCV 2024, arXiv 2403.06764).
+
+After decoder layer ``layer - 1`` the visual tokens that the last prompt token attends to least (mean over heads) are
+dropped, once. Survivors keep their positions.
+
+Budget: the paper gives a layer and a ratio. ``target_tokens`` is turned into the count that makes the *processed* mean
+meet it, ``(L * T - layer * N) / (L - layer)``, since the layers in front work on all N tokens; where that is below one
+token (shallow decoders, small targets) one token is kept and the mean stays above the target. ``ratio`` overrides it.
+
+Deviation: the published in-place code prunes again at every decoding step; here, as in its later port with a cache, the
+prefill decides once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import ClassVar
+
+from llava.pruning.base import LayerView, OptionError, PruningMethod, Rows, Selection
+from llava.pruning.selection import top_k
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastV(PruningMethod):
+    """One cut by the attention of the last token.
+
+    Attributes:
+        layer: layers that see all visual tokens (K in the paper).
+        ratio: fraction of the visual tokens to drop (R in the paper); replaces ``target_tokens``.
+    """
+
+    target_tokens: int | None = 64
+    layer: int = 2
+    ratio: float | None = None
+
+    name: ClassVar[str] = "fastv"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layer < 1:
+            raise OptionError(f"layer must be at least 1, got {self.layer}")
+        if self.ratio is not None and not 0 <= self.ratio < 1:
+            raise OptionError(f"ratio must lie in 0..1, 1 excluded, got {self.ratio}")
+
+    def stages(self, num_layers: int) -> Mapping[int, Rows]:
+        if self.layer >= num_layers:
+            raise OptionError(f"layer must be below the {num_layers} layers of the decoder, got {self.layer}")
+        return {self.layer - 1: Rows.LAST}
+
+    def select(self, view: LayerView, memory: SimpleNamespace) -> Selection:
+        keep = tuple(self._keep(count, view.num_layers) for count in view.counts)
+        return Selection(top_k(view.relevance_BV, view.counts, keep), keep)
+
+    def _keep(self, count: int, num_layers: int) -> int:
+        if self.ratio is not None:
+            return round(count * (1 - self.ratio))
+        left = (num_layers * self.target_tokens - self.layer * count) // (num_layers - self.layer)
+        return min(max(left, 1), count)
