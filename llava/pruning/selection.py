@@ -37,7 +37,8 @@ def descending_order(scores_BV: Tensor, counts: Sequence[int]) -> Tensor:
 def first_in_sequence_order(order_BV: Tensor, keep: Sequence[int], width: int | None = None) -> Tensor:
     """The first ``keep[i]`` entries of each order, sorted by index: ``[B, max(keep)]``.
 
-    Entries behind ``keep[i]`` are padding with the value V, which is no valid index. Give V as ``width`` for a short order.
+    Entries behind ``keep[i]`` are padding with the value V, which is no valid index; give it as ``width`` if the
+    order is cut short.
     """
     width = order_BV.shape[1] if width is None else width
     chosen = order_BV[:, : max(keep)]
