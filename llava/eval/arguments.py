@@ -74,7 +74,7 @@ def add_pruning_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--method",
         default=DEFAULT_METHOD,
-        help="pruning method: autoprune, random, uniform, ...; dense: no pruning",
+        help="pruning method: autoprune, fastv, random, ...; dense: no pruning",
     )
     group.add_argument(
         "--target-token-num",
