@@ -1,0 +1,100 @@
+"""MMBench's tsv and workbooks: quoting, empty cells, damage; workbooks survive what spreadsheets do to text."""
+
+import pytest
+
+from llava.eval import mmbench_data
+from llava.utils import UserError
+
+HEADER = "index\tquestion\thint\tA\tB\tC\tD\tanswer\n"
+
+
+def table(tmp_path, text, name="t.tsv"):
+    path = tmp_path / name
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+def rows(path, **kwargs):
+    return [row for _, row in mmbench_data.read_table(path, **kwargs)]
+
+
+def test_line_breaks_tabs_and_quotation_marks_in_cells(tmp_path):
+    path = table(tmp_path, HEADER + '7\t"two\nlines\t""and"" a tab"\t\tx\ty\t\t\tA\n8\t5" wide?\t\tx\ty\t\t\tB\n')
+    first, second = mmbench_data.read_table(path)
+    assert (first[0], second[0]) == (3, 4)
+    assert first[1]["question"] == 'two\nlines\t"and" a tab' and second[1]["question"] == '5" wide?'
+    assert first[1]["C"] == "" and list(first[1]) == HEADER.split()
+
+
+def test_byte_order_mark_crlf_blank_lines_and_missing_cells_at_the_end(tmp_path):
+    text = "\ufeff" + HEADER.replace("\n", "\r\n") + "1\tq\th\tx\ty\r\n\r\n2\tq\th\tx\ty\tz\tw\tD\r\n"
+    first, second = rows(table(tmp_path, text))
+    assert first["index"] == "1" and first["answer"] == "" and second["answer"] == "D"
+
+
+def test_dropped_columns_and_large_cells(tmp_path):
+    path = table(tmp_path, "index\timage\tA\n1\t" + "x" * 200_000 + "\ty\n")
+    assert rows(path, drop=("image",)) == [{"index": "1", "A": "y"}]
+    assert len(rows(path)[0]["image"]) == 200_000
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "empty"),
+        ("index\tA\n1\tx\ty\n", "t.tsv:2: 3 cells in a table of 2 columns"),
+        ('index\tA\n1\t"x\n2\ty\n', "not closed"),
+        ("index\tA\tB\n1\tx\ty\n2\tx", "t.tsv:3: the last line is cut off"),
+        ("index\tB\n1\tx\n", "column 'A' is missing"),
+        ("index\tA\n1\tx\n".encode("utf-16"), "not UTF-8"),
+    ],
+)
+def test_damaged_tables_are_named(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        rows(table(tmp_path, text), required=("index", "A"))
+
+
+@pytest.mark.parametrize(
+    ("cells", "letters"),
+    [
+        (("x", "y", "z", "w"), "ABCD"),
+        (("x", "y", "", ""), "AB"),
+        (("x", "nan", "z", ""), "A"),  # upstream stops at the first empty cell
+        (("0", "1", "NaN", "None"), "AB"),
+    ],
+)
+def test_options_of_a_row(cells, letters):
+    row = dict(zip("ABCD", cells, strict=True))
+    assert mmbench_data.row_options(row) == {letter: row[letter] for letter in letters}
+
+
+def test_index_forms():
+    assert [mmbench_data.row_index(v, "") for v in ("5", 5, 5.0, "5.0", " 5 ")] == [5] * 5
+    for value in ("v1_5", "", None, "5.5", 5.5, float("nan"), float("inf"), -1):
+        with pytest.raises(UserError, match="here: index"):
+            mmbench_data.row_index(value, "here")
+
+
+def test_workbook_keeps_text_as_it_is(tmp_path):
+    pytest.importorskip("openpyxl")
+    cells = ["=1+1", "two\nlines", "", None, "vertical\x0btab", 7, "x" * 40000, "+1", "café 红"]
+    path = tmp_path / "deep" / "w.xlsx"
+    assert mmbench_data.write_workbook(path, list("abcdefghi"), [cells]) == 2
+    expected = ["=1+1", "two\nlines", None, None, "verticaltab", 7, "x" * 32767, "+1", "café 红"]
+    assert mmbench_data.read_workbook(path) == [dict(zip("abcdefghi", expected, strict=True))]
+    assert mmbench_data.is_workbook(path) and [p.name for p in path.parent.iterdir()] == ["w.xlsx"]
+
+
+def test_bad_workbooks(tmp_path, monkeypatch):
+    pytest.importorskip("openpyxl")
+    with pytest.raises(UserError, match="not an Excel workbook"):
+        mmbench_data.read_workbook(table(tmp_path, "no", "w.xlsx"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        mmbench_data.write_workbook(tmp_path / "file" / "w.xlsx", ["a"], [])
+
+
+def test_without_openpyxl_the_message_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "openpyxl", None)
+    with pytest.raises(UserError, match="pip install openpyxl"):
+        mmbench_data.write_workbook(tmp_path / "w.xlsx", ["a"], [])
