@@ -1,0 +1,210 @@
+"""Answers as the benchmark servers take them: pure functions, one for each format, and lenient reading.
+
+Knows LLaVA answer files and upload formats; the command lines are in `scripts/convert_*.py`, workbooks in
+`mmbench_data`. What the functions return is dumped with the json module's defaults, as upstream does, so that the
+files agree byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava.eval.eval_gqa import to_prediction
+from llava.eval.jsonio import iter_jsonl, read_json, require_file, require_keys, write_text_atomic
+from llava.eval.mmbench_data import NOT_UPLOADED, PREDICTION_PLACE, row_index
+from llava.eval.reporting import shorten, warn
+from llava.eval.scoring import join_answers
+from llava.eval.vqa_text import normalize_answer
+from llava.utils import UserError
+
+
+def load_questions(path: str, keys: Sequence[str] = ("question_id",)) -> list[dict[str, Any]]:
+    """The records of a question file (JSON lines), each with `keys`; at least one."""
+    questions = []
+    for number, record in iter_jsonl(path, "question file"):
+        require_keys(record, keys, f"{path}:{number}")
+        questions.append(record)
+    if not questions:
+        raise UserError(f"{path}: holds no question")
+    return questions
+
+
+def load_whole_answers(path: str) -> tuple[list[dict[str, Any]], int]:
+    """Answers of an answer file, and the number of lines that are none (cut off by a kill or a full disk).
+
+    A file without a single answer is an error.
+    """
+    lines = require_file(path, "answer file").read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    answers, bad = [], 0
+    for line in lines:
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict) and "question_id" in record and "text" in record:
+            text = record["text"]
+            answers.append({**record, "text": "" if text is None else str(text)})
+        else:
+            bad += 1
+    if not answers:
+        raise UserError(f"{path}: holds no answer" + (f" ({bad} malformed lines)" if bad else ""))
+    return answers, bad
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Texts of the first answers by question id (a string), and what did not join."""
+
+    texts: dict[str, str]
+    missing: list[str]
+    duplicate: list[str]
+    unmatched: list[str]
+
+
+def join(questions: Sequence[Mapping[str, Any]], answers: Sequence[dict[str, Any]], where: str) -> Joined:
+    """Joins answers to questions by `question_id`, numbers and strings alike; `UserError` if nothing joins."""
+    ids = [str(question["question_id"]) for question in questions]
+    texts, coverage = join_answers(ids, answers, lambda answer: str(answer["question_id"]))
+    if not texts:
+        raise UserError(f"{where}: no answer belongs to a question of the question file")
+    return Joined(texts, coverage.missing, coverage.duplicate, coverage.unmatched)
+
+
+def require_all(joined: Joined, questions: int, upload: str) -> None:
+    """Raises `UserError` if questions have no answer, for servers that refuse such an upload."""
+    if joined.missing:
+        raise UserError(
+            f"{len(joined.missing)} of {questions} questions have no answer ({shorten(joined.missing)}); "
+            f"finish the run first; {upload} is not written"
+        )
+
+
+def report(joined: Joined, missing: str | None = None) -> None:
+    """Warns on stderr of what did not join; `missing` says what becomes of questions without an answer."""
+    for ids, text in (
+        (joined.missing, missing),
+        (joined.duplicate, "answers repeat a question; the first answer counts"),
+        (joined.unmatched, "answers belong to no question and are left out"),
+    ):
+        if ids and text:
+            warn(f"{len(ids)} {text}: {shorten(ids)}")
+
+
+def vqav2_upload(questions: Sequence[Mapping[str, Any]], texts: Mapping[str, str]) -> list[dict[str, Any]]:
+    """One entry for each question of the whole test split; an empty string where there is no answer."""
+    ids = [question["question_id"] for question in questions]
+    return [{"question_id": key, "answer": normalize_answer(texts.get(str(key), ""))} for key in ids]
+
+
+def vizwiz_upload(questions: Sequence[Mapping[str, Any]], texts: Mapping[str, str]) -> list[dict[str, Any]]:
+    """`image` and normalized answer in question order; every question needs its answer in `texts`."""
+    return [
+        {"image": question["image"], "answer": normalize_answer(texts[str(question["question_id"])])}
+        for question in questions
+    ]
+
+
+def repeated_ids(answers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Question ids of the second and further answers to a question."""
+    seen: set[str] = set()
+    repeated = []
+    for answer in answers:
+        key = str(answer["question_id"])
+        if key in seen:
+            repeated.append(key)
+        seen.add(key)
+    return repeated
+
+
+def mmvet_answers(answers: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """`v1_<question_id>` -> text, as MM-Vet's evaluator reads it; the first answer to a question counts."""
+    result: dict[str, str] = {}
+    for answer in answers:
+        result.setdefault(f"v1_{answer['question_id']}", answer["text"])
+    return result
+
+
+def gqa_predictions(answers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """`questionId` and prediction for GQA's evaluator: trailing periods off, lower case, nothing else."""
+    return [
+        {"questionId": answer["question_id"], "prediction": to_prediction(answer["text"])} for answer in answers
+    ]
+
+
+def mmbench_sheet(
+    rows: Sequence[Mapping[str, str]], predictions: Mapping[int, str]
+) -> tuple[list[str], list[list[Any]]]:
+    """Header and rows of the upload workbook: the tsv without hints, images and categories, plus `prediction`.
+
+    predictions: index -> text; the cell stays empty where there is none.
+    """
+    columns = [name for name in rows[0] if name not in NOT_UPLOADED]
+    header = [*columns[:PREDICTION_PLACE], "prediction", *columns[PREDICTION_PLACE:]]
+    table = []
+    for number, row in enumerate(rows, start=1):
+        index = row_index(row["index"], f"row {number}")
+        values = {**row, "index": index, "prediction": predictions.get(index)}
+        table.append([values[name] for name in header])
+    return header, table
+
+
+def first_round_texts(answers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Answers of the first round only: later rounds of an `--all-rounds` run saw the options rotated."""
+    return [dict(answer) for answer in answers if not answer.get("round_id")]
+
+
+def load_seed(path: str) -> tuple[list[dict[str, Any]], dict[int, str]]:
+    """Questions and the names of the question types (by id) of `SEED-Bench.json`."""
+    content = read_json(path, "annotation file")
+    questions = content.get("questions") if isinstance(content, dict) else None
+    kinds = content.get("question_type") if isinstance(content, dict) else None
+    if not isinstance(questions, list) or not questions or not isinstance(kinds, dict):
+        raise UserError(f"{path}: not SEED-Bench.json (needs 'questions' and 'question_type')")
+    names = {number: name for name, number in kinds.items()}
+    if not all(isinstance(number, int) for number in names):
+        raise UserError(f"{path}: 'question_type' needs a number for each name")
+    for index, question in enumerate(questions):
+        where = f"{path}: questions[{index}]"
+        if not isinstance(question, dict):
+            raise UserError(f"{where} is not an object")
+        require_keys(question, ("question_id", "question_type_id", "answer"), where)
+        if question["question_type_id"] not in names:
+            raise UserError(f"{where}: question_type_id {question['question_type_id']!r} has no name")
+    return questions, names
+
+
+def seed_upload(questions: Sequence[Mapping[str, Any]], texts: Mapping[str, str]) -> list[dict[str, Any]]:
+    """`question_id` and `prediction` for each question of SEED-Bench; every question needs its answer."""
+    return [
+        {"question_id": question["question_id"], "prediction": texts[str(question["question_id"])]}
+        for question in questions
+    ]
+
+
+def seed_accuracy(
+    questions: Sequence[Mapping[str, Any]], texts: Mapping[str, str], names: Mapping[Any, str]
+) -> dict[str, tuple[int, int]]:
+    """Name -> (right, all): by question type in the order of type ids, then `Total`, `image` and `video`.
+
+    The text has to equal the answer letter; a question without an answer is wrong. names: type id -> name.
+    """
+    groups: dict[str, list[bool]] = {names[kind]: [] for kind in sorted(names)}
+    groups |= {"Total": [], "image": [], "video": []}
+    for question in questions:
+        right = texts.get(str(question["question_id"])) == question["answer"]
+        groups[names[question["question_type_id"]]].append(right)
+        groups["Total"].append(right)
+        if question.get("data_type") in ("image", "video"):
+            groups[question["data_type"]].append(right)
+    return {name: (sum(values), len(values)) for name, values in groups.items() if values}
+
+
+def write_upload(path: str | Path, value: Any, indent: int | None = None) -> None:
+    """Writes JSON as `json.dump` does with its defaults (escaped, no line break at the end), whole or not at all."""
+    write_text_atomic(path, json.dumps(value, indent=indent))

@@ -1,0 +1,32 @@
+#!/usr/bin/env python
+"""MM-Vet answers as its evaluator takes them: {"v1_<question id>": text}.
+
+python scripts/convert_mmvet_for_eval.py --src answers.jsonl --dst results/llava-v1.5-7b.json
+"""
+
+from collections.abc import Sequence
+
+from llava.eval.arguments import Parser
+from llava.eval.convert import mmvet_answers, repeated_ids, write_upload
+from llava.eval.reporting import shorten, warn
+from llava.eval.scoring import load_answers
+from llava.utils import UserError, cli_main
+
+
+@cli_main
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description="MM-Vet answers as its evaluator takes them.")
+    parser.add_argument("--src", required=True, help="answer file (.jsonl)")
+    parser.add_argument("--dst", required=True, help="written (.json)")
+    args = parser.parse_args(argv)
+    answers = load_answers(args.src)
+    if not answers:
+        raise UserError(f"{args.src}: holds no answer")
+    repeated = repeated_ids(answers)
+    if repeated:
+        warn(f"{len(repeated)} answers repeat a question; the first answer counts: {shorten(repeated)}")
+    write_upload(args.dst, mmvet_answers(answers), indent=2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+#!/usr/bin/env python
+"""SEED-Bench: accuracy by question type, and the answers as the leaderboard takes them (JSON lines).
+
+python scripts/convert_seed_for_submission.py --annotation-file SEED-Bench.json \\
+    --result-file answers.jsonl --result-upload-file upload.jsonl
+"""
+
+import json
+from collections.abc import Sequence
+
+from llava.eval.arguments import Parser
+from llava.eval.convert import join, load_seed, report, require_all, seed_accuracy, seed_upload
+from llava.eval.jsonio import write_json, write_text_atomic
+from llava.eval.scoring import load_answers
+from llava.utils import cli_main
+
+
+@cli_main
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description="SEED-Bench accuracy, and answers as the leaderboard takes them.")
+    parser.add_argument("--annotation-file", required=True, help="SEED-Bench.json")
+    parser.add_argument("--result-file", required=True, help="answer file (.jsonl)")
+    parser.add_argument("--result-upload-file", required=True, help="written (.jsonl)")
+    parser.add_argument("--json", metavar="PATH", help="write the accuracies as JSON (percent)")
+    args = parser.parse_args(argv)
+    questions, names = load_seed(args.annotation_file)
+    joined = join(questions, load_answers(args.result_file), args.result_file)
+    counts = seed_accuracy(questions, joined.texts, names)
+    accuracies = {name: right / count * 100 for name, (right, count) in counts.items()}
+    for name, percent in accuracies.items():
+        print(f"{name}{'' if name in names.values() else ' accuracy'}: {percent:.2f}%")
+    report(joined, "questions have no answer and count as wrong")
+    if args.json:
+        flat = {"accuracy": accuracies.pop("Total"), **accuracies}
+        write_json(args.json, {**flat, "expected": len(questions), "missing": len(joined.missing)})
+    require_all(joined, len(questions), args.result_upload_file)
+    lines = (json.dumps(entry) + "\n" for entry in seed_upload(questions, joined.texts))
+    write_text_atomic(args.result_upload_file, "".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+#!/usr/bin/env python
+"""VizWiz answers as the EvalAI server takes them: image and normalized answer, in question order.
+
+python scripts/convert_vizwiz_for_submission.py --annotation-file llava_test.jsonl \\
+    --result-file answers.jsonl --result-upload-file upload.json
+"""
+
+from collections.abc import Sequence
+
+from llava.eval.arguments import Parser
+from llava.eval.convert import (
+    join,
+    load_questions,
+    load_whole_answers,
+    report,
+    require_all,
+    vizwiz_upload,
+    write_upload,
+)
+from llava.utils import cli_main
+
+
+@cli_main
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description="VizWiz answers as the EvalAI server takes them.")
+    parser.add_argument("--annotation-file", required=True, help="question file (llava_test.jsonl)")
+    parser.add_argument("--result-file", required=True, help="answer file (.jsonl)")
+    parser.add_argument("--result-upload-file", required=True, help="written (.json)")
+    args = parser.parse_args(argv)
+    questions = load_questions(args.annotation_file, ("question_id", "image"))
+    answers, bad = load_whole_answers(args.result_file)
+    joined = join(questions, answers, args.result_file)
+    print(f"total results: {len(joined.texts)}, total split: {len(questions)}, error_line: {bad}")
+    require_all(joined, len(questions), args.result_upload_file)
+    report(joined)
+    write_upload(args.result_upload_file, vizwiz_upload(questions, joined.texts))
+
+
+if __name__ == "__main__":
+    main()
