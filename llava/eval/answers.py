@@ -107,6 +107,7 @@ class AnswerFile:
             "answer_id": shortuuid.uuid(name=f"{self.model_id}|{question.index}|{question.id}|{text}"),
             "model_id": self.model_id,
             "metadata": metadata,
+            **question.fields,
         }
         self._stream.write(json.dumps(record, ensure_ascii=False) + "\n")
         self._stream.flush()

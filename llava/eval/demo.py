@@ -19,10 +19,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from llava.eval.answering import load_model, max_visual_tokens
 from llava.eval.arguments import DTYPES, GenerationOptions, Parser, check_budget
 from llava.eval.benchmarks import BENCHMARKS, Benchmark, spread
 from llava.eval.jsonio import require_folder, write_json, write_text_atomic
-from llava.eval.model_vqa_loader import load_model, max_visual_tokens
 from llava.eval.questions import Question, read_questions
 from llava.eval.table import markdown_report, retained_percent
 from llava.utils import UserError, cli_main

@@ -6,8 +6,8 @@ Knows the JSON-lines format (`question_id`, `text`, optional `image`); opens no 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +23,7 @@ class Question:
 
     index: position among the questions of the file, from 0; source: "file:line" for messages; id: as in the
     file (int or str, not unique in TextVQA and MME); text: before any template; image: path relative to the
-    image folder, None for a question without image.
+    image folder, None for a question without image; fields: further keys that go into the answer.
     """
 
     index: int
@@ -31,6 +31,7 @@ class Question:
     id: Any
     text: str
     image: str | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def key(self) -> tuple[str, str]:

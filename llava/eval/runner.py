@@ -166,7 +166,7 @@ class Answerer:
         if name in self._cache:
             self._cache.move_to_end(name)
             return self._cache[name]
-        image = open_image(self.image_folder, name)
+        image = self.load_image(name)
         pixels = process_images([image], self.image_processor, self.model.config)[0]
         self._cache[name] = (pixels.to(self.model.dtype), image.size)
         while len(self._cache) > max(self.image_cache, 1):
@@ -219,6 +219,10 @@ class Answerer:
             Answered(sample.question, text.strip(), trace, prefill, seconds)
             for sample, text, trace in zip(encoded.samples, texts, run.traces, strict=True)
         ]
+
+    def load_image(self, name: str) -> Image.Image:
+        """The image of that name, RGB; for subclasses whose images are not files. Raises `SampleError`."""
+        return open_image(self.image_folder, name)
 
     def answer(self, samples: Sequence[Sample], run: Any) -> list[Answered]:
         """Encodes and answers one batch."""
