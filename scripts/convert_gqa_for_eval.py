@@ -7,7 +7,7 @@ python scripts/convert_gqa_for_eval.py --src answers.jsonl --dst testdev_balance
 from collections.abc import Sequence
 
 from llava.eval.arguments import Parser
-from llava.eval.convert import gqa_predictions, repeated_ids, write_upload
+from llava.eval.convert import gqa_predictions, join, write_upload
 from llava.eval.reporting import shorten, warn
 from llava.eval.scoring import load_answers
 from llava.utils import UserError, cli_main
@@ -22,9 +22,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     answers = load_answers(args.src)
     if not answers:
         raise UserError(f"{args.src}: holds no answer")
-    repeated = repeated_ids(answers)
-    if repeated:
-        warn(f"{len(repeated)} answers repeat a question; all are written: {shorten(repeated)}")
+    _, coverage = join(answers, answers, args.src)
+    if coverage.duplicate:
+        # Upstream writes them all, and so do we; which of them counts is the evaluator's business.
+        warn(f"{len(coverage.duplicate)} answers repeat a question; all are written: {shorten(coverage.duplicate)}")
     write_upload(args.dst, gqa_predictions(answers))
 
 

@@ -32,11 +32,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{args.annotation_file}: holds no question")
     questions = [{"question_id": row_index(row["index"], args.annotation_file)} for row in rows]
     answers, bad = load_whole_answers(str(source))
-    joined = join(questions, first_round_texts(answers), str(source))
+    texts, coverage = join(questions, first_round_texts(answers), str(source))
     if bad:
         warn(f"{bad} lines of {source} are no answers and are left out")
-    report(joined, "rows have no answer; their cells stay empty")
-    header, table = mmbench_sheet(rows, {int(key): text for key, text in joined.texts.items()})
+    report(coverage, "rows have no answer; their cells stay empty")
+    header, table = mmbench_sheet(rows, {int(key): text for key, text in texts.items()})
     changed = write_workbook(Path(args.upload_dir) / f"{args.experiment}.xlsx", header, table)
     if changed:
         warn(f"{changed} cells held what a workbook cannot hold (control characters, more than 32767 characters)")

@@ -7,8 +7,7 @@ python scripts/convert_mmvet_for_eval.py --src answers.jsonl --dst results/llava
 from collections.abc import Sequence
 
 from llava.eval.arguments import Parser
-from llava.eval.convert import mmvet_answers, repeated_ids, write_upload
-from llava.eval.reporting import shorten, warn
+from llava.eval.convert import join, mmvet_answers, write_upload
 from llava.eval.scoring import load_answers
 from llava.utils import UserError, cli_main
 
@@ -22,10 +21,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     answers = load_answers(args.src)
     if not answers:
         raise UserError(f"{args.src}: holds no answer")
-    repeated = repeated_ids(answers)
-    if repeated:
-        warn(f"{len(repeated)} answers repeat a question; the first answer counts: {shorten(repeated)}")
-    write_upload(args.dst, mmvet_answers(answers), indent=2)
+    texts, coverage = join(answers, answers, args.src)
+    coverage.report()
+    write_upload(args.dst, mmvet_answers(texts), indent=2)
 
 
 if __name__ == "__main__":

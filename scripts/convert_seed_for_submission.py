@@ -24,17 +24,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", metavar="PATH", help="write the accuracies as JSON (percent)")
     args = parser.parse_args(argv)
     questions, names = load_seed(args.annotation_file)
-    joined = join(questions, load_answers(args.result_file), args.result_file)
-    counts = seed_accuracy(questions, joined.texts, names)
+    texts, coverage = join(questions, load_answers(args.result_file), args.result_file)
+    counts = seed_accuracy(questions, texts, names)
     accuracies = {name: right / count * 100 for name, (right, count) in counts.items()}
     for name, percent in accuracies.items():
         print(f"{name}{'' if name in names.values() else ' accuracy'}: {percent:.2f}%")
-    report(joined, "questions have no answer and count as wrong")
+    report(coverage, "questions have no answer and count as wrong")
     if args.json:
         flat = {"accuracy": accuracies.pop("Total"), **accuracies}
-        write_json(args.json, {**flat, "expected": len(questions), "missing": len(joined.missing)})
-    require_all(joined, len(questions), args.result_upload_file)
-    lines = (json.dumps(entry) + "\n" for entry in seed_upload(questions, joined.texts))
+        write_json(args.json, {**flat, "expected": len(questions), "missing": len(coverage.missing)})
+    require_all(coverage, args.result_upload_file)
+    lines = (json.dumps(entry) + "\n" for entry in seed_upload(questions, texts))
     write_text_atomic(args.result_upload_file, "".join(lines))
 
 

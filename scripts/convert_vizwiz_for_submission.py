@@ -29,11 +29,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     questions = load_questions(args.annotation_file, ("question_id", "image"))
     answers, bad = load_whole_answers(args.result_file)
-    joined = join(questions, answers, args.result_file)
-    print(f"total results: {len(joined.texts)}, total split: {len(questions)}, error_line: {bad}")
-    require_all(joined, len(questions), args.result_upload_file)
-    report(joined)
-    write_upload(args.result_upload_file, vizwiz_upload(questions, joined.texts))
+    texts, coverage = join(questions, answers, args.result_file)
+    print(f"total results: {len(texts)}, total split: {len(questions)}, error_line: {bad}")
+    require_all(coverage, args.result_upload_file)
+    report(coverage)
+    write_upload(args.result_upload_file, vizwiz_upload(questions, texts))
 
 
 if __name__ == "__main__":

@@ -32,11 +32,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     questions = load_questions(args.question_file or str(folder / "llava_vqav2_mscoco_test2015.jsonl"))
     answers, bad = load_whole_answers(str(source))
-    joined = join(questions, answers, str(source))
-    print(f"total results: {len(joined.texts)}, total split: {len(questions)}, error_line: {bad}")
+    texts, coverage = join(questions, answers, str(source))
+    print(f"total results: {len(texts)}, total split: {len(questions)}, error_line: {bad}")
     # Runs answer test-dev, a quarter of the whole split: questions without an answer are the rule.
-    report(joined)
-    write_upload(target, vqav2_upload(questions, joined.texts))
+    report(coverage)
+    write_upload(target, vqav2_upload(questions, texts))
 
 
 if __name__ == "__main__":

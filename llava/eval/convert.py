@@ -7,9 +7,9 @@ files agree byte for byte.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from llava.eval.eval_gqa import to_prediction
 from llava.eval.jsonio import iter_jsonl, read_json, require_file, require_keys, write_text_atomic
 from llava.eval.mmbench_data import NOT_UPLOADED, PREDICTION_PLACE, row_index
 from llava.eval.reporting import shorten, warn
-from llava.eval.scoring import join_answers
+from llava.eval.scoring import Coverage, join_answers
 from llava.eval.vqa_text import normalize_answer
 from llava.utils import UserError
 
@@ -57,43 +57,31 @@ def load_whole_answers(path: str) -> tuple[list[dict[str, Any]], int]:
     return answers, bad
 
 
-@dataclass(frozen=True)
-class Joined:
-    """Texts of the first answers by question id (a string), and what did not join."""
-
-    texts: dict[str, str]
-    missing: list[str]
-    duplicate: list[str]
-    unmatched: list[str]
-
-
-def join(questions: Sequence[Mapping[str, Any]], answers: Sequence[dict[str, Any]], where: str) -> Joined:
-    """Joins answers to questions by `question_id`, numbers and strings alike; `UserError` if nothing joins."""
+def join(
+    questions: Sequence[Mapping[str, Any]], answers: Sequence[dict[str, Any]], where: str
+) -> tuple[dict[str, str], Coverage]:
+    """Texts by question id (as a string: numbers and strings are alike) and coverage; `UserError` if nothing joins."""
     ids = [str(question["question_id"]) for question in questions]
     texts, coverage = join_answers(ids, answers, lambda answer: str(answer["question_id"]))
     if not texts:
         raise UserError(f"{where}: no answer belongs to a question of the question file")
-    return Joined(texts, coverage.missing, coverage.duplicate, coverage.unmatched)
+    return texts, coverage
 
 
-def require_all(joined: Joined, questions: int, upload: str) -> None:
+def require_all(coverage: Coverage, upload: str) -> None:
     """Raises `UserError` if questions have no answer, for servers that refuse such an upload."""
-    if joined.missing:
+    if coverage.missing:
         raise UserError(
-            f"{len(joined.missing)} of {questions} questions have no answer ({shorten(joined.missing)}); "
+            f"{len(coverage.missing)} of {coverage.expected} questions have no answer ({shorten(coverage.missing)}); "
             f"finish the run first; {upload} is not written"
         )
 
 
-def report(joined: Joined, missing: str | None = None) -> None:
+def report(coverage: Coverage, missing: str | None = None) -> None:
     """Warns on stderr of what did not join; `missing` says what becomes of questions without an answer."""
-    for ids, text in (
-        (joined.missing, missing),
-        (joined.duplicate, "answers repeat a question; the first answer counts"),
-        (joined.unmatched, "answers belong to no question and are left out"),
-    ):
-        if ids and text:
-            warn(f"{len(ids)} {text}: {shorten(ids)}")
+    if coverage.missing and missing:
+        warn(f"{len(coverage.missing)} {missing}: {shorten(coverage.missing)}")
+    dataclasses.replace(coverage, missing=[]).report()
 
 
 def vqav2_upload(questions: Sequence[Mapping[str, Any]], texts: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -110,24 +98,9 @@ def vizwiz_upload(questions: Sequence[Mapping[str, Any]], texts: Mapping[str, st
     ]
 
 
-def repeated_ids(answers: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Question ids of the second and further answers to a question."""
-    seen: set[str] = set()
-    repeated = []
-    for answer in answers:
-        key = str(answer["question_id"])
-        if key in seen:
-            repeated.append(key)
-        seen.add(key)
-    return repeated
-
-
-def mmvet_answers(answers: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """`v1_<question_id>` -> text, as MM-Vet's evaluator reads it; the first answer to a question counts."""
-    result: dict[str, str] = {}
-    for answer in answers:
-        result.setdefault(f"v1_{answer['question_id']}", answer["text"])
-    return result
+def mmvet_answers(texts: Mapping[str, str]) -> dict[str, str]:
+    """`v1_<question_id>` -> text, as MM-Vet's evaluator reads it."""
+    return {f"v1_{key}": text for key, text in texts.items()}
 
 
 def gqa_predictions(answers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

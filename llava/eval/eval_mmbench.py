@@ -24,7 +24,7 @@ from llava.eval.mmbench_data import (
     row_index,
 )
 from llava.eval.reporting import report_missing_as_wrong, warn
-from llava.eval.scoring import Coverage, load_answers
+from llava.eval.scoring import join_answers, load_answers
 from llava.utils import UserError, cli_main
 
 # The wide marks are those of Chinese text.
@@ -54,7 +54,7 @@ def _plain(text: str) -> str:
     return " ".join(text.split()).rstrip(".").casefold()
 
 
-def read_answer(answer: Mapping[str, Any], options: Mapping[str, str]) -> str | None:
+def read_answer(answer: Mapping[str, Any], row: Mapping[str, str]) -> str | None:
     """The letter, in terms of the row, that an answer of a LLaVA answer file chooses; None if it names none.
 
     An answer given with `--all-rounds` saw the options of its row rotated: its fields `options` (texts in
@@ -62,7 +62,7 @@ def read_answer(answer: Mapping[str, Any], options: Mapping[str, str]) -> str | 
     """
     shown, letters = answer.get("options"), answer.get("option_char")
     if not (isinstance(shown, list) and isinstance(letters, list) and len(shown) == len(letters)):
-        return read_choice(answer["text"], options)
+        return read_choice(answer["text"], _choices(row))
     choice = read_choice(answer["text"], dict(zip(OPTIONS, map(str, shown), strict=False)))
     return None if choice is None else str(letters[OPTIONS.index(choice)])
 
@@ -78,24 +78,19 @@ def evaluate_mmbench(
     per_row: all rows, each of its rounds counted.
     """
     scored = {index: row for index, row in rows.items() if not is_empty(row.get("answer"))}
-    coverage = Coverage(expected=len(scored))
+    # Answers to rows without ground truth are legitimate, they just do not count.
+    relevant = [answer for answer in answers if answer["question_id"] in scored or answer["question_id"] not in rows]
+    found, coverage = join_answers(
+        [_place(answer) for answer in relevant if answer["question_id"] in scored],
+        [{**answer, "text": read_answer(answer, scored.get(answer["question_id"], {})) or ""} for answer in relevant],
+        _place,
+    )
     rounds: dict[int, dict[int, bool]] = {}
-    unread: list[str] = []
-    for answer in answers:
-        index, number = answer["question_id"], answer.get("round_id") or 0
-        if index in rows and index not in scored:
-            continue  # a legitimate answer that cannot be scored
-        if index not in scored:
-            coverage.unmatched.append(str(index))
-        elif number in rounds.get(index, {}):
-            coverage.duplicate.append(str(index))
-        else:
-            choice = read_answer(answer, _choices(scored[index]))
-            if choice is None:
-                unread.append(str(index))
-            rounds.setdefault(index, {})[number] = choice == scored[index]["answer"].strip()
+    for (index, number), choice in found.items():
+        rounds.setdefault(index, {})[number] = choice == scored[index]["answer"].strip()
     coverage.missing = [str(index) for index in scored if index not in rounds]
-    coverage.scored = len(rounds)
+    coverage.expected, coverage.scored = len(scored), len(rounds)
+    unread = [str(index) for (index, _), choice in found.items() if not choice]
 
     questions: dict[int, list[bool]] = {}
     base: dict[int, bool] = {}
@@ -117,6 +112,10 @@ def evaluate_mmbench(
         "unread": unread,
         "coverage": coverage,
     }
+
+
+def _place(answer: Mapping[str, Any]) -> tuple[Any, int]:
+    return answer["question_id"], answer.get("round_id") or 0
 
 
 def _choices(row: Mapping[str, str]) -> dict[str, str]:

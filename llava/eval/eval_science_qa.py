@@ -17,7 +17,7 @@ from typing import Any
 from llava.eval.arguments import Parser
 from llava.eval.jsonio import read_json, require_folder, write_json, write_text_atomic
 from llava.eval.reporting import report_missing_as_wrong, warn
-from llava.eval.scoring import join_answers, load_answers
+from llava.eval.scoring import Coverage, join_answers, load_answers
 from llava.utils import UserError, cli_main
 
 OPTIONS = ("A", "B", "C", "D", "E")
@@ -59,11 +59,9 @@ def evaluate_science_qa(
     `<image>`), counts, `subjects` {name: (percent, count)}, the `analyses` of the problems in split order
     and the `coverage`.
     """
-    found, coverage = join_answers(map(str, split), answers, lambda item: str(item["question_id"]))
-    prompts: dict[str, str] = {}
-    for answer in answers:
-        prompts.setdefault(str(answer["question_id"]), str(answer.get("prompt", "")))
-
+    found, coverage = _join(split, answers)
+    # Joined like the texts, so that of several answers to a problem the same one is taken.
+    prompts, _ = _join(split, [{**answer, "text": str(answer.get("prompt", ""))} for answer in answers])
     analyses: list[dict[str, Any]] = []
     right: list[bool] = []
     subjects: dict[str, list[bool]] = {}
@@ -102,6 +100,10 @@ def evaluate_science_qa(
         "indices": indices,
         "coverage": coverage,
     }
+
+
+def _join(split: Sequence[str], answers: Sequence[dict[str, Any]]) -> tuple[dict[str, str], Coverage]:
+    return join_answers(map(str, split), answers, lambda item: str(item["question_id"]))
 
 
 def _percent(values: Sequence[bool]) -> float:

@@ -32,7 +32,7 @@ def vqa(tmp_path):
     """A VQAv2 folder in upstream's layout with two of three questions answered."""
     folder = tmp_path / "vqa v2"
     write_jsonl(folder / "llava_vqav2_mscoco_test2015.jsonl", QUESTIONS)
-    answers = [answer(9, "A Cafe\u0301, isnt it?"), answer("10", "Two."), answer(9, None), answer(77, 5)]
+    answers = [answer(9, "A Cafe\u0301, isnt it?"), answer("10", 2), answer("10", "Two."), answer(77, None)]
     write_jsonl(folder / "answers" / "dev" / "run 1" / "merge.jsonl", answers)
     return folder
 
@@ -106,7 +106,7 @@ def test_gqa_predictions_and_their_score(tmp_path, capsys):
 
 
 def test_mmvet_names_and_torn_line(tmp_path, capsys):
-    src = write_jsonl(tmp_path / "a.jsonl", [answer(0, "A \u201ccat\u201d.\n"), answer("1", "x"), answer(0, "later")])
+    src = write_jsonl(tmp_path / "a.jsonl", [answer(0, "A \u201ccat\u201d.\n"), answer("1", "x"), answer("1", "x")])
     run("mmvet_for_eval", "--src", src, "--dst", tmp_path / "r" / "m.json")
     assert (tmp_path / "r" / "m.json").read_bytes() == (
         b'{\n  "v1_0": "A \\u201ccat\\u201d.\\n",\n  "v1_1": "x"\n}'

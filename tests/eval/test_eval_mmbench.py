@@ -93,7 +93,7 @@ def check(result_file, tsv, tmp_path, capsys):
 def test_answer_file_by_hand(tsv, tmp_path, capsys):
     records = answers(PREDICTIONS)
     records[0]["question_id"] = "1"  # ids as strings are the same ids
-    records += answers({1: "C"}) + answers({99: "A"}) + answers({"v1_0": "A"})
+    records += answers({1: "B"}) + answers({99: "A"}) + answers({"v1_0": "A"})
     scores, warnings = check(write_jsonl(tmp_path / "a.jsonl", records), tsv, tmp_path, capsys)
     assert [scores[k] for k in ("expected", "scored", "missing", "duplicate", "unmatched")] == [7, 7, 0, 1, 2]
     assert scores["unread"] == 1 and "1 answers name no option" in warnings

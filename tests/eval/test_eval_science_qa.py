@@ -23,7 +23,7 @@ ANSWERS = [
     answer("3", "C", IMAGE_PROMPT),  # beyond the two choices: failed, with image
     answer("4", "Because. The answer is C.", "Which?"),  # right
     answer("5", "a", "Which?"),  # not a letter that counts
-    answer("4", "A", "Which?"),  # duplicate: the first counts
+    answer(2, "B. y", "Which?"),  # duplicate
     answer("77", "A", "Which?"),  # no problem of the split
 ]
 
