@@ -131,7 +131,7 @@ def train_joint(
     model.load_state_dict(state["model"])
     if deepen and state["layers"] == 6:
         model.decoder, state["layers"] = grow(model.decoder), 12
-    watch = (1, 2) if state["layers"] == 6 else (2, 4)
+    watch = (1, 2, 3, 4) if state["layers"] == 6 else (2, 4, 6, 8)
     optimizers = make_optimizers(model.decoder, [])
     eyes = torch.optim.AdamW(
         [*model.tower.parameters(), *model.projector.parameters(), *model.heads.parameters()],

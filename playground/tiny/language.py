@@ -178,7 +178,7 @@ def train_language(
         with autocast():
             pictures = symbols(tables, decoder.model.embed_tokens)
             pictures = pictures + 0.02 * torch.randn_like(pictures)
-            loss, right = packing.forward(decoder, data, pictures, (2, 4) if deep else (1, 2), 0.2)
+            loss, right = packing.forward(decoder, data, pictures, (2, 4, 6, 8) if deep else (1, 2, 3, 4), 0.2)
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss.backward()

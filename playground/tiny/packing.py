@@ -31,6 +31,9 @@ class Pack:
         visual: [B, L] index of the visual token of the row in its picture (0..575), -1 elsewhere.
         positions: [B, L]; mask: bool [B, 1, L, L]; where: flat indices whose next token is a target; targets: those
         tokens. owner: the question each target belongs to.
+        pairs: [pairs, 3], for questions with two names the flat indices of the answering place and of both names.
+        sides: [n, 2], for questions about a relation the flat index of the answering place and the token of the side
+            on which the first object really is.
         names, named: like rows and asked for the last token of every phrase that names an object.
         rows: per question the flat index of the place that predicts its answer; asked: bool [questions, L], the visual
             places that show what it asks about (none: nothing can be said).
@@ -48,6 +51,8 @@ class Pack:
     asked: torch.Tensor
     names: torch.Tensor | None = None
     named: torch.Tensor | None = None
+    pairs: torch.Tensor | None = None
+    sides: torch.Tensor | None = None
 
 
 def attributes(scene: Scene) -> np.ndarray:
@@ -82,6 +87,15 @@ def asked_patches(scene: Scene, table: np.ndarray, question: Question) -> np.nda
     return object_patches(scene, table, question.asked if present else ())
 
 
+OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
+
+
+def side_token(question: Question) -> int:
+    """The token of the side of the second object on which the first one is, whatever the question claims."""
+    side = next(side for side in OPPOSITE if side in question.category)
+    return text.tokenizer()(OPPOSITE[side] if question.answer == "No" else side).input_ids[1]
+
+
 def guide(
     batch: Pack,
     patches: list[np.ndarray],
@@ -91,7 +105,8 @@ def guide(
 ) -> Pack:
     """Fill in where phrases name objects and which visual places those are (for `looking_loss`)."""
     head, length = len(text.head_ids()), batch.ids.shape[1]
-    names, named = [], []
+    names, named, pairs, sides = [], [], [], []
+    answering = iter(batch.rows.tolist())
     for b, (chosen, row) in enumerate(zip(patches, questions, strict=True)):
         start = head + len(chosen)
         for question in row:
@@ -100,8 +115,15 @@ def guide(
                 mark = np.zeros(length, dtype=bool)
                 mark[head : head + len(chosen)] = object_patches(scenes[b], tables[b], (index,))[chosen]
                 named.append(mark)
+            row_index = next(answering)
+            if len(question.names) == 2:
+                pairs.append([row_index, *names[-2:]])
+            if question.kind in ("relation", "choose_relation"):
+                sides.append([row_index, side_token(question)])
             start += len(text.tail_ids(question.text, question.answer)[0])
     batch.names, batch.named = torch.tensor(names), torch.from_numpy(np.stack(named))
+    batch.pairs = torch.tensor(pairs).view(-1, 3)
+    batch.sides = torch.tensor(sides).view(-1, 2)
     return batch
 
 
@@ -181,12 +203,13 @@ def embed(decoder, batch: Pack, pictures: torch.Tensor) -> torch.Tensor:
 
 
 def forward(
-    decoder, batch: Pack, pictures: torch.Tensor, watch: tuple[int, int] | None = None, weight: float = 0.0
+    decoder, batch: Pack, pictures: torch.Tensor, watch: tuple[int, ...] | None = None, weight: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss over answer tokens, and per question whether all of its answer tokens are right (bool).
 
-    `watch`: two layers whose attention is guided with `weight` (`looking_loss`): in the first, names look at the
-    objects they name; in the second, the place of the answer looks at the objects asked about.
+    `watch`: layers whose attention is guided with `weight` (`looking_loss`): in the first, names look at the
+    objects they name; in the second too, and the place of the answer looks at the objects asked about; in the third,
+    it looks back at both names (`comparing_loss`). Behind the fourth, it must say on which side the first object is.
 
     Args:
         decoder: LlamaForCausalLM.
@@ -198,8 +221,16 @@ def forward(
         decoder.model.layers[i].self_attn.register_forward_pre_hook(
             lambda module, args, kwargs, i=i: watched.update({i: kwargs}), with_kwargs=True
         )
-        for i in watch or ()
+        for i in (watch or ())[:3]
     ]
+    if watch is not None and len(watch) > 3:
+        handles.append(
+            decoder.model.layers[watch[3]].register_forward_hook(
+                lambda module, args, output: watched.update(
+                    {"late": output[0] if isinstance(output, tuple) else output}
+                )
+            )
+        )
     hidden = decoder.model(
         inputs_embeds=embedded, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
     ).last_hidden_state
@@ -210,9 +241,15 @@ def forward(
     for handle in handles:
         handle.remove()
     if watch is not None:
-        first, second = (decoder.model.layers[i].self_attn for i in watch)
+        first, second = (decoder.model.layers[i].self_attn for i in watch[:2])
         loss = loss + weight * looking_loss(first, watched[watch[0]], batch, batch.names, batch.named)
         loss = loss + weight * looking_loss(second, watched[watch[1]], batch, batch.rows, batch.asked)
+        loss = loss + weight * looking_loss(second, watched[watch[1]], batch, batch.names, batch.named)
+        if len(watch) > 3 and len(batch.sides):
+            late = decoder.model.norm(watched["late"].flatten(0, 1)[batch.sides[:, 0]])
+            loss = loss + 3 * weight * F.cross_entropy(decoder.lm_head(late).float(), batch.sides[:, 1])
+        if len(watch) > 2 and len(batch.pairs):
+            loss = loss + weight * comparing_loss(decoder.model.layers[watch[2]].self_attn, watched[watch[2]], batch)
     return loss, wrong == 0
 
 
@@ -258,3 +295,21 @@ def next_tokens(decoder, batch: Pack, pictures: torch.Tensor) -> torch.Tensor:
         use_cache=False,
     ).last_hidden_state
     return decoder.lm_head(hidden.flatten(0, 1)[batch.rows]).float().argmax(-1)
+
+
+def comparing_loss(attention: torch.nn.Module, given: dict, batch: Pack) -> torch.Tensor:
+    """Where a question names two objects: how little the answering place looks back at the two names, at the first one
+    with the last head but one, at the second one with the last head. What the names found is what is to be compared."""
+    hidden, (cos, sin) = given["hidden_states"], given["position_embeddings"]
+    size, length, _ = hidden.shape
+    width = attention.head_dim
+    rows, targets = batch.pairs[:, 0], batch.pairs[:, 1:] % length
+    sample = rows // length
+    query = attention.q_proj(hidden.flatten(0, 1)[rows])[:, -2 * width :].view(-1, 2, width).float()
+    key = attention.k_proj(hidden)[..., -2 * width :].view(size, length, 2, width).float()
+    cos, sin = cos.float().expand(size, -1, -1), sin.float().expand(size, -1, -1)
+    query = rotate(query, cos.flatten(0, 1)[rows][:, None], sin.flatten(0, 1)[rows][:, None])
+    key = rotate(key, cos[:, :, None], sin[:, :, None])
+    scores = torch.einsum("qhd,qlhd->qhl", query, key[sample]) * attention.scaling
+    allowed = batch.mask[sample, 0, rows % length][:, None]
+    return F.cross_entropy(scores.masked_fill(~allowed, -1e9).flatten(0, 1), targets.flatten())

@@ -366,19 +366,19 @@ def multiple_choice(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 KINDS: dict[str, tuple[Callable[..., Question | None], float]] = {
     "exists": (exists, 1.5),
-    "color": (color_of, 0.8),
-    "shape": (shape_of, 0.8),
+    "color": (color_of, 0.6),
+    "shape": (shape_of, 0.6),
     "verify_color": (verify_color, 0.6),
-    "verify_shape": (verify_shape, 0.8),
+    "verify_shape": (verify_shape, 0.6),
     "choose_color": (choose_color, 0.4),
-    "relation": (relation, 2.2),
-    "choose_relation": (choose_relation, 1.8),
-    "where": (where, 1.0),
-    "count": (count, 1.2),
-    "verify_count": (verify_count, 1.2),
+    "relation": (relation, 4.0),
+    "choose_relation": (choose_relation, 3.0),
+    "where": (where, 0.6),
+    "count": (count, 2.0),
+    "verify_count": (verify_count, 2.5),
     "word": (word_on, 1.2),
-    "verify_word": (verify_word, 1.8),
-    "choice": (multiple_choice, 0.6),
+    "verify_word": (verify_word, 1.2),
+    "choice": (multiple_choice, 0.4),
 }
 """Generator and training weight of every kind; the kinds that are learned last have more weight."""
 
