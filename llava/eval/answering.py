@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -110,11 +110,15 @@ def token_summary(trace: Any) -> dict[str, Any]:
 
 
 def run_questions(
-    args: argparse.Namespace, questions: Sequence[Question], answerer_class: Callable[..., Any] | None = None
+    args: argparse.Namespace,
+    questions: Sequence[Question],
+    answerer_class: Callable[..., Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> int:
     """Answers `questions` as the shared flags say, into `args.answers_file`; returns the exit status.
 
-    answerer_class: takes what `Answerer` takes; for tools whose prompts or images differ.
+    answerer_class: takes what `Answerer` takes; for tools whose prompts or images differ. metadata: a tool's
+    own options; like the shared ones they are written to every answer, and a resumed run must have the same.
     """
     # Everything that can be wrong with the input is found before the model is loaded.
     method = method_from_args(args)
@@ -130,8 +134,9 @@ def run_questions(
 
     check_conv_mode(args.conv_mode)
     options = {name: value for name, value in asdict(method).items() if value is not None}
-    metadata = {"method": args.method, **options, "conv_mode": args.conv_mode, **asdict(generation)}
-    answers = AnswerFile(args.answers_file, get_model_name_from_path(args.model_path), metadata, args.resume)
+    options |= {"conv_mode": args.conv_mode, **asdict(generation), **(metadata or {})}
+    model_id = get_model_name_from_path(args.model_path)
+    answers = AnswerFile(args.answers_file, model_id, {"method": args.method, **options}, args.resume)
     pending = answers.pending(questions)
     done = len(questions) - len(pending)
     if done:

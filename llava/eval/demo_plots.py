@@ -104,22 +104,23 @@ def plot_survivors(examples: Sequence[Any], data_dir: Path, config: Any, process
     pyplot = _pyplot()
     chosen = pick_examples(candidates)
     layers = layers_to_show(len(chosen[0].trace.tokens_out))
+    height = 2.75 * len(chosen) + 0.75
     figure, axes = pyplot.subplots(
-        len(chosen), len(layers) + 1, figsize=(2.0 * (len(layers) + 1), 2.75 * len(chosen)), squeeze=False
+        len(chosen), len(layers) + 1, figsize=(2.0 * (len(layers) + 1), height), squeeze=False
     )
-    figure.subplots_adjust(left=0.012, right=0.988, top=0.875, bottom=0.03, wspace=0.06, hspace=0.42)
+    figure.subplots_adjust(left=0.012, right=0.988, top=1 - 1.4 / height, bottom=0.2 / height, wspace=0.06, hspace=0.42)
     target = chosen[0].trace.mean_tokens("nominal")
-    figure.text(
-        0.012, 0.968, f"Which patches survive ({target:.0f} tokens per layer on average)", fontsize=13, color=INK
-    )
+    title = f"Which patches survive ({target:.0f} tokens per layer on average)"
+    figure.text(0.012, 1 - 0.3 / height, title, fontsize=13, color=INK)
     figure.text(
         0.012,
-        0.938,
+        1 - 0.55 / height,
         "In color: patches whose tokens leave the layer. Merged tokens have no place in the image; they are counted.",
         fontsize=8.5,
         color=MUTED,
     )
-    for row, example in zip(axes, chosen, strict=True):
+    kinds = ("hard", "typical", "easy")
+    for row, example, kind in zip(axes, chosen, kinds, strict=True):
         folder = data_dir / example.benchmark.image_folder
         image = square_image(folder, example.question.image, config, processor)
         grid = math.isqrt(example.trace.visual_tokens)
@@ -132,7 +133,7 @@ def plot_survivors(examples: Sequence[Any], data_dir: Path, config: Any, process
         question, answer = (_printable(text) for text in (example.question.text.split("\n")[0], example.answer))
         caption = (
             f"{example.benchmark.name}: “{textwrap.shorten(question, 88)}”  answer: {textwrap.shorten(answer, 24)}    "
-            f"(MI {information(example):.2f} bits, slope {example.trace.slope:.2f})"
+            f"({kind}: MI {information(example):.2f} bits, slope {example.trace.slope:.2f})"
         )
         row[0].text(0, 1.27, caption, transform=row[0].transAxes, fontsize=9, color=INK)
     _save(pyplot, figure, path)
@@ -183,12 +184,14 @@ def plot_retention_curves(examples: Sequence[Any], target: int, path: Path) -> b
     ticks = [t for t in (5, 10, 20, 40, 80, 160, 320, 576) if t <= ranked[0].trace.visual_tokens]
     curves.set_yticks(ticks, [str(t) for t in ticks])
     curves.minorticks_off()
+    curves.set_ylim(bottom=0.75 * min(target, *(min(e.trace.tokens_out) for e in (*ranked[:few], *ranked[-few:]))))
     curves.set_xticks(range(-1, num_layers), ["in", *map(str, range(num_layers))])
     curves.set_xlabel("decoder layer", fontsize=9)
     curves.set_ylabel("visual tokens leaving the layer", fontsize=9)
     curves.set_title("Retention curves, easy and hard samples", fontsize=11, loc="left", color=INK)
     curves.legend(fontsize=8, frameon=False)
     zoom.set_xticks(range(1, num_layers))
+    zoom.yaxis.get_major_locator().set_params(integer=True)
     zoom.set_xlabel("decoder layer", fontsize=9)
     zoom.set_title("From layer 1 on, linear scale", fontsize=11, loc="left", color=INK)
 
