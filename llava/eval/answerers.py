@@ -1,0 +1,46 @@
+"""An `Answerer` for tools whose prompts or images are not those of a question file.
+
+Knows that a prompt can differ from the text in the answer file, and images in base64; nothing of benchmarks.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from PIL import Image
+
+from llava.eval.questions import Question
+from llava.eval.runner import Answerer, Sample, SampleError
+
+
+def _text_of(question: Question) -> str:
+    return question.text
+
+
+@dataclass
+class VariedAnswerer(Answerer):
+    """prompt_text: what the model is asked for a question, without image placeholder and template; the answer
+    file keeps `question.text`. images: name -> base64 of an image file; images that are not in it come from the
+    image folder.
+    """
+
+    prompt_text: Callable[[Question], str] = _text_of
+    images: Mapping[str, str] = field(default_factory=dict)
+
+    def prepare(self, question: Question) -> Sample:
+        sample = super().prepare(dataclasses.replace(question, text=self.prompt_text(question)))
+        return dataclasses.replace(sample, question=question)
+
+    def load_image(self, name: str) -> Image.Image:
+        if name not in self.images:
+            return super().load_image(name)
+        try:
+            with Image.open(io.BytesIO(base64.b64decode(self.images[name]))) as image:
+                return image.convert("RGB")
+        except Exception as error:  # as for files: decoders of damaged images raise nearly anything
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise SampleError(f"image of row {name} cannot be read ({reason})") from None

@@ -1,0 +1,104 @@
+"""Answers ScienceQA with LLaVA under a pruning method.
+
+    python -m llava.eval.model_vqa_science --model-path CKPT --image-folder images/test \\
+        --question-file llava_test_CQM-A.json --answers-file A.jsonl --single-pred-prompt --target-token-num 64
+
+Knows LLaVA's conversation format: one JSON list of `id`, optional `image`, `conversations`. Exit status: 0 all
+questions answered, 2 wrong input, 3 some samples were skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.eval.answering import run_questions
+from llava.eval.jsonio import read_json
+from llava.eval.model_vqa import MAX_NEW_TOKENS
+from llava.eval.model_vqa_loader import build_parser as build_loader_parser
+from llava.eval.questions import Question, chunk
+from llava.utils import UserError, cli_main
+
+SINGLE_PREDICTION = "Answer with the option's letter from the given choices directly."
+
+
+def read_conversations(path: str, single_prediction: bool = False) -> list[Question]:
+    """The questions of a file: the first turn of each conversation.
+
+    The text is what answer files carry as `prompt`: the placeholder of the image on a line of its own if there is an
+    image, the question, and with `single_prediction` the instruction to name only a letter.
+    """
+    entries = read_json(path, "question file")
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{path}: not a question file of conversations (needs a non-empty JSON list)")
+    return [_question(entry, index, f"{path}: entry {index}", single_prediction) for index, entry in enumerate(entries)]
+
+
+def _question(entry: Any, index: int, source: str, single_prediction: bool) -> Question:
+    identity = entry.get("id") if isinstance(entry, dict) else None
+    if isinstance(identity, bool) or not isinstance(identity, int | str):
+        raise UserError(f"{source} needs an 'id', a number or a string")
+    source = f"{source} (id {identity})"
+    turns, image = entry.get("conversations"), entry.get("image")
+    first = turns[0].get("value") if isinstance(turns, list) and turns and isinstance(turns[0], dict) else None
+    if not isinstance(first, str):
+        raise UserError(f"{source} needs a list of 'conversations' whose first has a text as 'value'")
+    if image is not None and not isinstance(image, str):
+        raise UserError(f"{source}: image must be a string, found {type(image).__name__}")
+    text = first.replace(DEFAULT_IMAGE_TOKEN, "").strip()
+    if image:
+        text = f"{DEFAULT_IMAGE_TOKEN}\n{text}"
+    if single_prediction:
+        text = f"{text}\n{SINGLE_PREDICTION}"
+    try:
+        f"{identity}{text}{image}".encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which no file and no tokenizer takes
+        raise UserError(f"{source}: holds characters that are not valid Unicode") from None
+    return Question(index, source, identity, text, image or None)
+
+
+def without_placeholder(question: Question) -> str:
+    """The text without the placeholder line, which the runner puts in itself, as the checkpoint needs it."""
+    return question.text.removeprefix(f"{DEFAULT_IMAGE_TOKEN}\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags of the tool."""
+    parser = build_loader_parser()
+    parser.prog = "python -m llava.eval.model_vqa_science"
+    parser.description = "Answer ScienceQA with LLaVA under a visual-token pruning method."
+    parser.set_defaults(max_new_tokens=MAX_NEW_TOKENS, question_file="tables/question.json")
+    group = parser.add_argument_group("prompt")
+    group.add_argument("--single-pred-prompt", action="store_true", help="ask for the option's letter and no more")
+    group.add_argument("--answer-prompter", action="store_true", help="accepted for old scripts; does nothing")
+    return parser
+
+
+def eval_model(args: argparse.Namespace) -> int:
+    """Runs what the flags say; returns the exit status."""
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit must be at least 1, got {args.limit}")
+    questions = read_conversations(args.question_file, args.single_pred_prompt)[: args.limit]
+
+    def answerer(*parts: Any) -> Any:
+        from llava.eval.answerers import VariedAnswerer  # imports torch: not for --help and wrong flags
+
+        return VariedAnswerer(*parts, prompt_text=without_placeholder)
+
+    return run_questions(
+        args,
+        chunk(questions, args.num_chunks, args.chunk_idx),
+        answerer,
+        metadata={"single_pred_prompt": args.single_pred_prompt},
+    )
+
+
+@cli_main
+def main(argv: Sequence[str] | None = None) -> int:
+    return eval_model(build_parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()
