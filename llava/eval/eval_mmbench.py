@@ -165,7 +165,7 @@ def load_results(path: str) -> list[dict[str, Any]]:
         answers = load_answers(path)
         for answer in answers:
             answer["question_id"] = _index_or_text(answer["question_id"])
-            if not isinstance(answer.get("round_id", 0), int):
+            if not isinstance(answer.get("round_id") or 0, int):
                 raise UserError(f"{path}: question {answer['question_id']}: round_id must be a whole number")
         return answers
     answers = []

@@ -92,7 +92,7 @@ def check(result_file, tsv, tmp_path, capsys):
 
 def test_answer_file_by_hand(tsv, tmp_path, capsys):
     records = answers(PREDICTIONS)
-    records[0]["question_id"] = "1"  # ids as strings are the same ids
+    records[0] |= {"question_id": "1", "round_id": None}  # ids as strings are the same ids
     records += answers({1: "B"}) + answers({99: "A"}) + answers({"v1_0": "A"})
     scores, warnings = check(write_jsonl(tmp_path / "a.jsonl", records), tsv, tmp_path, capsys)
     assert [scores[k] for k in ("expected", "scored", "missing", "duplicate", "unmatched")] == [7, 7, 0, 1, 2]
@@ -165,6 +165,8 @@ def test_bad_input(tsv, tmp_path, capsys):
         fails_with_one_line(eval_mmbench.main, argv, capsys, *parts)
 
     fails("no answer belongs", result=write_jsonl(tmp_path / "other.jsonl", answers({"v1_3": "A"})))
+    rounds = [{**record, "round_id": "two"} for record in answers({1: "A"})]
+    fails("question 1: round_id", result=write_jsonl(tmp_path / "rounds.jsonl", rounds))
     torn = tmp_path / "torn.jsonl"
     torn.write_text(good.read_text()[:-9])
     fails("torn.jsonl:8", "malformed JSON", result=torn)
