@@ -21,7 +21,7 @@ class Coverage:
     """How answers and questions fit together. The lists hold ids for messages; their lengths are the counts.
 
     expected: number of questions; scored: questions with an answer; missing: questions without one;
-    duplicate: further answers to a question already answered (the first one counts); unmatched: answers to
+    duplicate: further answers to a question already answered (the last one counts); unmatched: answers to
     no known question.
     """
 
@@ -50,7 +50,7 @@ class Coverage:
         lines = []
         for ids, text in (
             (self.missing, f"of {self.expected} questions have no answer and are left out of the score"),
-            (self.duplicate, "answers repeat a question; the first answer counts"),
+            (self.duplicate, "answers repeat a question; the last answer counts"),
             (self.unmatched, "answers belong to no question and are ignored"),
         ):
             if ids:
@@ -82,7 +82,8 @@ def join_answers(
     answers: Iterable[dict[str, Any]],
     key: Callable[[dict[str, Any]], Key | None],
 ) -> tuple[dict[Key, str], Coverage]:
-    """Maps each expected key to the text of its first answer.
+    """Maps each expected key to the text of its last answer: a later line is a rerun, and the published scorers that
+    collect answers in a dictionary do the same.
 
     `key` computes an answer's key, or None if it has none. Returns the mapping in the order of `expected`
     and the coverage. Expected keys that occur twice are one question.
@@ -94,10 +95,10 @@ def join_answers(
         answer_key = key(answer)
         if answer_key is None or answer_key not in order:
             coverage.unmatched.append(str(answer["question_id"]))
-        elif answer_key in found:
+            continue
+        if answer_key in found:
             coverage.duplicate.append(str(answer["question_id"]))
-        else:
-            found[answer_key] = answer["text"]
+        found[answer_key] = answer["text"]
     coverage.missing = [describe_key(item) for item in order if item not in found]
     coverage.scored = len(found)
     return {item: found[item] for item in order if item in found}, coverage

@@ -99,7 +99,7 @@ def test_gqa_predictions_and_their_score(tmp_path, capsys):
         b'{"questionId": "3", "prediction": " caf\\u00e9"}, {"questionId": "1", "prediction": "no"}]'
     )
     assert "1 answers repeat a question; all are written: 1" in capsys.readouterr().err
-    truth = {key: {"answer": text, "types": {"structural": "query"}} for key, text in (("1", "yes"), ("2", "man"))}
+    truth = {key: {"answer": text, "types": {"structural": "query"}} for key, text in (("1", "no"), ("2", "man"))}
     annotation = write_json(tmp_path / "q.json", truth)
     from_answers, from_predictions = (eval_gqa.score_files(str(annotation), str(file)) for file in (src, dst))
     assert from_answers["accuracy"] == from_predictions["accuracy"] == 50.0

@@ -97,13 +97,13 @@ def test_answers_join_by_id_whatever_their_order(tmp_path):
 
 
 def test_missing_duplicate_and_unmatched_answers_are_counted(tmp_path, capsys):
-    argv = make_files(tmp_path, [ANSWERS[0], answer(1, "No"), ANSWERS[1], answer(99, "Yes"), ANSWERS[3]])
+    argv = make_files(tmp_path, [answer(1, "No"), ANSWERS[0], ANSWERS[1], answer(99, "Yes"), ANSWERS[3]])
     out = tmp_path / "r.json"
     eval_pope.main([str(a) for a in argv] + ["--json", str(out)])
     result = json.loads(out.read_text())
     counts = {key: result[key] for key in ("expected", "scored", "missing", "duplicate", "unmatched")}
     assert counts == {"expected": 4, "scored": 3, "missing": 1, "duplicate": 1, "unmatched": 1}
-    assert result["f1_adversarial"] == 1.0, "the first answer counts, and nothing shifts"
+    assert result["f1_adversarial"] == 1.0, "the last answer counts, and nothing shifts"
     warnings = capsys.readouterr().err
     assert "1 of 4 questions have no answer" in warnings and "99" in warnings
 
