@@ -46,13 +46,14 @@ begin() {
     ANSWERS="$OUT_DIR/$BENCHMARK/answers/$CKPT/$RUN.jsonl"
     RESULT="$OUT_DIR/$BENCHMARK/answers/$CKPT/$RUN.json"
     STATUS=0
+    TOOL=model_vqa_loader # a script whose questions need another tool of llava.eval sets this after begin
 }
 
-# Runs the loader on one part: run_part ANSWERS_FILE NUM_CHUNKS CHUNK_IDX QUESTION_FILE IMAGE_FOLDER
+# Runs the tool on one part: run_part ANSWERS_FILE NUM_CHUNKS CHUNK_IDX QUESTION_FILE IMAGE_FOLDER
 run_part() {
     local budget=()
     [ "$METHOD" = dense ] || budget=(--target-token-num "$TOKENS")
-    "$PYTHON" -m llava.eval.model_vqa_loader \
+    "$PYTHON" -m "llava.eval.$TOOL" \
         --model-path "$MODEL_DIR/$CKPT" --question-file "$4" --image-folder "$5" --answers-file "$1" \
         --num-chunks "$2" --chunk-idx "$3" --temperature 0 --conv-mode vicuna_v1 \
         --method "$METHOD" ${budget[@]+"${budget[@]}"} ${LOADER_ARGS[@]+"${LOADER_ARGS[@]}"}

@@ -48,6 +48,8 @@ def test_command_is_valid(document, command, monkeypatch):
         if "eval/" in words[1]:
             assert words[2] == "dense" or words[2].isdigit()
             known_flags("llava.eval.model_vqa_loader", words[3:], monkeypatch, required=False)
+    elif words[0] == "python" and words[1] != "-m":
+        assert (ROOT / words[1]).is_file(), command
     else:
         assert words[:2] == ["python", "-m"], command
         known_flags(words[2], words[3:], monkeypatch)
