@@ -29,7 +29,7 @@ from playground.tiny.scenes import COLORS, GRID, ON_OBJECT, SHAPES, WORDS, Scene
 from playground.tiny.vision import normalize, run_tower
 
 KEEP = 64
-RANDOM_DRAWS = 3
+RANDOM_DRAWS = 2
 RECORD = text.CHECKPOINT / "arena.json"
 THRESHOLDS = {
     "mean accuracy of the dense model, at least": 85.0,
@@ -247,6 +247,18 @@ def measure(model: TinyLlava, items: list[Item]) -> dict:
     }
 
 
+def table(record: dict) -> str:
+    """The figures as a markdown table."""
+    runs = ("dense", "blind", "oracle", "cls", "random")
+    lines = ["| | " + " | ".join(runs) + " |", "|---|" + "---:|" * len(runs)]
+    for name, values in record["benchmarks"].items():
+        lines.append(f"| {name}, score | " + " | ".join(f"{values[r]['score']:.1f}" for r in runs) + " |")
+        lines.append(f"| {name}, accuracy | " + " | ".join(f"{values[r]['accuracy']:.1f}" for r in runs) + " |")
+    for key, label in (("mean_score", "mean score"), ("mean_accuracy", "mean accuracy")):
+        lines.append(f"| **{label}** | " + " | ".join(f"{record[key][r]:.1f}" for r in runs) + " |")
+    return "\n".join(lines)
+
+
 @cli_main
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -264,7 +276,8 @@ def main() -> None:
             "dtype": "float32",
         }
         RECORD.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record, indent=1))
+    print(table(record))
+    print(json.dumps({k: record[k] for k in ("attention", "by_kind_dense")}, indent=1))
     met = verdict(record)
     for name, good in met.items():
         print("ok  " if good else "MISS", name, THRESHOLDS[name])

@@ -23,8 +23,7 @@ WIDTH = 128
 
 
 def build_decoder(layers: int) -> LlamaForCausalLM:
-    """A Llama decoder with random weights: width 128, four heads; word embeddings are shared with the output for now.
-    """
+    """A Llama decoder with random weights: width 128, four heads; word embeddings also serve the output for now."""
     config = LlamaConfig(
         vocab_size=text.VOCABULARY,
         hidden_size=WIDTH,
@@ -86,8 +85,7 @@ class Symbols(nn.Module):
 
     @torch.no_grad()
     def tie(self, words: nn.Embedding) -> None:
-        """Let places start as directions between words (left to right, top to bottom), and quoted words as plain ones.
-        """
+        """Places start as directions between words (left to right, top to bottom), quoted words as plain ones."""
         place = lambda word: words.weight[text.tokenizer()(word).input_ids[1]]  # noqa: E731
         steps = torch.linspace(-1, 1, 7)[:, None]
         self.col.weight += steps * (place("right") - place("left"))

@@ -138,8 +138,7 @@ def recombinations(scene: Scene) -> int:
 
 
 def build_pope(pictures: int = 34) -> Build:
-    """Existence: three present and three absent objects per picture and category; absent ones get harder by category.
-    """
+    """Existence: three present and three absent objects per picture and category."""
     build, lines, scenes = Build(), [], []
     for index in range(pictures):
         rng = stream("pope", index)

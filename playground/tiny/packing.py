@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from playground.tiny import text
-from playground.tiny.questions import Question
+from playground.tiny.questions import NUMBERS, Question
 from playground.tiny.scenes import GRID, Scene
 from playground.tiny.vision import patch_labels
 
@@ -34,6 +34,8 @@ class Pack:
         pairs: [pairs, 3], for questions with two names the flat indices of the answering place and of both names.
         sides: [n, 2], for questions about a relation the flat index of the answering place and the token of the side
             on which the first object really is.
+        counted: for questions about a number, the flat index of the answering place [n] and bool [n, L]: the centers of
+            the objects to count, and BOS. Their true number is in sides.
         names, named: like rows and asked for the last token of every phrase that names an object.
         rows: per question the flat index of the place that predicts its answer; asked: bool [questions, L], the visual
             places that show what it asks about (none: nothing can be said).
@@ -53,6 +55,7 @@ class Pack:
     named: torch.Tensor | None = None
     pairs: torch.Tensor | None = None
     sides: torch.Tensor | None = None
+    counted: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 def attributes(scene: Scene) -> np.ndarray:
@@ -105,7 +108,7 @@ def guide(
 ) -> Pack:
     """Fill in where phrases name objects and which visual places those are (for `looking_loss`)."""
     head, length = len(text.head_ids()), batch.ids.shape[1]
-    names, named, pairs, sides = [], [], [], []
+    names, named, pairs, sides, counted, centers = [], [], [], [], [], []
     answering = iter(batch.rows.tolist())
     for b, (chosen, row) in enumerate(zip(patches, questions, strict=True)):
         start = head + len(chosen)
@@ -120,10 +123,21 @@ def guide(
                 pairs.append([row_index, *names[-2:]])
             if question.kind in ("relation", "choose_relation"):
                 sides.append([row_index, side_token(question)])
+            if question.kind in ("count", "verify_count") and question.asked:
+                sides.append([row_index, text.tokenizer()(NUMBERS[len(question.asked)]).input_ids[1]])
+                mark = np.zeros(length, dtype=bool)
+                mark[head : head + len(chosen)] = (
+                    object_patches(scenes[b], tables[b], question.asked) & (tables[b][:, 5] > 0)
+                )[chosen]
+                mark[0] = True
+                counted.append(row_index)
+                centers.append(mark)
             start += len(text.tail_ids(question.text, question.answer)[0])
     batch.names, batch.named = torch.tensor(names), torch.from_numpy(np.stack(named))
     batch.pairs = torch.tensor(pairs).view(-1, 3)
     batch.sides = torch.tensor(sides).view(-1, 2)
+    if counted:
+        batch.counted = torch.tensor(counted), torch.from_numpy(np.stack(centers))
     return batch
 
 
@@ -147,8 +161,7 @@ def pack_ids(
     original: np.ndarray,
     asked: list[list[np.ndarray]] | None = None,
 ) -> Pack:
-    """`pack` for ready ids: per picture and question the ids behind the picture, how many of them are answer, the kind.
-    """
+    """`pack` for ready ids: per picture and question the ids behind the picture, the length of the answer, the kind."""
     head = text.head_ids()
     lengths = [len(head) + len(p) + sum(len(t) for t, _, _ in row) for p, row in zip(patches, tails, strict=True)]
     size, length = len(patches), -(-max(lengths) // 8) * 8
@@ -248,6 +261,8 @@ def forward(
         if len(watch) > 3 and len(batch.sides):
             late = decoder.model.norm(watched["late"].flatten(0, 1)[batch.sides[:, 0]])
             loss = loss + 3 * weight * F.cross_entropy(decoder.lm_head(late).float(), batch.sides[:, 1])
+        if batch.counted is not None:
+            loss = loss + weight * counting_loss(second, watched[watch[1]], batch)
         if len(watch) > 2 and len(batch.pairs):
             loss = loss + weight * comparing_loss(decoder.model.layers[watch[2]].self_attn, watched[watch[2]], batch)
     return loss, wrong == 0
@@ -297,19 +312,33 @@ def next_tokens(decoder, batch: Pack, pictures: torch.Tensor) -> torch.Tensor:
     return decoder.lm_head(hidden.flatten(0, 1)[batch.rows]).float().argmax(-1)
 
 
-def comparing_loss(attention: torch.nn.Module, given: dict, batch: Pack) -> torch.Tensor:
-    """Where a question names two objects: how little the answering place looks back at the two names, at the first one
-    with the last head but one, at the second one with the last head. What the names found is what is to be compared."""
+def head_scores(attention: torch.nn.Module, given: dict, batch: Pack, rows: torch.Tensor, heads: slice) -> torch.Tensor:
+    """Masked attention logits of some heads from `rows` (flat indices [n]): [n, heads, L]."""
     hidden, (cos, sin) = given["hidden_states"], given["position_embeddings"]
     size, length, _ = hidden.shape
     width = attention.head_dim
-    rows, targets = batch.pairs[:, 0], batch.pairs[:, 1:] % length
     sample = rows // length
-    query = attention.q_proj(hidden.flatten(0, 1)[rows])[:, -2 * width :].view(-1, 2, width).float()
-    key = attention.k_proj(hidden)[..., -2 * width :].view(size, length, 2, width).float()
+    query = attention.q_proj(hidden.flatten(0, 1)[rows]).view(len(rows), -1, width)[:, heads].float()
+    key = attention.k_proj(hidden).view(size, length, -1, width)[:, :, heads].float()
     cos, sin = cos.float().expand(size, -1, -1), sin.float().expand(size, -1, -1)
     query = rotate(query, cos.flatten(0, 1)[rows][:, None], sin.flatten(0, 1)[rows][:, None])
     key = rotate(key, cos[:, :, None], sin[:, :, None])
     scores = torch.einsum("qhd,qlhd->qhl", query, key[sample]) * attention.scaling
-    allowed = batch.mask[sample, 0, rows % length][:, None]
-    return F.cross_entropy(scores.masked_fill(~allowed, -1e9).flatten(0, 1), targets.flatten())
+    return scores.masked_fill(~batch.mask[sample, 0, rows % length][:, None], -1e9)
+
+
+def counting_loss(attention: torch.nn.Module, given: dict, batch: Pack) -> torch.Tensor:
+    """The third head should spread evenly over BOS and the centers of the objects to count, so that the share of BOS,
+    1 / (n + 1), tells their number."""
+    rows, places = batch.counted
+    scores = head_scores(attention, given, batch, rows, slice(2, 3))[:, 0]
+    target = places.float() / places.sum(1, keepdim=True)
+    return -(target * scores.log_softmax(-1)).sum(1).mean()
+
+
+def comparing_loss(attention: torch.nn.Module, given: dict, batch: Pack) -> torch.Tensor:
+    """Where a question names two objects: how little the answering place looks back at the two names, at the first one
+    with the last head but one, at the second one with the last head. What the names found is what is to be compared."""
+    rows, targets = batch.pairs[:, 0], batch.pairs[:, 1:] % batch.ids.shape[1]
+    scores = head_scores(attention, given, batch, rows, slice(-2, None))
+    return F.cross_entropy(scores.flatten(0, 1), targets.flatten())

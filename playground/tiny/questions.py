@@ -70,21 +70,15 @@ def yes_no(answer: bool) -> str:
     return "Yes" if answer else "No"
 
 
-def refer(scene: Scene, index: int, rng: np.random.Generator, hide: str = "") -> str | None:
-    """A phrase that names one object without naming the attribute `hide`: `red star`, `star` or `red object`."""
+def refer(scene: Scene, index: int, rng: np.random.Generator) -> str:
+    """A phrase that names one object: `red star`, or `star` or `red object` where that is enough."""
     thing = scene.things[index]
-    names = []
-    if hide != "color" and hide != "shape":
-        names += [full_name(thing)] * 2
-    if hide != "shape" and sum(t.shape == thing.shape for t in scene.things) == 1:
+    names = [full_name(thing)] * 2
+    if sum(t.shape == thing.shape for t in scene.things) == 1:
         names.append(SHAPES[thing.shape])
-    if hide != "color" and sum(t.color == thing.color for t in scene.things) == 1:
+    if sum(t.color == thing.color for t in scene.things) == 1:
         names.append(f"{COLORS[thing.color]} object")
-    if hide == "color":
-        names = [n for n in names if n == SHAPES[thing.shape]]
-    if hide == "shape":
-        names = [f"{COLORS[thing.color]} object"] if sum(t.color == thing.color for t in scene.things) == 1 else []
-    return pick(rng, names) if names else None
+    return pick(rng, names)
 
 
 def _referable(scene: Scene, hide: str) -> list[int]:
@@ -365,20 +359,20 @@ def multiple_choice(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 
 KINDS: dict[str, tuple[Callable[..., Question | None], float]] = {
-    "exists": (exists, 1.5),
-    "color": (color_of, 0.6),
-    "shape": (shape_of, 0.6),
-    "verify_color": (verify_color, 0.6),
-    "verify_shape": (verify_shape, 0.6),
-    "choose_color": (choose_color, 0.4),
-    "relation": (relation, 4.0),
-    "choose_relation": (choose_relation, 3.0),
-    "where": (where, 0.6),
-    "count": (count, 2.0),
-    "verify_count": (verify_count, 2.5),
-    "word": (word_on, 1.2),
-    "verify_word": (verify_word, 1.2),
-    "choice": (multiple_choice, 0.4),
+    "exists": (exists, 3.0),
+    "color": (color_of, 1.0),
+    "shape": (shape_of, 1.0),
+    "verify_color": (verify_color, 0.8),
+    "verify_shape": (verify_shape, 0.8),
+    "choose_color": (choose_color, 0.5),
+    "relation": (relation, 2.5),
+    "choose_relation": (choose_relation, 1.2),
+    "where": (where, 0.8),
+    "count": (count, 1.5),
+    "verify_count": (verify_count, 2.0),
+    "word": (word_on, 2.2),
+    "verify_word": (verify_word, 1.6),
+    "choice": (multiple_choice, 0.3),
 }
 """Generator and training weight of every kind; the kinds that are learned last have more weight."""
 
