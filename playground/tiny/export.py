@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from llava.utils import cli_main
 from playground.tiny import scenes, text
 from playground.tiny.joint import TinyLlava
 
@@ -137,6 +138,7 @@ def load(folder: Path = text.CHECKPOINT) -> TinyLlava:
     return model.eval()
 
 
+@cli_main
 def main() -> None:
     """Export `runs/joint.pt`."""
     state = torch.load(Path(__file__).resolve().parent / "runs" / "joint.pt")

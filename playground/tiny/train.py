@@ -3,9 +3,8 @@
     python -m playground.tiny.train --stage tokenizer
     python -m playground.tiny.train --stage vision --minutes 25 --threads 1 &
     python -m playground.tiny.train --stage language --minutes 25 --threads 1
-    python -m playground.tiny.train --stage align --minutes 1.5
-    python -m playground.tiny.train --stage joint --minutes 14 --full-share 0
-    python -m playground.tiny.train --stage joint --minutes 10 --run 1 --deepen
+    python -m playground.tiny.train --stage align --minutes 1
+    python -m playground.tiny.train --stage joint --minutes 20
     python -m playground.tiny.export && python -m playground.tiny.arena
 
 Every stage saves its weights to `playground/tiny/runs/` as it goes, so a run can be stopped at any time; `--resume`
