@@ -168,6 +168,18 @@ def train_language(
     peaks = [g["lr"] for o in optimizers for g in o.param_groups]
     scores: dict[str, float] = {}
     mean, start, step, since = 0.0, time.time(), 0, 0
+
+    def save() -> None:
+        save_state(
+            folder / "language.pt",
+            decoder=decoder.state_dict(),
+            symbols=symbols.state_dict(),
+            high=high,
+            kinds=kinds,
+            layers=len(decoder.model.layers),
+            step=step,
+        )
+
     while (progress := (time.time() - start) / (60 * minutes)) < 1:
         data, tables = symbolic_batch(rng, batch, max(2, high - 3), high, per_scene, kinds)
         scale = rate * min(1.0, (since + 1) / (30 if resume else 100)) * min(1.0, max(0.05, (1 - progress) / 0.3))
@@ -210,21 +222,5 @@ def train_language(
                 **{k: round(v, 2) for k, v in sorted(scores.items())},
             )
         if step % 100 == 0:
-            save_state(
-                folder / "language.pt",
-                decoder=decoder.state_dict(),
-                symbols=symbols.state_dict(),
-                high=high,
-                kinds=kinds,
-                layers=len(decoder.model.layers),
-                step=step,
-            )
-    save_state(
-        folder / "language.pt",
-        decoder=decoder.state_dict(),
-        symbols=symbols.state_dict(),
-        high=high,
-        kinds=kinds,
-        layers=len(decoder.model.layers),
-        step=step,
-    )
+            save()
+    save()

@@ -8,7 +8,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from llava.pruning import AutoPrune, Dense, PruningMethod, Rows, Selection, VisualLayout, get_method
+from llava.pruning import AutoPrune, Dense, PruningMethod, Rows, Selection, get_method
 from llava.pruning.selection import top_k
 from tests.pruning.models import Batch, generate, masked_oracle, random_llama
 
@@ -347,64 +347,3 @@ def test_half_precision_runs_close_to_float32(sdpa_model, dtype):
     # Information is summed in float32; what is left is the rounding of the attention logits.
     assert trace.mutual_information["layer1"] == pytest.approx(full.mutual_information["layer1"], rel=0.1)
     assert trace.kv_bytes() < full.kv_bytes()
-
-
-def test_right_padding_and_holes_are_refused(sdpa_model):
-    batch = Batch(sdpa_model)
-    inputs = batch.together([0, 2])
-    with AUTOPRUNE.attach(sdpa_model) as run:
-        run.set_visual(inputs["layout"], inputs["cls"])
-        with pytest.raises(ValueError, match="left padding only"):
-            sdpa_model(inputs_embeds=inputs["embeds"], attention_mask=inputs["mask"].flip(1))
-
-
-@pytest.mark.parametrize(
-    ("misuse", "message"),
-    [
-        (lambda m, b: m(inputs_embeds=b.embeds[0][None]), "set_visual"),
-        (lambda m, b: visual(m, b, 2) or m(inputs_embeds=b.embeds[0][None].expand(3, -1, -1)), "layout has 2 rows"),
-        (lambda m, b: visual(m, b) or m(inputs_embeds=b.embeds[0][None, :20]), "one piece"),
-        (lambda m, b: visual(m, b) or m(inputs_embeds=b.embeds[0][None], output_attentions=True), "output_attentions"),
-        (lambda m, b: visual(m, b) or m.train()(inputs_embeds=b.embeds[0][None]), "inference"),
-        (
-            lambda m, b: (
-                visual(m, b)
-                or m.generate(inputs_embeds=b.embeds[0][None], max_new_tokens=2, cache_implementation="static")
-            ),
-            "DynamicCache",
-        ),
-        (lambda m, b: m.model.pruning_run.set_visual(VisualLayout.from_spans([[(4, 52)]])), "cls_attention"),
-        (lambda m, b: m.model.pruning_run.set_visual(VisualLayout.from_spans([[(4, 52)]]), torch.rand(7)), "7"),
-        (lambda m, b: AUTOPRUNE.attach(m).__enter__(), "already attached"),
-    ],
-)
-def test_what_cannot_work_is_refused(misuse, message):
-    model = random_llama()
-    with pytest.raises((ValueError, RuntimeError), match=message), AUTOPRUNE.attach(model):
-        misuse(model, Batch(model))
-
-
-def visual(model, batch, rows: int = 1) -> None:
-    inputs = batch.alone(0)
-    layout = inputs["layout"].expand(rows)
-    model.model.pruning_run.set_visual(layout, inputs["cls"] * rows)
-
-
-def test_chunked_prefill_is_refused():
-    model = random_llama()
-    model.generation_config.prefill_chunk_size = 16
-    with pytest.raises(ValueError, match="prefill_chunk_size"), AUTOPRUNE.attach(model):
-        pass
-    with Dense().attach(model):
-        pass
-
-
-def test_a_decoder_of_another_kind_is_refused():
-    with pytest.raises(TypeError, match="Llama-like"):
-        AUTOPRUNE.attach(torch.nn.Linear(2, 2))
-
-
-@pytest.mark.parametrize("spans", [[[(3, 3)]], [[(5, 9), (8, 12)]], [[(-1, 4)]], [[(5, 9), (1, 3)]]])
-def test_impossible_spans_are_refused(spans):
-    with pytest.raises(ValueError, match="row 0"):
-        VisualLayout.from_spans(spans)
