@@ -69,7 +69,7 @@ def prefill(
     stages = method.stages(num_layers)
     compact = method.positions == "compact"
     sequences = Sequences.start(prompt.hidden_BNC, prompt.layout, prompt.lengths, prompt.positions_BN, compact)
-    recorder = _Recorder(decoder, sequences, prompt)
+    recorder = _Recorder(decoder, sequences)
     memory = SimpleNamespace(report={})
     query_rows = _text_rows(sequences, prompt.layout)
 
@@ -231,9 +231,9 @@ def _strongest_by_cls(view: LayerView, most: int) -> Selection:
 class _Recorder:
     """Collects counts and origins layer by layer and turns them into traces and the cache record."""
 
-    def __init__(self, decoder: nn.Module, sequences: Sequences, prompt: Prompt) -> None:
-        self.start = sequences
-        self.sample_visual = prompt.layout.counts
+    def __init__(self, decoder: nn.Module, sequences: Sequences) -> None:
+        # Not the sequences themselves: they would keep the embeddings alive until the end of the prefill.
+        self.start_lengths, self.start_counts = sequences.lengths, sequences.counts
         self.counts_in: list[tuple[int, ...]] = []
         self.counts_out: list[tuple[int, ...]] = []
         self.lengths: list[tuple[int, ...]] = []
@@ -264,8 +264,8 @@ class _Recorder:
             Trace(
                 shape=self.shape,
                 # The last patch of a prompt that ends in its image stays in place as text, see Sequences.start.
-                text_tokens=self.start.lengths[row] - self.start.counts[row],
-                visual_tokens=self.start.counts[row],
+                text_tokens=self.start_lengths[row] - self.start_counts[row],
+                visual_tokens=self.start_counts[row],
                 tokens_in=[counts[row] for counts in self.counts_in],
                 tokens_out=[counts[row] for counts in self.counts_out],
                 scoring_flops=self.scoring[row],
@@ -274,7 +274,7 @@ class _Recorder:
                     origins[row, : counts[row]] for origins, counts in zip(self.origins, self.counts_out, strict=True)
                 ],
             )
-            for row in range(len(self.start.counts))
+            for row in range(len(self.start_counts))
         ]
 
     def cache_record(self, compact: bool, prompt: Prompt) -> CacheRecord:
