@@ -8,8 +8,7 @@ from collections.abc import Sequence
 
 from llava.eval.arguments import Parser
 from llava.eval.convert import gqa_predictions, join, write_upload
-from llava.eval.reporting import shorten, warn
-from llava.eval.scoring import load_answers
+from llava.eval.scoring import load_answers, shorten, warn
 from llava.utils import UserError, cli_main
 
 

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.eval.arguments import Parser
-from llava.eval.convert import first_round_texts, join, load_whole_answers, mmbench_sheet, report
+from llava.eval.convert import first_round_texts, join, load_whole_answers, mmbench_sheet
 from llava.eval.mmbench_data import NOT_UPLOADED, read_table, row_index, write_workbook
-from llava.eval.reporting import warn
+from llava.eval.scoring import warn
 from llava.utils import UserError, cli_main
 
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     texts, coverage = join(questions, first_round_texts(answers), str(source))
     if bad:
         warn(f"{bad} lines of {source} are no answers and are left out")
-    report(coverage, "rows have no answer; their cells stay empty")
+    coverage.report("rows have no answer; their cells stay empty")
     header, table = mmbench_sheet(rows, {int(key): text for key, text in texts.items()})
     changed = write_workbook(Path(args.upload_dir) / f"{args.experiment}.xlsx", header, table)
     if changed:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 
 from llava.eval.arguments import Parser
-from llava.eval.convert import join, load_seed, report, require_all, seed_accuracy, seed_upload
+from llava.eval.convert import join, load_seed, require_all, seed_accuracy, seed_upload
 from llava.eval.jsonio import write_json, write_text_atomic
 from llava.eval.scoring import load_answers
 from llava.utils import cli_main
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     accuracies = {name: right / count * 100 for name, (right, count) in counts.items()}
     for name, percent in accuracies.items():
         print(f"{name}{'' if name in names.values() else ' accuracy'}: {percent:.2f}%")
-    report(coverage, "questions have no answer and count as wrong")
+    coverage.report("questions have no answer and count as wrong")
     if args.json:
         flat = {"accuracy": accuracies.pop("Total"), **accuracies}
         write_json(args.json, {**flat, "expected": len(questions), "missing": len(coverage.missing)})

@@ -12,7 +12,6 @@ from llava.eval.convert import (
     join,
     load_questions,
     load_whole_answers,
-    report,
     require_all,
     vizwiz_upload,
     write_upload,
@@ -32,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     texts, coverage = join(questions, answers, args.result_file)
     print(f"total results: {len(texts)}, total split: {len(questions)}, error_line: {bad}")
     require_all(coverage, args.result_upload_file)
-    report(coverage)
+    coverage.report(missing=None)
     write_upload(args.result_upload_file, vizwiz_upload(questions, texts))
 
 

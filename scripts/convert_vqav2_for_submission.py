@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.eval.arguments import Parser
-from llava.eval.convert import join, load_questions, load_whole_answers, report, vqav2_upload, write_upload
+from llava.eval.convert import join, load_questions, load_whole_answers, vqav2_upload, write_upload
 from llava.utils import UserError, cli_main
 
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     texts, coverage = join(questions, answers, str(source))
     print(f"total results: {len(texts)}, total split: {len(questions)}, error_line: {bad}")
     # Runs answer test-dev, a quarter of the whole split: questions without an answer are the rule.
-    report(coverage)
+    coverage.report(missing=None)
     write_upload(target, vqav2_upload(questions, texts))
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from PIL import Image
 
 from llava.eval.questions import Question
-from llava.eval.runner import Answerer, Sample, SampleError
+from llava.eval.runner import Answerer, Sample, decode_image
 
 
 def _text_of(question: Question) -> str:
@@ -38,9 +38,4 @@ class VariedAnswerer(Answerer):
     def load_image(self, name: str) -> Image.Image:
         if name not in self.images:
             return super().load_image(name)
-        try:
-            with Image.open(io.BytesIO(base64.b64decode(self.images[name]))) as image:
-                return image.convert("RGB")
-        except Exception as error:  # as for files: decoders of damaged images raise nearly anything
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise SampleError(f"image of row {name} cannot be read ({reason})") from None
+        return decode_image(lambda: io.BytesIO(base64.b64decode(self.images[name])), f"of row {name}")

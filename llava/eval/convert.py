@@ -7,27 +7,22 @@ files agree byte for byte.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llava.eval.eval_gqa import to_prediction
-from llava.eval.jsonio import iter_jsonl, read_json, require_file, require_keys, write_text_atomic
+from llava.eval.jsonio import read_json, read_records, require_file, require_keys, write_text_atomic
 from llava.eval.mmbench_data import NOT_UPLOADED, PREDICTION_PLACE, row_index
-from llava.eval.reporting import shorten, warn
-from llava.eval.scoring import Coverage, join_answers
+from llava.eval.scoring import Coverage, join_answers, shorten
 from llava.eval.vqa_text import normalize_answer
 from llava.utils import UserError
 
 
 def load_questions(path: str, keys: Sequence[str] = ("question_id",)) -> list[dict[str, Any]]:
     """The records of a question file (JSON lines), each with `keys`; at least one."""
-    questions = []
-    for number, record in iter_jsonl(path, "question file"):
-        require_keys(record, keys, f"{path}:{number}")
-        questions.append(record)
+    questions = read_records(path, "question file", keys)
     if not questions:
         raise UserError(f"{path}: holds no question")
     return questions
@@ -75,13 +70,6 @@ def require_all(coverage: Coverage, upload: str) -> None:
             f"{len(coverage.missing)} of {coverage.expected} questions have no answer ({shorten(coverage.missing)}); "
             f"finish the run first; {upload} is not written"
         )
-
-
-def report(coverage: Coverage, missing: str | None = None) -> None:
-    """Warns on stderr of what did not join; `missing` says what becomes of questions without an answer."""
-    if coverage.missing and missing:
-        warn(f"{len(coverage.missing)} {missing}: {shorten(coverage.missing)}")
-    dataclasses.replace(coverage, missing=[]).report()
 
 
 def vqav2_upload(questions: Sequence[Mapping[str, Any]], texts: Mapping[str, str]) -> list[dict[str, Any]]:

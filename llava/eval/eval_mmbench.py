@@ -23,8 +23,7 @@ from llava.eval.mmbench_data import (
     read_workbook,
     row_index,
 )
-from llava.eval.reporting import report_missing_as_wrong, warn
-from llava.eval.scoring import join_answers, load_answers
+from llava.eval.scoring import join_answers, load_answers, warn
 from llava.utils import UserError, cli_main
 
 # The wide marks are those of Chinese text.
@@ -224,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print()
         for name, (percent, count) in groups.items():
             print(f"  {name}: {percent:.2f}% ({count} questions)")
-    report_missing_as_wrong(result["coverage"], "rows")
+    result["coverage"].report("of {expected} rows have no answer and count as wrong")
     if result["unread"]:
         warn(f"{len(result['unread'])} answers name no option and count as wrong")
     if args.json:

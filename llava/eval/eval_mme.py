@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava.eval.arguments import Parser
-from llava.eval.jsonio import iter_jsonl, read_text, require_folder, require_keys, write_json
+from llava.eval.jsonio import read_records, read_text, require_folder, write_json
 from llava.eval.scoring import join_answers, load_answers
 from llava.utils import UserError, cli_main
 
@@ -160,11 +160,7 @@ def load_truth(folder: str) -> dict[tuple[str, str, str], str]:
 
 def load_questions(path: str) -> list[dict[str, Any]]:
     """LLaVA's MME question file; `question_id` and `text` are needed."""
-    questions = []
-    for number, record in iter_jsonl(path, "question file"):
-        require_keys(record, ("question_id", "text"), f"{path}:{number}")
-        questions.append(record)
-    return questions
+    return read_records(path, "question file", ("question_id", "text"))
 
 
 def score_files(annotation_dir: str, question_file: str, result_file: str) -> dict[str, Any]:

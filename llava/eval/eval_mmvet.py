@@ -14,8 +14,7 @@ from typing import Any
 
 from llava.eval.arguments import Parser
 from llava.eval.jsonio import read_json, write_json
-from llava.eval.reporting import warn
-from llava.eval.scoring import Coverage
+from llava.eval.scoring import Coverage, warn
 from llava.utils import UserError, cli_main
 
 CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.eval.arguments import Parser
-from llava.eval.jsonio import iter_jsonl, require_folder, require_keys, write_json
+from llava.eval.jsonio import read_records, require_folder, write_json
 from llava.eval.scoring import join_answers, load_answers
 from llava.utils import UserError, cli_main
 
@@ -120,11 +120,7 @@ def load_labels(folder: str) -> dict[str, list[dict[str, Any]]]:
     """category -> label entries of every `coco_pope_*.json` in `folder`, categories in alphabetical order."""
     labels = {}
     for path in sorted(require_folder(folder, "annotation folder").glob(f"{_PREFIX}*.json")):
-        entries = []
-        for number, record in iter_jsonl(path, "label file"):
-            require_keys(record, ("label",), f"{path}:{number}")
-            entries.append(record)
-        labels[path.stem[len(_PREFIX) :]] = entries
+        labels[path.stem[len(_PREFIX) :]] = read_records(path, "label file", ("label",))
     if not labels:
         raise UserError(f"{folder}: holds no {_PREFIX}*.json")
     return labels
@@ -132,11 +128,7 @@ def load_labels(folder: str) -> dict[str, list[dict[str, Any]]]:
 
 def load_questions(path: str) -> list[dict[str, Any]]:
     """The question file; POPE needs `question_id`, `text` and `category`."""
-    questions = []
-    for number, record in iter_jsonl(path, "question file"):
-        require_keys(record, ("question_id", "text", "category"), f"{path}:{number}")
-        questions.append(record)
-    return questions
+    return read_records(path, "question file", ("question_id", "text", "category"))
 
 
 def score_files(annotation_dir: str, question_file: str, result_file: str) -> dict[str, Any]:

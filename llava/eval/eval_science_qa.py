@@ -16,8 +16,7 @@ from typing import Any
 
 from llava.eval.arguments import Parser
 from llava.eval.jsonio import read_json, require_folder, write_json, write_text_atomic
-from llava.eval.reporting import report_missing_as_wrong, warn
-from llava.eval.scoring import Coverage, join_answers, load_answers
+from llava.eval.scoring import Coverage, join_answers, load_answers, warn
 from llava.utils import UserError, cli_main
 
 OPTIONS = ("A", "B", "C", "D", "E")
@@ -189,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     for name, (percent, count) in result["subjects"].items():
         print(f"  {name}: {percent:.2f}% ({count} problems)")
-    report_missing_as_wrong(result["coverage"], "problems")
+    result["coverage"].report("of {expected} problems have no answer and count as wrong")
     unread = result["failed"] - len(result["coverage"].missing)
     if unread:
         warn(f"{unread} answers name no option and count as wrong")

@@ -100,6 +100,16 @@ def require_keys(record: dict[str, Any], keys: Iterable[str], where: str) -> Non
             raise UserError(f"{where}: key {key!r} is missing")
 
 
+def read_records(path: str | os.PathLike[str], what: str, keys: Iterable[str]) -> list[dict[str, Any]]:
+    """All objects of a JSON-lines file, each with `keys`; errors name file and line."""
+    keys = tuple(keys)
+    records = []
+    for number, record in iter_jsonl(path, what):
+        require_keys(record, keys, f"{path}:{number}")
+        records.append(record)
+    return records
+
+
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
     """Writes a whole file or nothing: readers never see half of it. Creates the folder."""
     path = Path(path)

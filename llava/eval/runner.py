@@ -122,20 +122,32 @@ def build_prompt(text: str, with_image: bool, conv_mode: str, mm_use_im_start_en
     return conversation.get_prompt()
 
 
+def decode_image(open_source: Callable[[], Any], name: str) -> Image.Image:
+    """Decodes an image fully, as RGB; raises `SampleError` with `name` and the reason.
+
+    open_source: gives what PIL can open (a path, a stream); what it raises is a reason too.
+    """
+    try:
+        with Image.open(open_source()) as image:
+            return image.convert("RGB")
+    except Exception as error:  # decoders of damaged files raise nearly anything: OSError, SyntaxError, struct.error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise SampleError(f"image {name} cannot be read ({reason})") from None
+
+
 def open_image(folder: Path, name: str) -> Image.Image:
-    """Decodes an image fully, as RGB; raises `SampleError` with the reason."""
+    """The image file `name` below `folder`, as RGB; raises `SampleError` with the reason."""
     relative = PurePosixPath(name)
     if relative.is_absolute() or ".." in relative.parts:
         raise SampleError(f"image path {name!r} leaves the image folder")
     path = folder / name
-    try:
+
+    def existing() -> Path:
         if not path.is_file():  # also: a pipe, which would block
             raise FileNotFoundError("not a file" if path.exists() else "does not exist")
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except Exception as error:  # decoders of damaged files raise nearly anything: OSError, SyntaxError, struct.error
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise SampleError(f"image {path} cannot be read ({reason})") from None
+        return path
+
+    return decode_image(existing, str(path))
 
 
 @dataclass

@@ -14,6 +14,17 @@ from llava.eval.jsonio import iter_jsonl, require_keys
 
 Key = TypeVar("Key", bound=Hashable)
 MAX_EXAMPLES = 3
+LEFT_OUT = "of {expected} questions have no answer and are left out of the score"
+
+
+def shorten(ids: list[str]) -> str:
+    """The first few ids, for a message."""
+    return ", ".join(ids[:MAX_EXAMPLES]) + (", ..." if len(ids) > MAX_EXAMPLES else "")
+
+
+def warn(text: str) -> None:
+    """Prints a warning to stderr, where it does not mix with the score lines."""
+    print(f"warning: {text}", file=sys.stderr)
 
 
 @dataclass
@@ -45,23 +56,25 @@ class Coverage:
             "unmatched": len(self.unmatched),
         }
 
-    def warnings(self) -> list[str]:
-        """One line per kind of trouble; empty if every question has exactly one answer."""
+    def warnings(self, missing: str | None = LEFT_OUT) -> list[str]:
+        """One line per kind of trouble; empty if every question has exactly one answer.
+
+        missing: what is said of questions without an answer, behind their number; None says nothing.
+        """
         lines = []
         for ids, text in (
-            (self.missing, f"of {self.expected} questions have no answer and are left out of the score"),
+            (self.missing if missing else [], (missing or "").format(expected=self.expected)),
             (self.duplicate, "answers repeat a question; the last answer counts"),
             (self.unmatched, "answers belong to no question and are ignored"),
         ):
             if ids:
-                shown = ", ".join(ids[:MAX_EXAMPLES]) + (", ..." if len(ids) > MAX_EXAMPLES else "")
-                lines.append(f"{len(ids)} {text}: {shown}")
+                lines.append(f"{len(ids)} {text}: {shorten(ids)}")
         return lines
 
-    def report(self) -> None:
-        """Prints the warnings to stderr, where they do not mix with the score lines."""
-        for line in self.warnings():
-            print(f"warning: {line}", file=sys.stderr)
+    def report(self, missing: str | None = LEFT_OUT) -> None:
+        """Prints the `warnings`."""
+        for line in self.warnings(missing):
+            warn(line)
 
 
 def load_answers(path: str) -> list[dict[str, Any]]:

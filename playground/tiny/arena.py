@@ -124,8 +124,7 @@ def template(question: str) -> str:
 def blind_answers(items: list[Item]) -> list[str]:
     """The best answers that ignore the picture: per template the best of the majority answer and of a fixed choice from
     the words of the prompt (first or second alternative, first or last OCR token). Chosen with the right answers at
-    hand,
-    so it is an upper bound."""
+    hand, so it is an upper bound."""
     groups = defaultdict(list)
     for place, item in enumerate(items):
         groups[item.benchmark, template(item.question.question)].append(place)
