@@ -141,32 +141,34 @@ class PruningRun:
             raise ValueError("the decoder needs exactly one of input_ids and inputs_embeds")
         if self._prunes or continues:
             self._refuse(kwargs)
-        keep_states = bool(kwargs.pop("output_hidden_states", False)) if self._prunes else False
-        return_dict = kwargs.get("return_dict", True)
-        if self._prunes:
-            kwargs.pop("return_dict", None)
-        hidden = self.decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        # What the stock forward takes out of its keyword arguments before they reach the layers.
+        own = {name: kwargs[name] for name in ("output_hidden_states", "return_dict") if name in kwargs}
+        layer_kwargs = {name: value for name, value in kwargs.items() if name not in own}
+        keep_states = bool(own.get("output_hidden_states"))
+
+        def embed() -> Tensor:
+            return self.decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
         if continues:
-            last, states = decode(self.decoder, hidden, past_key_values, keep_states, **kwargs)
-            return self._output(last, past_key_values, states, return_dict)
+            last, states = decode(self.decoder, embed(), past_key_values, keep_states, **layer_kwargs)
+            return self._output(last, past_key_values, states, own.get("return_dict"))
 
-        layout, repeats = self._layout_for(len(hidden))
-        lengths = layout.lengths or _row_lengths(attention_mask, hidden)
-        with _Stopwatch(hidden.device) as watch:
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        layout, repeats = self._layout_for(len(given))
+        lengths = layout.lengths or _row_lengths(attention_mask, *given.shape[:2])
+        with _Stopwatch(given.device) as watch:
             if not self._prunes or not any(layout.counts):
                 result = dense()
-                traces = dense_traces(self.decoder, layout, lengths, hidden.element_size())
+                traces = dense_traces(self.decoder, layout, lengths, result[0].element_size())
             else:
                 cache = compat.new_cache() if past_key_values is None else past_key_values
                 compat.check_cache(cache)
-                prompt = Prompt(
-                    hidden, lengths, position_ids, layout, self._padded_cls(hidden, repeats), self._sample_ids(repeats)
-                )
-                pruned = prefill(self.decoder, self.method, prompt, cache, keep_states, **kwargs)
+                cls = self._padded_cls(given.device, repeats)
+                prompt = Prompt(embed(), lengths, position_ids, layout, cls, self._sample_ids(repeats))
+                pruned = prefill(self.decoder, self.method, prompt, cache, keep_states, **layer_kwargs)
                 traces = pruned.traces
                 cached = cache if use_cache or past_key_values is not None or use_cache is None else None
-                result = self._output(pruned.hidden_BNC, cached, pruned.hidden_states, return_dict)
+                result = self._output(pruned.hidden_BNC, cached, pruned.hidden_states, own.get("return_dict"))
         self._unread.append(watch)
         self.samples_seen += layout.batch_size // repeats
         self.traces.extend(traces[::repeats])
@@ -195,10 +197,10 @@ class PruningRun:
         repeats = batch // self._layout.batch_size
         return self._layout.expand(repeats) if repeats > 1 else self._layout, repeats
 
-    def _padded_cls(self, hidden: Tensor, repeats: int) -> Tensor | None:
+    def _padded_cls(self, device: torch.device, repeats: int) -> Tensor | None:
         if self._cls is None:
             return None
-        padded = nn.utils.rnn.pad_sequence([vector.to(hidden.device) for vector in self._cls], batch_first=True)
+        padded = nn.utils.rnn.pad_sequence([vector.to(device) for vector in self._cls], batch_first=True)
         return padded.repeat_interleave(repeats, dim=0)
 
     def _sample_ids(self, repeats: int) -> tuple[int, ...]:
@@ -211,13 +213,12 @@ class PruningRun:
         return output.to_tuple() if return_dict is False else output
 
 
-def _row_lengths(attention_mask: Tensor | None, hidden: Tensor) -> tuple[int, ...]:
+def _row_lengths(attention_mask: Tensor | None, batch: int, width: int) -> tuple[int, ...]:
     """Real tokens per row of a left-padded batch.
 
     Raises:
         ValueError: the mask is not a left-padding mask.
     """
-    batch, width = hidden.shape[:2]
     if attention_mask is None:
         return (width,) * batch
     if attention_mask.ndim != 2 or attention_mask.shape[1] != width:

@@ -335,6 +335,23 @@ def test_text_only_prompts_are_untouched(sdpa_model):
     assert trace.tokens_in == [0] * 6 and trace.flops() == trace.dense_flops() and trace.slope is None
 
 
+def test_hidden_states_and_tuples_are_given_where_nothing_is_pruned_too(sdpa_model):
+    """A text-only prompt under a pruning method, and a pruned cache continued under `dense`."""
+    batch = Batch(sdpa_model)
+    text, image = batch.alone(4), batch.alone(0)
+    decoder = sdpa_model.model
+    with AUTOPRUNE.attach(sdpa_model) as run, torch.no_grad():
+        run.set_visual(text["layout"], text["cls"])
+        output = decoder(inputs_embeds=text["embeds"], output_hidden_states=True)
+        run.set_visual(image["layout"], image["cls"])
+        cache = decoder(inputs_embeds=image["embeds"], use_cache=True).past_key_values
+    expected = decoder(inputs_embeds=text["embeds"], output_hidden_states=True).hidden_states
+    assert all(torch.equal(a, b) for a, b in zip(output.hidden_states, expected, strict=True))
+    with Dense().attach(sdpa_model), torch.no_grad():
+        step = decoder(input_ids=torch.tensor([[5]]), past_key_values=cache, output_hidden_states=True)
+    assert len(step.hidden_states) == 7 and torch.equal(step.hidden_states[-1], step.last_hidden_state)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_runs_close_to_float32(sdpa_model, dtype):
     batch = Batch(sdpa_model, samples=((4, 48, 7),))
