@@ -215,12 +215,9 @@ class Answerer:
         started = time.perf_counter()
         with torch.inference_mode():
             run.set_visual(inputs.layout, cls_attention=inputs.cls_attention)
-            mask = inputs.attention_mask
-            if mask is None:
-                mask = torch.ones(inputs.inputs_embeds.shape[:2], dtype=torch.long, device=inputs.inputs_embeds.device)
             output = self.model.generate(
                 inputs_embeds=inputs.inputs_embeds,
-                attention_mask=mask,
+                attention_mask=inputs.generation_mask(),
                 pad_token_id=self._pad_id(),
                 **self.generation.generate_kwargs(),
             )

@@ -333,11 +333,10 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         run = self.pruning_run
         if run is not None:
             run.set_visual(prepared.layout, cls_attention=prepared.cls_attention)
-        embeds, mask = prepared.inputs_embeds, prepared.attention_mask
-        if mask is None:
-            mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
         # A prompt given as embeddings is not part of generate's output.
-        return super().generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
+        return super().generate(
+            inputs_embeds=prepared.inputs_embeds, attention_mask=prepared.generation_mask(), **kwargs
+        )
 
     def _refuse_unsupported(self, kwargs: dict[str, Any]) -> None:
         """Say no to what would fail far from its cause or give wrong answers."""

@@ -49,6 +49,12 @@ class MultimodalInputs:
     cls_attention: list[Tensor] | None = None
     labels: Tensor | None = None
 
+    def generation_mask(self) -> Tensor:
+        """`attention_mask`, or ones `[B, L]` where no row is padded."""
+        if self.attention_mask is not None:
+            return self.attention_mask
+        return torch.ones(self.inputs_embeds.shape[:2], dtype=torch.long, device=self.inputs_embeds.device)
+
 
 def count_placeholders(input_ids: Tensor, attention_mask: Tensor | None = None) -> list[int]:
     """Image placeholders per row of `input_ids` `[B, T]`, those under padding not counted."""
