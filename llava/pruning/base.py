@@ -118,7 +118,8 @@ class PruningMethod(ABC):
     Attributes:
         target_tokens: budget, the mean number of visual tokens per decoder layer; None means no budget.
         positions: ``compact`` renumbers the survivors 0, 1, 2, ... in every layer; ``original`` keeps their positions.
-        visual_token_num: before anything else keep only this many visual tokens, those with the highest CLS attention.
+        visual_token_num: before anything else keep at most this many visual tokens of each image, those with the
+            highest CLS attention; an image of several crops keeps of each crop in proportion to its size.
     """
 
     target_tokens: int | None = None

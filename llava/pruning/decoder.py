@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from llava import compat
-from llava.pruning.base import BEFORE_DECODER, LayerView, PruningMethod, Rows, Selection
+from llava.pruning.base import BEFORE_DECODER, LayerView, PruningMethod, Rows
 from llava.pruning.cache import CacheRecord
+from llava.pruning.cap import capped_by_cls
 from llava.pruning.layout import VisualLayout
 from llava.pruning.scores import attention_rows, rotate_rows
-from llava.pruning.selection import counts_to_mask, on_device, top_k
+from llava.pruning.selection import counts_to_mask, on_device
 from llava.pruning.sequence import Sequences, padding_mask
 from llava.pruning.trace import DecoderShape, Trace
 
@@ -69,7 +70,7 @@ def prefill(
     stages = method.stages(num_layers)
     compact = method.positions == "compact"
     sequences = Sequences.start(prompt.hidden_BNC, prompt.layout, prompt.lengths, prompt.positions_BN, compact)
-    recorder = _Recorder(decoder, sequences)
+    recorder = _Recorder(decoder, sequences, prompt.layout.structure_counts)
     memory = SimpleNamespace(report={})
     query_rows = _text_rows(sequences, prompt.layout)
 
@@ -79,7 +80,8 @@ def prefill(
         )
 
     if method.visual_token_num is not None and max(sequences.counts) > method.visual_token_num:
-        sequences = sequences.apply(_strongest_by_cls(view(BEFORE_DECODER, query_rows, None), method.visual_token_num))
+        capped = capped_by_cls(view(BEFORE_DECODER, query_rows, None), prompt.layout, method.visual_token_num)
+        sequences = sequences if capped is None else sequences.apply(capped)
     if BEFORE_DECODER in stages and max(sequences.counts) > 0:
         selection = method.select(view(BEFORE_DECODER, query_rows, None), memory)
         sequences = sequences if selection is None else sequences.apply(selection)
@@ -216,24 +218,20 @@ def _visual_attention(
 
 
 def _text_rows(sequences: Sequences, layout: VisualLayout) -> tuple[int, ...]:
-    """Tokens behind the last visual one, per row: the text that sees every visual token. 1 for rows without any."""
+    """Tokens behind the last image, per row: the text that sees every visual token. 1 for rows without any."""
     return tuple(
-        max(sequences.width - spans[-1][1], 1) if spans and count else 1
-        for spans, count in zip(layout.spans, sequences.counts, strict=True)
+        max(sequences.width - start, 1) if count else 1
+        for start, count in zip(layout.text_starts, sequences.counts, strict=True)
     )
-
-
-def _strongest_by_cls(view: LayerView, most: int) -> Selection:
-    keep = tuple(min(count, most) for count in view.counts)
-    return Selection(top_k(view.cls_attention_BV, view.counts, keep), keep)
 
 
 class _Recorder:
     """Collects counts and origins layer by layer and turns them into traces and the cache record."""
 
-    def __init__(self, decoder: nn.Module, sequences: Sequences) -> None:
+    def __init__(self, decoder: nn.Module, sequences: Sequences, structure_counts: tuple[int, ...]) -> None:
         # Not the sequences themselves: they would keep the embeddings alive until the end of the prefill.
         self.start_lengths, self.start_counts = sequences.lengths, sequences.counts
+        self.structure_counts = structure_counts
         self.counts_in: list[tuple[int, ...]] = []
         self.counts_out: list[tuple[int, ...]] = []
         self.lengths: list[tuple[int, ...]] = []
@@ -266,6 +264,7 @@ class _Recorder:
                 # The last patch of a prompt that ends in its image stays in place as text, see Sequences.start.
                 text_tokens=self.start_lengths[row] - self.start_counts[row],
                 visual_tokens=self.start_counts[row],
+                structure_tokens=self.structure_counts[row],
                 tokens_in=[counts[row] for counts in self.counts_in],
                 tokens_out=[counts[row] for counts in self.counts_out],
                 scoring_flops=self.scoring[row],
@@ -309,9 +308,10 @@ def dense_traces(
             shape=shape,
             text_tokens=length - count,
             visual_tokens=count,
+            structure_tokens=structure,
             tokens_in=[count] * shape.num_layers,
             tokens_out=[count] * shape.num_layers,
             _origins=[torch.arange(count)] * shape.num_layers,
         )
-        for length, count in zip(lengths, layout.counts, strict=True)
+        for length, count, structure in zip(lengths, layout.counts, layout.structure_counts, strict=True)
     ]

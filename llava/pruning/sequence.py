@@ -58,7 +58,8 @@ class Sequences:
         positions_BN: Tensor | None,
         compact: bool,
     ) -> Sequences:
-        """State before layer 0. The last token of a row is never visual: its output predicts the next token.
+        """State before layer 0. Structure tokens are kept like text; so is the last token of a row, visual or not,
+        because its output predicts the next token.
 
         A prompt that ends in an image therefore treats the last patch as its text; there is no other row that could
         say what the patches are asked for.
@@ -67,10 +68,10 @@ class Sequences:
         device = hidden_BNC.device
         origin = [[_TEXT] * width for _ in range(batch)]
         slots: list[list[int]] = []
-        for row, (spans, length) in enumerate(zip(layout.spans, lengths, strict=True)):
+        for row, (spans, length, end) in enumerate(zip(layout.spans, lengths, layout.text_starts, strict=True)):
             origin[row][: width - length] = [_PADDING] * (width - length)
-            where = [slot for start, end in spans for slot in range(start, min(end, width - 1))]
-            if spans and (spans[0][0] < width - length or spans[-1][1] > width):
+            where = [slot for first, last in spans for slot in range(first, min(last, width - 1))]
+            if spans and (spans[0][0] < width - length or end > width):
                 raise ValueError(
                     f"row {row}: visual spans {list(spans)} lie outside its tokens {width - length}..{width - 1}; the "
                     "layout must be set for each prompt, padding must be on the left, and the prompt must be given to "

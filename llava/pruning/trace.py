@@ -36,12 +36,14 @@ class Trace:
 
     Attributes:
         shape: sizes of the decoder.
-        text_tokens: tokens that are not visual; they are never pruned.
+        text_tokens: tokens that are not visual, structure tokens included; they are never pruned.
         visual_tokens: visual tokens of the prompt, before any pruning.
         tokens_in: visual tokens entering each layer (what the layer computes on).
         tokens_out: visual tokens leaving each layer.
         scoring_flops: multiply-adds spent on attention rows for scores.
         details: what the method reported, by name.
+        structure_tokens: how many of ``text_tokens`` are newline tokens of an image (LLaVA-1.6 with unpadding). They
+            count in costs and cache, not in the means of visual tokens.
     """
 
     shape: DecoderShape
@@ -51,6 +53,7 @@ class Trace:
     tokens_out: list[int] = field(default_factory=list)
     scoring_flops: int = 0
     details: dict[str, Any] = field(default_factory=dict)
+    structure_tokens: int = 0
     _origins: list[Tensor] = field(default_factory=list, repr=False)
 
     @property
@@ -101,6 +104,7 @@ class Trace:
         summary = {
             "visual_tokens": self.visual_tokens,
             "text_tokens": self.text_tokens,
+            "structure_tokens": self.structure_tokens,
             "tokens_in": self.tokens_in,
             "tokens_out": self.tokens_out,
             "mean_nominal": self.mean_tokens("nominal"),

@@ -102,11 +102,12 @@ def generate(model, method, inputs: dict, new_tokens: int = 6, **kwargs):
 
 @torch.no_grad()
 def masked_oracle(
-    model, embeds: torch.Tensor, spans, kept, new_tokens: int, before_decoder=None
+    model, embeds: torch.Tensor, spans, kept, new_tokens: int, before_decoder=None, compact: bool = False
 ) -> tuple[list[int], torch.Tensor]:
     """Greedy decoding of one sample that keeps every token and masks the dropped ones from their layer on.
 
-    No cache, no gathers, positions untouched: every step recomputes the whole sequence with one mask per layer.
+    No cache, no gathers: every step recomputes the whole sequence with one mask per layer. Positions are untouched or,
+    with ``compact``, count the tokens that are left in the layer.
     ``kept[l]`` are the visual indices that leave layer l; they are what layer l + 1 may see. Layer 0 may see those in
     ``before_decoder``, by default all.
     """
@@ -128,6 +129,8 @@ def masked_oracle(
             # A dropped token may see itself: its output is never used, but it must not become NaN.
             allowed = allowed | torch.eye(length, dtype=torch.bool)
             mask = torch.zeros(length, length).masked_fill(~allowed, torch.finfo(torch.float32).min)
+            if compact:
+                rotary = decoder.rotary_emb(sequence, (alive.cumsum(0) - 1).clamp_min(0)[None])
             hidden = layer(hidden, attention_mask=mask[None, None], position_embeddings=rotary)
             alive = torch.ones(length, dtype=torch.bool)
             alive[visual] = False
