@@ -9,13 +9,13 @@ questions + 100 x accuracy over images (both questions of an image right).
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava.eval.arguments import Parser
-from llava.eval.jsonio import read_records, read_text, require_folder, write_json
-from llava.eval.scoring import join_answers, load_answers
+from llava.eval.jsonio import read_records, read_text, require_folder, write_json, write_text_atomic
+from llava.eval.scoring import join_answers, load_answers, warn
 from llava.utils import UserError, cli_main
 
 PERCEPTION = (
@@ -112,6 +112,10 @@ def question_key(question_id: str, prompt: str) -> tuple[str, str, str]:
     return category, Path(image).stem, " ".join(text.split())
 
 
+def _key_of_answer(answer: dict[str, Any]) -> tuple[str, str, str]:
+    return question_key(str(answer["question_id"]), str(answer.get("prompt", "")))
+
+
 def evaluate_mme(
     truth: Mapping[tuple[str, str, str], str],
     questions: Sequence[dict[str, Any]],
@@ -127,18 +131,15 @@ def evaluate_mme(
         if key not in truth:
             raise UserError(f"no ground truth for question {item['question_id']!r}: {key[2]!r}")
 
-    def key_of(item: dict[str, Any]) -> Hashable:
-        return question_key(str(item["question_id"]), str(item.get("prompt", "")))
-
-    found, coverage = join_answers(expected, answers, key_of)
+    found, coverage = join_answers(expected, answers, _key_of_answer)
     rows: dict[str, list[Row]] = {}
     for key, text in found.items():
         rows.setdefault(key[0], []).append(Row(key[1], truth[key], text))
     return {**mme_scores(rows), "coverage": coverage}
 
 
-def load_truth(folder: str) -> dict[tuple[str, str, str], str]:
-    """Ground truth of `MME_Benchmark_release_version`: `question_key` -> "Yes" or "No".
+def load_release(folder: str) -> dict[tuple[str, str, str], tuple[str, str]]:
+    """`MME_Benchmark_release_version`: `question_key` -> question as it stands there, and "Yes" or "No".
 
     Text files lie in `<category>/questions_answers_YN/` if that exists, in `<category>/` otherwise.
     """
@@ -152,10 +153,44 @@ def load_truth(folder: str) -> dict[tuple[str, str, str], str]:
                 question, tab, answer = line.rpartition("\t")
                 if not tab or answer.strip().lower() not in ("yes", "no"):
                     raise UserError(f"{path}:{number}: needs a question, a tab and Yes or No")
-                truth[question_key(f"{category.name}/{path.name}", question)] = answer.strip()
+                truth[question_key(f"{category.name}/{path.name}", question)] = (question, answer.strip())
     if not truth:
         raise UserError(f"{folder}: holds no <category>/*.txt with questions and answers")
     return truth
+
+
+def load_truth(folder: str) -> dict[tuple[str, str, str], str]:
+    """Ground truth of `MME_Benchmark_release_version`: `question_key` -> "Yes" or "No"."""
+    return {key: answer for key, (_, answer) in load_release(folder).items()}
+
+
+def tool_files(
+    release: Mapping[tuple[str, str, str], tuple[str, str]],
+    questions: Sequence[dict[str, Any]],
+    answers: Sequence[dict[str, Any]],
+) -> tuple[dict[str, str], int]:
+    """Input of the official tool: subtask -> content of its text file, and how many images were left out.
+
+    A line is image, question of the release, truth and answer between tabs, two lines an image. The tool pairs
+    consecutive lines, so an image without both answers would shift all that follow: it is left out. Line breaks and
+    tabs in an answer become blanks.
+    """
+    expected = [question_key(str(item["question_id"]), item["text"]) for item in questions]
+    found, _ = join_answers(expected, answers, _key_of_answer)
+    images: dict[tuple[str, str], list[tuple[str, str, str]]] = {}
+    for key in dict.fromkeys(expected):
+        images.setdefault(key[:2], []).append(key)
+    content: dict[str, str] = {}
+    left_out = 0
+    for (category, image), keys in images.items():
+        if len(keys) != 2 or not all(key in found for key in keys):
+            left_out += 1
+            continue
+        for key in keys:
+            question, truth = release[key]
+            cells = (f"{image}.txt", question, truth, " ".join(found[key].split()))
+            content[category] = content.get(category, "") + "\t".join(cells) + "\n"
+    return content, left_out
 
 
 def load_questions(path: str) -> list[dict[str, Any]]:
@@ -169,6 +204,17 @@ def score_files(annotation_dir: str, question_file: str, result_file: str) -> di
     if not result["subtasks"]:
         raise UserError(f"{result_file}: no answer belongs to a question of {Path(question_file).name}")
     return result
+
+
+def write_tool_files(folder: str, annotation_dir: str, question_file: str, result_file: str) -> None:
+    """`tool_files` into `folder`/<subtask>.txt; says how many images were left out."""
+    content, left_out = tool_files(
+        load_release(annotation_dir), load_questions(question_file), load_answers(result_file)
+    )
+    for category, text in content.items():
+        write_text_atomic(Path(folder) / f"{category}.txt", text)
+    if left_out:
+        warn(f"{left_out} images without two answers are left out of {folder}")
 
 
 def flat_result(result: dict[str, Any]) -> dict[str, Any]:
@@ -201,11 +247,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--annotation-dir", required=True, help="folder MME_Benchmark_release_version")
     parser.add_argument("--question-file", required=True, help="llava_mme.jsonl")
     parser.add_argument("--result-file", required=True, help="answer file (.jsonl)")
+    parser.add_argument("--tool-dir", metavar="FOLDER", help="write the official tool's input, one file per subtask")
     parser.add_argument("--json", metavar="PATH", help="write the result as JSON")
     args = parser.parse_args(argv)
     result = score_files(args.annotation_dir, args.question_file, args.result_file)
     print_scores(result)
     result["coverage"].report()
+    if args.tool_dir:
+        write_tool_files(args.tool_dir, args.annotation_dir, args.question_file, args.result_file)
     if args.json:
         write_json(args.json, flat_result(result))
 

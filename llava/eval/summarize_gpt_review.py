@@ -1,0 +1,96 @@
+"""LLaVA-Bench: adds up reviews, in which GPT-4 gave two answers to a question a grade from 1 to 10 each.
+
+    python -m llava.eval.summarize_gpt_review --dir reviews
+    python -m llava.eval.summarize_gpt_review --files reviews/llava-v1.5-7b.jsonl
+
+Knows the review files of LLaVA's evaluation (`tuple`: reference grade, model grade; `category`); asks no model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llava.eval.arguments import Parser
+from llava.eval.jsonio import iter_jsonl, require_folder, write_json
+from llava.eval.scoring import warn
+from llava.utils import UserError, cli_main
+
+
+def summarize(reviews: Sequence[dict[str, Any]]) -> dict[str, tuple[float, float, float]]:
+    """Category (and `all`) -> (model / reference in percent, reference, model), the latter two on 0-100.
+
+    reviews: `category` and `tuple`. Rounded as LLaVA prints them: means to three decimals, then everything to one.
+    """
+    groups: dict[str, list[tuple[float, float]]] = {}
+    for review in reviews:
+        pair = tuple(review["tuple"])
+        for name in ("all", str(review.get("category", "unknown"))):
+            groups.setdefault(name, []).append(pair)
+    summary = {}
+    for name, pairs in sorted(groups.items()):
+        reference, model = (round(sum(values) / len(pairs), 3) for values in zip(*pairs, strict=True))
+        ratio = round(model / reference * 100, 1) if reference else 0.0
+        summary[name] = (ratio, round(reference * 10, 1), round(model * 10, 1))
+    return summary
+
+
+def load_reviews(path: str) -> tuple[list[dict[str, Any]], int]:
+    """Reviews of a file, and how many carry no grades (-1: the reviewer's text could not be read)."""
+    reviews, failed = [], 0
+    for number, record in iter_jsonl(path, "review file"):
+        pair = record.get("tuple")
+        if not isinstance(pair, list) or len(pair) != 2 or not all(_is_number(value) for value in pair):
+            raise UserError(f"{path}:{number}: needs 'tuple', two grades")
+        if min(pair) < 0:
+            failed += 1
+        else:
+            reviews.append(record)
+    if not reviews:
+        raise UserError(f"{path}: holds no review with grades")
+    return reviews, failed
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@cli_main
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description="Add up the reviews of LLaVA-Bench.")
+    parser.add_argument("-d", "--dir", help="summarize every .jsonl of this folder")
+    parser.add_argument("-f", "--files", nargs="*", default=[], help="review files (.jsonl)")
+    parser.add_argument("-s", "--select", nargs="*", default=[], help="only files whose name holds all of these")
+    parser.add_argument("-i", "--ignore", nargs="*", default=[], help="no files whose name holds one of these")
+    parser.add_argument("--json", metavar="PATH", help="write the summary of a single file as JSON (percent)")
+    args = parser.parse_args(argv)
+    files = [Path(name) for name in args.files]
+    if args.dir:
+        files += sorted(require_folder(args.dir, "review folder").glob("*.jsonl"))
+    chosen = [
+        path
+        for path in files
+        if all(part in path.name for part in args.select) and not any(part in path.name for part in args.ignore)
+    ]
+    if not chosen:
+        raise UserError("no review file: give --dir or --files, and check --select and --ignore")
+    if args.json and len(chosen) > 1:
+        raise UserError("--json goes with one review file")
+    for path in chosen:
+        reviews, failed = load_reviews(str(path))
+        summary = summarize(reviews)
+        print(path.stem)
+        for name, (ratio, reference, model) in summary.items():
+            print(name, ratio, reference, model)
+        print("=================================")
+        if failed:
+            warn(f"{failed} reviews of {path} have no grades and are left out")
+        if args.json:
+            flat = {name: ratio for name, (ratio, _, _) in summary.items()}
+            write_json(args.json, {**flat, "reviews": len(reviews), "failed": failed})
+
+
+if __name__ == "__main__":
+    main()
