@@ -55,9 +55,9 @@ def cli_main(main: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         try:
             result = main(*args, **kwargs)
-        except KeyboardInterrupt:
-            print("error: interrupted", file=sys.stderr)
-            sys.exit(INTERRUPTED_STATUS)
+        except KeyboardInterrupt as error:
+            print(f"error: {error or 'interrupted'}", file=sys.stderr)
+            sys.exit(getattr(error, "exit_status", INTERRUPTED_STATUS))
         except BrokenPipeError:
             # The reader of our output (`| head`) went away: not an error, but Python would complain again
             # at shutdown.

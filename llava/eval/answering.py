@@ -7,6 +7,7 @@ its own `Answerer`. Knows no question-file format.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -19,11 +20,14 @@ from tqdm import tqdm
 
 from llava.eval.answers import AnswerFile
 from llava.eval.arguments import GenerationOptions, check_budget, method_from_args
+from llava.eval.interrupts import Interrupts
 from llava.eval.jsonio import require_folder
 from llava.eval.questions import Question
+from llava.eval.run_metadata import RunMetadata, describe_run, read_metadata
 from llava.utils import UserError
 
 SKIPPED_STATUS = 3
+METADATA_INTERVAL = 30.0  # seconds between updates of the metadata while a run lasts
 
 
 def add_running_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +38,9 @@ def add_running_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="keep the answers that the answers file already has; --no-resume starts over",
+    )
+    group.add_argument(
+        "--overwrite", dest="resume", action="store_false", help="start over, whatever the answers file holds"
     )
     group.add_argument("--strict", action="store_true", help="stop at the first sample that cannot be read")
     group.add_argument("--trace-file", default=None, help="one JSON line per sample: tokens per layer, MI, slope")
@@ -106,6 +113,8 @@ def token_summary(trace: Any) -> dict[str, Any]:
         "visual": trace.visual_tokens,
         "nominal": round(trace.mean_tokens("nominal"), 3),
         "processed": round(trace.mean_tokens("processed"), 3),
+        "flops": trace.flops(),
+        "dense_flops": trace.dense_flops(),
     }
 
 
@@ -129,55 +138,161 @@ def run_questions(
     if any(question.image is not None for question in questions):
         require_folder(image_folder, "image folder")
 
-    from llava.eval.runner import Answerer, Statistics, answer_questions, check_conv_mode
+    from llava.eval.runner import Answerer, check_conv_mode
     from llava.mm_utils import get_model_name_from_path
 
     check_conv_mode(args.conv_mode)
     options = {name: value for name, value in asdict(method).items() if value is not None}
     options |= {"conv_mode": args.conv_mode, **asdict(generation), **(metadata or {})}
+    options = {"method": args.method, **options}
+    if getattr(args, "mm_patch_merge_type", None) is not None:
+        options["mm_patch_merge_type"] = args.mm_patch_merge_type
     model_id = get_model_name_from_path(args.model_path)
-    answers = AnswerFile(args.answers_file, model_id, {"method": args.method, **options}, args.resume)
-    pending = answers.pending(questions)
-    done = len(questions) - len(pending)
-    if done:
-        print(f"{done} of {len(questions)} questions are already answered", file=sys.stderr)
-    traces = TraceFile(args.trace_file, args.resume)
+    evaluation = Evaluation(args, questions, model_id, options)
+    with Interrupts() as interrupts:
+        try:
+            if evaluation.pending:
+                tokenizer, model, image_processor, _ = load_model(args)
+                check_budget(method, max_visual_tokens(model))
+                answerer = (answerer_class or Answerer)(
+                    tokenizer, model, image_processor, image_folder, args.conv_mode, generation
+                )
+                evaluation.run(answerer, method, interrupts)
+        except BaseException as error:
+            # What went wrong first is what the user must hear of; a full disk would fail here a second time.
+            with contextlib.suppress(UserError):
+                evaluation.close()
+            if isinstance(error, KeyboardInterrupt):
+                evaluation.explain_interruption(error)
+            raise
+        evaluation.close()
+    return evaluation.summarize()
 
-    statistics = Statistics()
-    skipped: list[Question] = []
-    started = time.perf_counter()
-    if pending:
-        tokenizer, model, image_processor, _ = load_model(args)
-        check_budget(method, max_visual_tokens(model))
-        answerer = (answerer_class or Answerer)(
-            tokenizer, model, image_processor, image_folder, args.conv_mode, generation
-        )
-        started = time.perf_counter()
+
+class Evaluation:
+    """One run over a list of questions: its files, counts and times. Use: construct (checks), `run`, `close`,
+    `summarize`.
+
+    Attributes:
+        pending: the questions without an answer.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, questions: Sequence[Question], model_id: str, options: Mapping[str, Any]
+    ) -> None:
+        from llava.eval.runner import Statistics
+
+        self.args, self.questions = args, questions
+        self.statistics = Statistics()
+        self.skipped = 0
+        self.seconds = 0.0
+        self._began: float | None = None
+        self._saved = 0.0
+        self.answers = AnswerFile(args.answers_file, model_id, options, args.resume)
+        try:
+            earlier = read_metadata(args.answers_file) if self.answers.has_answers else None
+            self.metadata = RunMetadata(args.answers_file, describe_run(args, model_id, options, len(questions)))
+            self.metadata.continue_from(earlier)
+            self.pending = self.answers.pending(questions)
+            self.traces = TraceFile(args.trace_file, args.resume)
+        except BaseException:
+            self.answers.close()
+            raise
+        self._needs_metadata = bool(self.pending) or earlier is None
+        self.done = len(questions) - len(self.pending)
+        if self.done:
+            print(f"{self.done} of {len(questions)} questions are already answered", file=sys.stderr)
+
+    def counts(self) -> dict[str, int]:
+        """Questions in all, answered (earlier ones included), skipped in this run, and failed."""
+        answered = self.done + self.statistics.samples
+        return {
+            "total": len(self.questions),
+            "answered": answered - self.answers.failed,
+            "skipped": self.skipped,
+            "failed": self.answers.failed,
+        }
+
+    def run(self, answerer: Any, method: Any, interrupts: Interrupts) -> None:
+        """Answers what is pending."""
+        from llava.eval.runner import answer_questions
+
+        model = answerer.model
+        self.metadata.set_model(describe_device(model.device), str(model.dtype).removeprefix("torch."))
+        self.answers.open()
+        self.traces.start()
+        self._began = time.perf_counter()
+        self.save_metadata()
         with (
-            tqdm(total=len(pending), unit="q", desc=args.method, mininterval=1.0) as bar,
+            tqdm(total=len(self.pending), unit="q", desc=self.args.method, mininterval=1.0) as bar,
             method.attach(model) as run,
         ):
 
             def skip(question: Question, reason: str) -> None:
                 bar.write(f"skipped {question.source}: {reason}", file=sys.stderr)
-                skipped.append(question)
+                self.skipped += 1
                 bar.update()
 
-            answers.open()
-            traces.start()
-            try:
-                on_skip = None if args.strict else skip
-                for answer in answer_questions(answerer, pending, run, args.batch_size, on_skip):
-                    answers.append(answer.question, answer.text, token_summary(answer.trace))
-                    traces.append(answer)
-                    statistics.add(answer)
-                    bar.set_postfix(tokens=f"{statistics.means()['nominal']:.1f}", refresh=False)
-                    bar.update()
-            finally:
-                answers.close(questions)
-                traces.close()
-    print_summary(statistics, len(pending), len(skipped), time.perf_counter() - started, args.batch_size)
-    return SKIPPED_STATUS if skipped else 0
+            on_skip = None if self.args.strict else skip
+            for answer in answer_questions(answerer, self.pending, run, self.args.batch_size, on_skip):
+                with interrupts.held():
+                    self.traces.append(answer)
+                    self.answers.append(answer.question, answer.text, token_summary(answer.trace))
+                    self.statistics.add(answer)
+                bar.set_postfix(tokens=f"{self.statistics.means()['nominal']:.1f}", refresh=False)
+                bar.update()
+                if time.perf_counter() - self._saved > METADATA_INTERVAL:
+                    self.save_metadata()
+
+    def save_metadata(self, finished: bool = False) -> None:
+        """Writes what is known by now."""
+        self._saved = time.perf_counter()
+        if self._began is not None:
+            self.seconds = self._saved - self._began
+        self.metadata.save(
+            self.counts(),
+            self.answers.totals,
+            self.seconds,
+            self.statistics.samples,
+            self.statistics.prefill_seconds,
+            finished,
+        )
+
+    def close(self) -> None:
+        """Puts the lines in order, writes the metadata and lets other processes at the files."""
+        counts = self.counts()
+        attempted = counts["total"] == sum(counts[kind] for kind in ("answered", "skipped", "failed"))
+        started = self._began is not None or not self.pending
+        try:
+            if started and self._needs_metadata:
+                if not self.answers.has_answers and self._began is None:
+                    self.answers.open()  # no question at all: an empty file says that this part is done
+                self.save_metadata(finished=attempted)
+        finally:
+            # The lock goes last: who waits for it finds everything written.
+            self.traces.close()
+            self.answers.close(self.questions if started else ())
+
+    def explain_interruption(self, error: KeyboardInterrupt) -> None:
+        """Says on stderr what is kept."""
+        kept = self.done + self.statistics.samples
+        print(
+            f"{error or 'interrupted'}: {kept} of {len(self.questions)} answers are in {self.answers.path}; "
+            "run the same command again to continue",
+            file=sys.stderr,
+        )
+
+    def summarize(self) -> int:
+        """Prints the summary; returns the exit status."""
+        print_summary(self.statistics, len(self.pending), self.skipped, self.seconds, self.args.batch_size)
+        return SKIPPED_STATUS if self.skipped else 0
+
+
+def describe_device(device: Any) -> str:
+    """The name of the GPU, or the kind of device."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def max_visual_tokens(model: Any) -> int:

@@ -5,30 +5,77 @@ Knows LLaVA's answer format and nothing of models. Line order at the end of a ru
 
 from __future__ import annotations
 
-import json
-import os
-from collections import Counter
+from array import array
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+import numpy as np
 import shortuuid
 
-from llava.eval.jsonio import iter_jsonl, require_keys, write_text_atomic
-from llava.eval.questions import Question
+from llava.eval.jsonio import require_keys
+from llava.eval.questions import Question, Selected
+from llava.eval.records import RecordFile, key_hash, match
 from llava.utils import UserError
 
 TOKENS = "tokens"  # key in the metadata for what differs from sample to sample
+FAILED = "failed"  # key in the metadata of a sample whose answer is worthless, with the reason
+
+
+@dataclass
+class TokenTotals:
+    """Sums over answers, from the `tokens` in their metadata. Means of tokens are over samples with an image."""
+
+    with_image: int = 0
+    visual: int = 0
+    nominal: float = 0.0
+    processed: float = 0.0
+    flops: int = 0
+    dense_flops: int = 0
+
+    def add(self, tokens: Mapping[str, Any] | None) -> None:
+        """Counts one answer."""
+        if not tokens:
+            return
+        self.flops += tokens.get("flops", 0)
+        self.dense_flops += tokens.get("dense_flops", 0)
+        if tokens.get("visual"):
+            self.with_image += 1
+            self.visual += tokens["visual"]
+            self.nominal += tokens["nominal"]
+            self.processed += tokens["processed"]
+
+    def merge(self, other: TokenTotals) -> None:
+        """Adds another part's sums."""
+        for item in fields(self):
+            setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
+
+    def means(self) -> dict[str, float] | None:
+        """Mean visual tokens per layer: before pruning, nominal, processed. None without any image."""
+        if not self.with_image:
+            return None
+        return {
+            name: round(getattr(self, name) / self.with_image, 3) for name in ("visual", "nominal", "processed")
+        }
+
+    def flops_ratio(self) -> float | None:
+        """Decoder prefill relative to dense."""
+        return round(self.flops / self.dense_flops, 6) if self.dense_flops else None
 
 
 class AnswerFile:
     """Answers of one run. Use: construct (checks), `pending`, `open`, `append` ..., `close`.
 
-    Constructing reads what is there and proves that the file can be written, before any model is loaded; it
-    changes nothing. `open` repairs a torn last line or, without resume, starts an empty file.
+    Constructing reads what is there, proves that the file can be written and keeps other processes off it, before any
+    model is loaded; it changes nothing. `open` repairs a torn last line or, without resume, starts an empty file.
 
     model_id, metadata: written to every answer. Answers of a run with another model or other metadata are
     refused rather than mixed.
+
+    Attributes:
+        totals: tokens over all answers, those found included.
+        failed: answers that are marked as failed, those found included.
     """
 
     def __init__(self, path: str | Path, model_id: str, metadata: Mapping[str, Any], resume: bool = True) -> None:
@@ -36,69 +83,72 @@ class AnswerFile:
         self.model_id = model_id
         self.metadata = dict(metadata)
         self.resume = resume
-        self._stream: IO[str] | None = None
-        self._check_writable()
-        self.existing: list[dict[str, Any]] = []
-        # Bytes of the file that are whole lines; what is behind them was torn by a kill or a full disk.
-        self._whole_bytes = 0
-        if resume:
-            self._whole_bytes = _whole_lines(self.path)
-            self._read_existing()
-
-    def _check_writable(self) -> None:
-        if self.path.is_dir():
-            raise UserError(f"answers file is a folder: {self.path}")
+        self.totals = TokenTotals()
+        self.failed = 0
+        self._found = array("Q")
+        self._file = RecordFile(path, "answers file")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            existed = self.path.exists()
-            with open(self.path, "ab"):
-                pass
-            if not existed:
-                self.path.unlink()
-        except OSError as error:
-            raise UserError(f"cannot write answers file {self.path}: {error.strerror or error}") from None
+            if resume:
+                self._read_existing()
+        except BaseException:
+            self._file.close()
+            raise
 
     def _read_existing(self) -> None:
-        if not self._whole_bytes:
-            return
-        records = iter_jsonl(self.path, "answers file", limit_bytes=self._whole_bytes)
-        for number, record in records:
-            where = f"{self.path}:{number}"
+        for where, record in self._file.existing():
             require_keys(record, ("question_id", "prompt", "text"), where)
             self._check_same_run(record, where)
-            self.existing.append(record)
+            self._count(record["metadata"])
+            self._found.append(key_hash(record["question_id"], record["prompt"]))
+
+    def _count(self, metadata: Mapping[str, Any]) -> None:
+        self.totals.add(metadata.get(TOKENS))
+        self.failed += FAILED in metadata
 
     def _check_same_run(self, record: Mapping[str, Any], where: str) -> None:
-        found = {"model_id": record.get("model_id"), **(record.get("metadata") or {})}
-        found.pop(TOKENS, None)
+        found = record.get("metadata")
+        if not isinstance(found, dict) or not isinstance(found.get(TOKENS, {}), dict):
+            raise UserError(f"{where}: this answer has no metadata of a run; give another --answers-file")
         wanted = {"model_id": self.model_id, **self.metadata}
-        for key in [*wanted, *found]:
-            if found.get(key) != wanted.get(key):
-                raise UserError(
-                    f"{where}: answer of another run ({key} {found.get(key)!r}, now {wanted.get(key)!r}); "
-                    "give another --answers-file, or --no-resume to start over"
-                )
+        difference = first_difference({"model_id": record.get("model_id"), **run_options(found)}, wanted)
+        if difference is not None:
+            raise UserError(
+                f"{where}: answer of another run ({difference}); "
+                "give another --answers-file, or --overwrite to start over"
+            )
 
-    def pending(self, questions: Sequence[Question]) -> list[Question]:
+    @property
+    def has_answers(self) -> bool:
+        """Whether there are answers that this run continues."""
+        return len(self._found) > 0
+
+    def pending(self, questions: Sequence[Question]) -> Sequence[Question]:
         """The questions that have no answer yet."""
-        answered = Counter((str(record["question_id"]), record["prompt"]) for record in self.existing)
-        todo = []
-        for question in questions:
-            if answered[question.key] > 0:
-                answered[question.key] -= 1
-            else:
-                todo.append(question)
-        return todo
+        places = match(question_hashes(questions), self._found)
+        todo = np.ones(len(questions), dtype=bool)
+        todo[places[places >= 0]] = False
+        return Selected(questions, np.flatnonzero(todo))
 
     def open(self) -> None:
         """Starts writing."""
-        self._stream = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
-        self._stream.truncate(self._whole_bytes)
+        self._file.open(keep=self.resume)
 
-    def append(self, question: Question, text: str, tokens: Mapping[str, Any] | None = None) -> None:
-        """Writes one answer and flushes it, so that a killed run loses at most the line being written."""
-        assert self._stream is not None, "open() comes first"
-        metadata = self.metadata if tokens is None else {**self.metadata, TOKENS: dict(tokens)}
+    def append(
+        self,
+        question: Question,
+        text: str,
+        tokens: Mapping[str, Any] | None = None,
+        failed: str | None = None,
+    ) -> None:
+        """Writes one answer and flushes it, so that a killed run loses at most the line being written.
+
+        failed: why the text is worthless (the model returned numbers that are not finite).
+        """
+        metadata = dict(self.metadata)
+        if failed is not None:
+            metadata[FAILED] = failed
+        if tokens is not None:
+            metadata[TOKENS] = dict(tokens)
         record = {
             "question_id": question.id,
             "prompt": question.text,
@@ -109,45 +159,29 @@ class AnswerFile:
             "metadata": metadata,
             **question.fields,
         }
-        self._stream.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._stream.flush()
+        self._file.append(record)
+        self._count(metadata)
 
     def close(self, questions: Sequence[Question] = ()) -> None:
-        """Stops writing. With `questions`, brings the lines into their order if a resumed run left another;
-        answers to none of them stay at the end.
+        """Stops writing and lets other processes in. With `questions`, brings the lines into their order; answers to
+        none of them stay at the end.
         """
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
-        if questions and self.existing:
-            self._sort(questions)
-
-    def _sort(self, questions: Sequence[Question]) -> None:
-        places: dict[tuple[str, str], list[int]] = {}
-        for question in reversed(questions):
-            places.setdefault(question.key, []).append(question.index)
-        lines = [line for line in self.path.read_text(encoding="utf-8").split("\n") if line.strip()]
-        ranks = []
-        for line in lines:
-            record = json.loads(line)
-            waiting = places.get((str(record["question_id"]), record["prompt"]))
-            ranks.append(waiting.pop() if waiting else float("inf"))
-        order = sorted(range(len(lines)), key=ranks.__getitem__)
-        if order != list(range(len(lines))):
-            write_text_atomic(self.path, "".join(lines[i] + "\n" for i in order))
+        self._file.close(question_hashes(questions) if len(questions) else None)
 
 
-def _whole_lines(path: Path) -> int:
-    """Size in bytes of the file up to its last line break; 0 if there is no file."""
-    if not path.exists():
-        return 0
-    with open(path, "rb") as file:
-        end = file.seek(0, os.SEEK_END)
-        while end > 0:
-            start = max(end - 65536, 0)
-            file.seek(start)
-            position = file.read(end - start).rfind(b"\n")
-            if position >= 0:
-                return start + position + 1
-            end = start
-    return 0
+def question_hashes(questions: Sequence[Question]) -> array:
+    """Key hashes in question order."""
+    return array("Q", (key_hash(*question.key) for question in questions))
+
+
+def run_options(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What an answer's metadata says about its run: everything but what belongs to the sample alone."""
+    return {name: value for name, value in metadata.items() if name not in (TOKENS, FAILED)}
+
+
+def first_difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+    """`key OLD, now NEW` for the first key in which two runs differ, or None."""
+    for key in [*wanted, *found]:
+        if found.get(key) != wanted.get(key):
+            return f"{key} {found.get(key)!r}, now {wanted.get(key)!r}"
+    return None

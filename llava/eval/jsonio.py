@@ -112,16 +112,26 @@ def read_records(path: str | os.PathLike[str], what: str, keys: Iterable[str]) -
 
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
     """Writes a whole file or nothing: readers never see half of it. Creates the folder."""
+    write_lines_atomic(path, [text.encode("utf-8")])
+
+
+def write_lines_atomic(path: str | os.PathLike[str], lines: Iterable[bytes]) -> None:
+    """The same for content that comes piece by piece."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
+        with open(temporary, "wb") as file:
+            file.writelines(lines)
+            # Without it a power cut can leave the new name with nothing behind it.
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

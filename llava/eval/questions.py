@@ -6,7 +6,7 @@ Knows the JSON-lines format (`question_id`, `text`, optional `image`); opens no 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,6 +37,25 @@ class Question:
     def key(self) -> tuple[str, str]:
         """What an answer is recognized by: ids alone are shared by several questions of an image."""
         return str(self.id), self.text
+
+
+class Selected(Sequence):
+    """Some items of a sequence, by position; copies nothing."""
+
+    def __init__(self, items: Sequence[Item], positions: Sequence[int]) -> None:
+        self._items, self._positions = items, positions
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return Selected(self._items, self._positions[index])
+        return self._items[int(self._positions[index])]
+
+    def __iter__(self) -> Iterator[Any]:
+        for position in self._positions:
+            yield self._items[int(position)]
 
 
 def read_questions(path: str | Path) -> list[Question]:

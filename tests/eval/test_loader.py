@@ -97,9 +97,11 @@ def test_complete_run_loads_no_model(argv, data, monkeypatch):
 def test_resume_refuses_other_options_and_no_resume_starts_over(argv, data, capsys):
     main(argv("--limit", 2))
     capsys.readouterr()
-    fails_with_one_line(main, argv("--k0", 0.1), capsys, "a.jsonl:1", "k0", "--no-resume")
+    fails_with_one_line(main, argv("--k0", 0.1), capsys, "a.jsonl:1", "k0", "--overwrite")
     assert main(argv("--k0", 0.1, "--no-resume", "--limit", 1)) == 0
     assert [r["metadata"]["k0"] for r in read_jsonl(data / "a.jsonl")] == [0.1]
+    assert main(argv("--k0", 0.2, "--overwrite", "--limit", 1)) == 0
+    assert [r["metadata"]["k0"] for r in read_jsonl(data / "a.jsonl")] == [0.2]
 
 
 def test_dense_and_limit(argv, data, capsys):

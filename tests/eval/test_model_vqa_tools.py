@@ -81,7 +81,7 @@ def test_science_run_and_its_score(checkpoint, data, prompts, capsys):
     before = (data / "a.jsonl").read_bytes()
     assert model_vqa_science.main(argv) == 0 and len(prompts) == 2
     capsys.readouterr()
-    fails_with_one_line(model_vqa_science.main, argv[:-1], capsys, "a.jsonl:1", "single_pred_prompt", "--no-resume")
+    fails_with_one_line(model_vqa_science.main, argv[:-1], capsys, "a.jsonl:1", "single_pred_prompt", "--overwrite")
     assert (data / "a.jsonl").read_bytes() == before
 
 

@@ -1,0 +1,206 @@
+"""A JSON-lines file that is appended to while a run lasts, survives its death, and ends in question order.
+
+Knows lines and the key of a question (its id and text); nothing of answers, traces or models. Memory stays at a few
+bytes per line: lines are recognized by a hash and read again from the file where their text is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava.eval.jsonio import iter_jsonl, write_lines_atomic
+from llava.eval.locking import FileLock
+from llava.utils import UserError
+
+
+def key_hash(identity: Any, prompt: str) -> int:
+    """64 bits that stand for a question: ids alone are shared by several questions of an image."""
+    text = f"{identity}\0{prompt}".encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def _as_hashes(values: Iterable[int]) -> np.ndarray:
+    if isinstance(values, array):
+        return np.frombuffer(values, dtype=np.uint64) if len(values) else np.zeros(0, np.uint64)
+    return np.fromiter(values, dtype=np.uint64)
+
+
+def match(questions: Iterable[int], records: Iterable[int]) -> np.ndarray:
+    """Which question each record belongs to: int64 `[records]`, -1 for none.
+
+    Both are key hashes. Of several questions with one key the first gets the first record, and so on; records beyond
+    that belong to none.
+    """
+    asked, found = _as_hashes(questions), _as_hashes(records)
+    places = np.full(len(found), -1, dtype=np.int64)
+    if not len(asked) or not len(found):
+        return places
+    order = np.argsort(asked, kind="stable")
+    keys, starts, counts = np.unique(asked[order], return_index=True, return_counts=True)
+    group = np.minimum(np.searchsorted(keys, found), len(keys) - 1)
+    which = _occurrences(found)
+    fits = (keys[group] == found) & (which < counts[group])
+    places[fits] = order[starts[group[fits]] + which[fits]]
+    return places
+
+
+def _occurrences(values: np.ndarray) -> np.ndarray:
+    """How often each value stood before, by position."""
+    order = np.argsort(values, kind="stable")
+    _, starts, counts = np.unique(values[order], return_index=True, return_counts=True)
+    occurrences = np.empty(len(values), dtype=np.int64)
+    occurrences[order] = np.arange(len(values)) - np.repeat(starts, counts)
+    return occurrences
+
+
+class RecordFile:
+    """Lines of one run. Use: construct (checks and locks), `existing`, `open`, `append` ..., `close`.
+
+    Constructing proves that the file can be written, before any model is loaded, and keeps other processes off it until
+    `close`; it changes nothing. `open` cuts off a torn last line or, with `keep=False`, starts an empty file.
+    """
+
+    def __init__(self, path: str | Path, what: str) -> None:
+        self.path = Path(path)
+        self.what = what
+        self._descriptor: int | None = None
+        self._check_writable()
+        try:
+            self.lock = FileLock(self.path, what)
+        except OSError as error:
+            raise self._cannot_write(error) from None
+        # Bytes of the file that are whole lines; what is behind them was torn by a kill or a full disk.
+        self._size = whole_lines(self.path)
+
+    @property
+    def size(self) -> int:
+        """Bytes in whole lines."""
+        return self._size
+
+    def _cannot_write(self, error: OSError, remedy: str = "") -> UserError:
+        return UserError(f"cannot write {self.what} {self.path}: {error.strerror or error}{remedy}")
+
+    def _check_writable(self) -> None:
+        if self.path.is_dir():
+            raise UserError(f"{self.what} is a folder: {self.path}")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            existed = self.path.exists()
+            with open(self.path, "ab"):
+                pass
+            if not existed:
+                self.path.unlink()
+        except OSError as error:
+            raise self._cannot_write(error) from None
+
+    def existing(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """("file:line", object) of each whole line."""
+        if self._size:
+            for number, record in iter_jsonl(self.path, self.what, limit_bytes=self._size):
+                yield f"{self.path}:{number}", record
+
+    def open(self, keep: bool) -> None:
+        """Starts writing."""
+        if not keep:
+            self._size = 0
+        try:
+            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            os.ftruncate(self._descriptor, self._size)
+        except OSError as error:
+            raise self._cannot_write(error) from None
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Writes one line through to the system, so that a killed run loses at most the line being written.
+
+        Raises:
+            UserError: the line could not be written whole (disk full); the lines before it stay.
+        """
+        assert self._descriptor is not None, "open() comes first"
+        data = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[os.write(self._descriptor, view) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, self._size)
+            remedy = "; the lines before are kept: make room and run the same command again"
+            raise self._cannot_write(error, remedy) from None
+        self._size += len(data)
+
+    def close(self, order: Iterable[int] | None = None, drop_others: bool = False) -> None:
+        """Stops writing, brings the lines into the `order` (key hashes of the questions) and releases the lock.
+
+        Lines that belong to no question stay behind the others, or go with `drop_others`.
+        """
+        try:
+            if self._descriptor is not None:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._descriptor, self._size)
+                    os.fsync(self._descriptor)
+                os.close(self._descriptor)
+                self._descriptor = None
+            if order is not None and self._size:
+                self._arrange(order, drop_others)
+        finally:
+            self.lock.release()
+
+    def _arrange(self, order: Iterable[int], drop_others: bool) -> None:
+        hashes, starts, ends = array("Q"), array("Q"), array("Q")
+        consumed = 0
+        with open(self.path, "rb") as file:
+            for raw in file:
+                if consumed >= self._size:
+                    break
+                if raw.strip():
+                    record = json.loads(raw)
+                    hashes.append(key_hash(record["question_id"], record["prompt"]))
+                    starts.append(consumed)
+                    ends.append(consumed + len(raw))
+                consumed += len(raw)
+        places = match(order, hashes)
+        others = places < 0
+        if not others.any() and (np.diff(places) > 0).all():
+            return
+        ranks = np.where(others, np.iinfo(np.int64).max, places)
+        sequence = [i for i in np.argsort(ranks, kind="stable").tolist() if not (drop_others and others[i])]
+        if sequence != list(range(len(hashes))):
+            self._rewrite([(starts[i], ends[i]) for i in sequence])
+
+    def _rewrite(self, pieces: Iterable[tuple[int, int]]) -> None:
+        def lines() -> Iterator[bytes]:
+            with open(self.path, "rb") as source:
+                for start, end in pieces:
+                    source.seek(start)
+                    yield source.read(end - start)
+
+        try:
+            write_lines_atomic(self.path, lines())
+        except UserError as error:
+            remedy = "all lines are kept, in the order they came: make room and run the same command again"
+            raise UserError(f"{error}; {remedy}") from None
+
+
+def whole_lines(path: Path) -> int:
+    """Size in bytes of the file up to its last line break; 0 if there is no file."""
+    if not path.exists():
+        return 0
+    with open(path, "rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(end - 65536, 0)
+            file.seek(start)
+            position = file.read(end - start).rfind(b"\n")
+            if position >= 0:
+                return start + position + 1
+            end = start
+    return 0

@@ -1,0 +1,228 @@
+"""The metadata of a run, beside its answers: `X.meta.json` for `X.jsonl`.
+
+Knows what identifies a run (options, checkpoint, question file, versions) and how runs are told apart; nothing of
+answers or models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import llava
+from llava.eval.answers import TokenTotals, first_difference
+from llava.eval.jsonio import read_json, write_json
+from llava.utils import UserError
+
+FORMAT = 1
+# Files up to this size count whole in a checkpoint's fingerprint, larger ones with both ends: 13 GB take too long.
+_WHOLE_BYTES = 1 << 20
+_REMEDY = "give another --answers-file, or --overwrite to start over"
+
+
+def meta_path(answers_file: str | os.PathLike[str]) -> Path:
+    """`X.meta.json` for the answers `X.jsonl`."""
+    path = Path(answers_file)
+    return path.with_name(f"{path.stem}.meta.json")
+
+
+def now() -> str:
+    """UTC, to the second."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str | None:
+    """Hash of a file's bytes, in hex; None if there is no such file."""
+    if not os.path.isfile(path):
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:  # Python 3.10
+    digest = hashlib.sha256()
+    while data := file.read(_WHOLE_BYTES):
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def checkpoint_fingerprint(*folders: str | os.PathLike[str] | None) -> str | None:
+    """Hash of checkpoint folders: names and sizes of all files, small files whole, both ends of large ones.
+
+    None if one of them is no folder (a hub name). Hidden files do not count; None among `folders` is left out.
+    """
+    digest = hashlib.sha256()
+    for folder in filter(None, folders):
+        if not os.path.isdir(folder):
+            return None
+        for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+            name = path.relative_to(folder)
+            if any(part.startswith(".") for part in name.parts):
+                continue
+            size = path.stat().st_size
+            digest.update(f"{name.as_posix()}\0{size}\0".encode())
+            with open(path, "rb") as file:
+                digest.update(file.read(_WHOLE_BYTES))
+                if size > _WHOLE_BYTES:
+                    file.seek(max(size - _WHOLE_BYTES, _WHOLE_BYTES))
+                    digest.update(file.read())
+    return digest.hexdigest()
+
+
+def git_revision() -> str | None:
+    """Commit of this source tree, with `+changes` if tracked files differ; None outside a git checkout."""
+    root = Path(llava.__file__).resolve().parents[1]
+
+    def git(*command: str) -> str:
+        result = subprocess.run(["git", "-C", root, *command], capture_output=True, text=True, timeout=20, check=True)
+        return result.stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return None  # installed below somebody else's repository
+        revision = git("rev-parse", "HEAD")
+        return revision + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what computes the answers."""
+    import torch
+    import transformers
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "llava": llava.__version__,
+    }
+
+
+def read_metadata(answers_file: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The metadata beside an answer file; None if there is none.
+
+    Raises:
+        UserError: the file is there but not of this kind.
+    """
+    path = meta_path(answers_file)
+    if not path.exists():
+        return None
+    value = read_json(path, "run metadata")
+    if not isinstance(value, dict) or value.get("format") != FORMAT or not isinstance(value.get("options"), dict):
+        raise UserError(f"{path}: not the metadata of a run (format {FORMAT}); {_REMEDY}")
+    return value
+
+
+def identity(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be equal for answers to belong to one run, under flat names."""
+    checkpoint, questions = meta.get("checkpoint") or {}, meta.get("question_file") or {}
+    return {
+        "model": meta.get("model"),
+        **(meta.get("options") or {}),
+        "checkpoint fingerprint": checkpoint.get("fingerprint"),
+        "sha256 of the question file": questions.get("sha256"),
+        "dtype": meta.get("dtype"),
+    }
+
+
+class RunMetadata:
+    """What is known about a run; `save` writes it. Counts and sums continue those of the run that is resumed.
+
+    Attributes:
+        values: the content of the file.
+    """
+
+    def __init__(self, answers_file: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
+        self.path = meta_path(answers_file)
+        self.values = {"format": FORMAT, **values, "started": now(), "finished": None, "complete": False}
+        self._earlier: dict[str, Any] = {}
+
+    def continue_from(self, earlier: Mapping[str, Any] | None) -> None:
+        """Takes over the times of an earlier part of the same run.
+
+        Raises:
+            UserError: it was a run of something else (names what).
+        """
+        if earlier is None:
+            return
+        # Type and device are only known once a model is loaded; see `set_model`.
+        pairs = [{**identity(meta), "dtype": None} for meta in (earlier, self.values)]
+        self._refuse(first_difference(*pairs))
+        self._earlier = dict(earlier)
+        for name in ("dtype", "device", "started"):
+            self.values[name] = earlier.get(name)
+
+    def _refuse(self, difference: str | None) -> None:
+        if difference is not None:
+            raise UserError(f"{self.path}: the answers belong to another run ({difference}); {_REMEDY}")
+
+    def set_model(self, device: str, dtype: str) -> None:
+        """What the answers are computed with.
+
+        Raises:
+            UserError: the answers that are there were computed in another precision.
+        """
+        if self._earlier.get("dtype"):
+            self._refuse(first_difference({"dtype": self._earlier["dtype"]}, {"dtype": dtype}))
+        self.values |= {"device": device, "dtype": dtype, "versions": package_versions()}
+
+    def save(
+        self,
+        counts: Mapping[str, int],
+        totals: TokenTotals,
+        seconds: float = 0.0,
+        timed: int = 0,
+        prefill_seconds: float = 0.0,
+        finished: bool = False,
+    ) -> None:
+        """Writes the file.
+
+        counts: total, answered, skipped, failed, of all questions; seconds, timed, prefill_seconds: wall-clock time,
+        samples and prefill time of this process, which earlier ones add to.
+        """
+        seconds += self._earlier.get("seconds") or 0.0
+        timing = self._earlier.get("timing") or {}
+        timed += timing.get("samples", 0)
+        prefill_seconds += timing.get("prefill_seconds", 0.0)
+        self.values |= {
+            "counts": dict(counts),
+            "seconds": round(seconds, 3),
+            "tokens": totals.means(),
+            "flops_ratio": totals.flops_ratio(),
+            "prefill_ms": round(1000 * prefill_seconds / timed, 3) if timed else None,
+            "timing": {"samples": timed, "prefill_seconds": round(prefill_seconds, 6)},
+            "finished": now() if finished else None,
+            "complete": finished and counts["total"] == sum(counts[k] for k in ("answered", "skipped", "failed")),
+        }
+        write_json(self.path, self.values)
+
+
+def describe_run(args: Any, model: str, options: Mapping[str, Any], questions: int) -> dict[str, Any]:
+    """The metadata that is known before a model is loaded, from the tools' flags (an argparse namespace)."""
+    return {
+        "model": model,
+        "checkpoint": {
+            "path": args.model_path,
+            "base": args.model_base,
+            "fingerprint": checkpoint_fingerprint(args.model_path, args.model_base),
+        },
+        "method": options["method"],
+        "options": dict(options),
+        "arguments": dict(sorted(vars(args).items())),
+        "versions": None,
+        "device": None,
+        "dtype": None,
+        "git_revision": git_revision(),
+        "question_file": {
+            "path": str(args.question_file),
+            "sha256": file_sha256(args.question_file),
+            "questions": questions,
+        },
+    }
