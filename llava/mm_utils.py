@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from io import BytesIO
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import StoppingCriteria
@@ -22,10 +23,55 @@ from llava.constants import IMAGE_TOKEN_INDEX
 
 Size = tuple[int, int]
 
+# Largest picture that is made only to be scaled down again: 400 MB as RGB. Very long images are then processed
+# in parts.
+MAX_CANVAS_PIXELS = 2**27
+_STRIP_ROWS = 64
+
 
 def load_image_from_base64(image: str | bytes) -> Image.Image:
     """Decode a base64 string into a PIL image."""
     return Image.open(BytesIO(base64.b64decode(image)))
+
+
+# --- color modes --------------------------------------------------------------------------------------------
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image as RGB: the one conversion of evaluation, `run_llava` and the chat.
+
+    Ordinary images become what LLaVA's `convert("RGB")` makes of them: alpha is dropped, not blended; EXIF
+    orientation is not applied; of an animation it is the frame that is current (the first, after opening).
+    Different are modes where that call loses the picture: 16-bit and 32-bit gray and float are brought to 8
+    bits instead of being clipped to white (`docs/images_and_prompts.md`).
+
+    Raises:
+        ValueError: PIL cannot convert this mode.
+    """
+    if image.mode == "RGB":
+        return image
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _eight_bits(np.asarray(image), image.mode).convert("RGB")
+    # PIL has no direct way from premultiplied gray, and warns of palettes with several transparent colors.
+    way = {"La": "LA", "RGBa": "RGBA"}.get(image.mode)
+    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        way = "RGBA"
+    return (image if way is None else image.convert(way)).convert("RGB")
+
+
+def _eight_bits(gray: np.ndarray, mode: str) -> Image.Image:
+    """Deep gray `[H, W]` as mode "L". The scale follows from the mode or, where it says nothing, from the
+    largest value: 1 (floats only), 255, 65535, or that value itself.
+    """
+    values = np.nan_to_num(gray.astype(np.float64), posinf=0.0, neginf=0.0).clip(min=0)
+    top = values.max(initial=0.0)
+    if mode == "F" and 0 < top <= 1:
+        values *= 255
+    elif mode.startswith("I;16") or 255 < top <= 65535:
+        values = np.floor_divide(values, 256)  # the high byte, as PIL reads 16-bit color
+    elif top > 65535:
+        values *= 255 / top
+    return Image.fromarray(values.astype(np.uint8))
 
 
 # --- pad ----------------------------------------------------------------------------------------------------
@@ -42,6 +88,27 @@ def expand2square(pil_img: Image.Image, background_color: Any) -> Image.Image:
     square = Image.new(pil_img.mode, (side, side), background_color)
     square.paste(pil_img, ((side - width) // 2, (side - height) // 2))
     return square
+
+
+def _padded_square(image: Image.Image, background_color: Any, processor: Any) -> Image.Image:
+    """`expand2square`; if that square were huge, the square at the processor's size, with the same bytes.
+
+    PIL scales the rows of a square first and then its columns, with 8-bit values in between. So rows can be
+    scaled strip by strip, and those of the padding need not be scaled at all.
+    """
+    width, height = image.size
+    full = max(image.size)
+    if width == height or full * full <= MAX_CANVAS_PIXELS:
+        return expand2square(image, background_color)
+    side = _side(processor.size)
+    left, top = (full - width) // 2, (full - height) // 2
+    narrow = Image.new("RGB", (side, full), background_color)
+    for y in range(0, height, _STRIP_ROWS):
+        rows = min(_STRIP_ROWS, height - y)
+        strip = Image.new("RGB", (full, rows), background_color)
+        strip.paste(image.crop((0, y, width, y + rows)), (left, 0))
+        narrow.paste(strip.resize((side, rows), processor.resample), (0, top + y))
+    return narrow.resize((side, side), processor.resample)
 
 
 def padding_mask(size_wh: Size, grid: int) -> torch.Tensor:
@@ -171,10 +238,10 @@ def process_images(
     """
     aspect_ratio = getattr(model_cfg, "image_aspect_ratio", None)
     # Palette, gray and alpha images would fail or change meaning when a color is pasted beneath them.
-    images = [image if image.mode == "RGB" else image.convert("RGB") for image in images]
+    images = [to_rgb(image) for image in images]
     if aspect_ratio == "pad":
         color = tuple(int(x * 255) for x in image_processor.image_mean)
-        processed = [_preprocess(image_processor, expand2square(image, color)) for image in images]
+        processed = [_preprocess(image_processor, _padded_square(image, color, image_processor)) for image in images]
     elif aspect_ratio == "anyres":
         rule = getattr(model_cfg, "anyres_resolution_rule", "fill")
         processed = [
@@ -182,10 +249,30 @@ def process_images(
             for image in images
         ]
     else:
-        processed = [_preprocess(image_processor, image) for image in images]
+        processed = [_preprocess(image_processor, _center(image, image_processor)) for image in images]
     if processed and all(x.shape == processed[0].shape for x in processed):
         return torch.stack(processed)
     return processed
+
+
+def _center(image: Image.Image, processor: Any) -> Image.Image:
+    """The image; where scaling its short side to the processor's size would make it huge, only the scaled
+    middle that the center crop keeps (the same up to rounding: PIL places the middle with float32).
+    """
+    width, height = image.size
+    short, side = min(image.size), _side(processor.size)
+    long = int(side * max(image.size) / short)
+    if long * side <= MAX_CANVAS_PIXELS or side != _side(processor.crop_size):
+        return image
+    start = (long - side) // 2 * max(image.size) / long
+    stop = start + side * max(image.size) / long
+    # Rows before columns, as PIL would: newer versions choose the order by cost, and a box changes the cost.
+    if width > height:
+        return image.resize((side, height), processor.resample, box=(start, 0, stop, height)).resize(
+            (side, side), processor.resample
+        )
+    rows = image.resize((side, height), processor.resample)
+    return rows.resize((side, side), processor.resample, box=(0, start, side, stop))
 
 
 def _preprocess(processor: Any, image: Image.Image) -> torch.Tensor:

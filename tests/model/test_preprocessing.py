@@ -130,45 +130,92 @@ def test_tiles_are_row_major_and_resizing_centers_on_black():
     assert (canvas[:2] == 0).all() and (canvas[6:] == 0).all() and (canvas[2:6] == (50, 60, 70)).all()
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "LA", "1"])
-def test_any_image_mode_becomes_rgb(golden_processor, mode):
-    pixels = process_images([Image.new(mode, (60, 40))], golden_processor, config("pad"))
-    assert pixels.shape == (1, 3, 56, 56)
+# --- real photographs: an independent computation, and transformers' own processors -------------------------
 
 
-def independent_clip(image: Image.Image, side: int) -> np.ndarray:
-    """Bicubic resize of the short edge, center crop, normalization: written down once more with PIL and
-    numpy only.
-    """
+def normalized(pixels: np.ndarray) -> np.ndarray:
+    """CLIP's scaling of `[H, W, 3]` bytes to `[3, H, W]`, in the precision and order of the published tools."""
+    scaled = (pixels.astype(np.float64) * (1 / 255)).astype(np.float32)
+    return ((scaled - np.float32(MEAN)) / np.float32(STD)).transpose(2, 0, 1)
+
+
+def independent_plain(image: Image.Image, side: int) -> np.ndarray:
+    """Bicubic resize of the short edge, center crop by slicing."""
     width, height = image.size
-    if width < height:
-        image = image.resize((side, int(side * height / width)), Image.BICUBIC)
+    size = (side, int(side * height / width)) if width < height else (int(side * width / height), side)
+    pixels = np.asarray(image.resize(size, Image.BICUBIC))
+    top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
+    return normalized(pixels[top : top + side, left : left + side])
+
+
+def independent_pad(image: Image.Image, side: int) -> np.ndarray:
+    full = max(image.size)
+    canvas = np.empty((full, full, 3), np.uint8)
+    canvas[:] = (122, 116, 104)
+    x, y = (full - image.width) // 2, (full - image.height) // 2
+    canvas[y : y + image.height, x : x + image.width] = np.asarray(image)
+    return independent_plain(Image.fromarray(canvas), side)
+
+
+def independent_anyres(image: Image.Image, side: int) -> np.ndarray:
+    """Whole view, then tiles; the canvas is the one that the scaled image fills best."""
+    width, height = image.size
+    filled = {}
+    for canvas_w, canvas_h in NEXT_PINPOINTS:
+        scale = min(canvas_w / width, canvas_h / height)
+        filled.setdefault(int(width * scale) * int(height * scale) / (canvas_w * canvas_h), (canvas_w, canvas_h))
+    canvas_w, canvas_h = filled[max(filled)]
+    if canvas_w / width < canvas_h / height:
+        new_w, new_h = canvas_w, min(math.ceil(height * (canvas_w / width)), canvas_h)
     else:
-        image = image.resize((int(side * width / height), side), Image.BICUBIC)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    pixels = np.asarray(image.crop((left, top, left + side, top + side)), dtype=np.float64) / 255
-    return ((pixels - MEAN) / STD).transpose(2, 0, 1)
+        new_w, new_h = min(math.ceil(width * (canvas_h / height)), canvas_w), canvas_h
+    canvas = np.zeros((canvas_h, canvas_w, 3), np.uint8)
+    x, y = (canvas_w - new_w) // 2, (canvas_h - new_h) // 2
+    canvas[y : y + new_h, x : x + new_w] = np.asarray(image.resize((new_w, new_h), Image.BICUBIC))
+    rows, columns = canvas_h // side, canvas_w // side
+    tiles = canvas.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
+    whole = np.asarray(image.resize((side, side), Image.BICUBIC))
+    return np.stack([normalized(crop) for crop in (whole, *tiles)])
 
 
-@pytest.mark.parametrize("mode", ["pad", None])
-def test_real_photographs_against_an_independent_computation(shared_benchmarks, mode):
-    processor = CLIPImageProcessorPil(
+@pytest.fixture(scope="module")
+def photographs(shared_benchmarks):
+    opened = {path.name: Image.open(path) for path in sorted((shared_benchmarks / "images").iterdir())}
+    assert len(opened) >= 10
+    # Smaller copies of both orientations would hide nothing: the arithmetic is per pixel. All are used as they are.
+    return {name: image.convert("RGB") for name, image in opened.items()}
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return CLIPImageProcessorPil(
         size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}, image_mean=MEAN, image_std=STD
     )
-    paths = sorted((shared_benchmarks / "images").iterdir())
-    assert paths
-    for path in paths:
-        image = Image.open(path).convert("RGB")
-        expected = image
-        if mode == "pad":
-            side = max(image.size)
-            canvas = np.empty((side, side, 3), np.uint8)
-            canvas[:] = (122, 116, 104)
-            x, y = (side - image.width) // 2, (side - image.height) // 2
-            canvas[y : y + image.height, x : x + image.width] = np.asarray(image)
-            expected = Image.fromarray(canvas)
-        pixels = process_images([image], processor, config(mode))[0].numpy()
-        np.testing.assert_allclose(pixels, independent_clip(expected, 336), atol=1e-5, err_msg=path.name)
+
+
+@pytest.mark.parametrize("mode", ["pad", "anyres", "plain"])
+def test_real_photographs_against_an_independent_computation(photographs, processor, mode):
+    reference = {"pad": independent_pad, "anyres": independent_anyres, "plain": independent_plain}[mode]
+    for name, image in photographs.items():
+        pixels = process_images([image], processor, config(mode, NEXT_PINPOINTS))[0].numpy()
+        np.testing.assert_array_equal(pixels, reference(image, 336), err_msg=name)
+
+
+def test_real_photographs_against_transformers_own_processors(photographs, processor):
+    from transformers import LlavaImageProcessorPil, LlavaNextImageProcessorPil
+
+    common = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
+    # Two traps: without do_pad it crops where LLaVA pads, and it reads pinpoints as (height, width).
+    padding = LlavaImageProcessorPil(do_pad=True, **common)
+    tiling = LlavaNextImageProcessorPil(image_grid_pinpoints=[[h, w] for w, h in NEXT_PINPOINTS], **common)
+    for name, image in photographs.items():
+        pixels = process_images([image], processor, config("pad"))[0].numpy()
+        np.testing.assert_array_equal(pixels, padding(image, return_tensors="np")["pixel_values"][0], err_msg=name)
+        tiles = process_images(
+            [image], processor, config("anyres", NEXT_PINPOINTS, anyres_resolution_rule="effective")
+        )
+        theirs = tiling(image, return_tensors="np")["pixel_values"][0]
+        np.testing.assert_array_equal(tiles[0].numpy(), theirs, err_msg=name)
 
 
 def test_the_loader_gives_the_recorded_pixels(golden):
