@@ -58,6 +58,10 @@ class Conversation:
             self, messages=[[role, message] for role, message in self.messages], skip_next=False
         )
 
+    def __deepcopy__(self, memo: Any) -> Conversation:
+        # `copy.deepcopy(conv_templates[name])` is common in LLaVA's users; it has to give something writable too.
+        return self.copy()
+
     def dict(self) -> dict[str, Any]:
         """JSON-able view; images inside messages are left out."""
         return {
@@ -237,3 +241,21 @@ conv_templates: dict[str, Conversation] = {
     "llava_llama_2": conv_llava_llama_2,
     "mpt": conv_mpt,
 }
+
+
+def infer_conv_mode(model_name: str) -> str:
+    """The template that suits a checkpoint of that name, as LLaVA's own tools choose it.
+
+    The rules are LLaVA's, in its order; a version without the letter v (`llava-1.5-7b-hf`) is understood as well.
+    A name that says nothing gives `llava_v0`, as in LLaVA.
+    """
+    name = model_name.lower()
+    if "llama-2" in name:
+        return "llava_llama_2"
+    if "mistral" in name:
+        return "mistral_instruct"
+    if "1.6-34b" in name:
+        return "chatml_direct"
+    if "v1" in name or "llava-1." in name:
+        return "llava_v1"
+    return "mpt" if "mpt" in name else "llava_v0"

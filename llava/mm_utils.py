@@ -300,12 +300,13 @@ def tokenizer_image_token(
     """Token ids of `prompt` with `image_token_index` where `<image>` stands; one BOS at most, at the front.
 
     The pieces between placeholders are tokenized on their own, as LLaVA does; the ids therefore differ from
-    tokenizing the whole text (a piece gets its own leading-space token). Returns a list, or an int64 tensor
-    `[T]` for `return_tensors="pt"`.
+    tokenizing the whole text (a piece gets its own leading-space token). The ids are those of the
+    sentencepiece tokenizer that LLaVA was published with. Returns a list, or an int64 tensor `[T]` for
+    `return_tensors="pt"`.
     """
     if return_tensors not in (None, "pt"):
         raise ValueError(f"Unsupported tensor type: {return_tensors}")
-    pieces = [list(tokenizer(piece).input_ids) for piece in prompt.split("<image>")]
+    pieces = [_piece_ids(piece, tokenizer) for piece in prompt.split("<image>")]
     has_bos = bool(pieces[0]) and pieces[0][0] == tokenizer.bos_token_id
     ids: list[int] = [tokenizer.bos_token_id] if has_bos else []
     for i, piece in enumerate(pieces):
@@ -313,6 +314,15 @@ def tokenizer_image_token(
             ids.append(image_token_index)
         ids.extend(piece[1:] if has_bos else piece)
     return torch.tensor(ids, dtype=torch.long) if return_tensors == "pt" else ids
+
+
+def _piece_ids(piece: str, tokenizer: Any) -> list[int]:
+    """Ids of one piece of a prompt, BOS included if the tokenizer writes it."""
+    # Sentencepiece puts a blank before every text. Transformers 5's Llama tokenizer takes a blank that is already
+    # there for it and so loses one; a second blank in front gives the published ids.
+    if piece.startswith((" ", "\u2581")) and list(tokenizer(" a").input_ids) == list(tokenizer("a").input_ids):
+        piece = " " + piece
+    return list(tokenizer(piece).input_ids)
 
 
 def get_model_name_from_path(model_path: str) -> str:

@@ -11,17 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    GenerationConfig,
-    LlamaTokenizer,
-    LlavaConfig,
-)
+from transformers import BitsAndBytesConfig, CLIPImageProcessorPil, CLIPVisionConfig, GenerationConfig, LlavaConfig
 
-from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.model.checkpoint import (
     is_llava_hf_config,
     llava_config,
@@ -32,6 +23,7 @@ from llava.model.checkpoint import (
 )
 from llava.model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.locate import locate, locate_vision_tower
+from llava.model.tokenizer import load_tokenizer
 from llava.model.weights import check_weights, read_weights, weight_files
 from llava.utils import UserError
 
@@ -42,7 +34,6 @@ TOWER_PREFIX = "model.vision_tower."
 # Left in full precision under bitsandbytes, as LLaVA does: small, and sensitive to quantization.
 UNQUANTIZED_MODULES = ["lm_head", "multi_modal_projector", "vision_tower"]
 PASSED_ON = ("attn_implementation", "quantization_config", "max_memory", "offload_folder", "offload_buffers")
-LLAMA_TOKENIZERS = ("LlamaTokenizer", "LlamaTokenizerFast")
 # Accepted for LLaVA's sake; loading is always lean.
 NO_LONGER_NEEDED = ("low_cpu_mem_usage", "use_fast", "trust_remote_code", "use_cache")
 
@@ -198,52 +189,6 @@ def _read_checkpoint(folder: Path, local_files_only: bool) -> tuple[LlavaConfig,
     if not inside:
         weights |= read_weights(weight_files(tower_folder), translate_tower_name)
     return llava_config(raw, path, vision_config_from_folder(tower_folder)), weights, tower_folder
-
-
-def load_tokenizer(folder: Path, config: LlavaConfig) -> Any | None:
-    """The folder's tokenizer; None, with a warning, if it has none.
-
-    Transformers 5 has no sentencepiece backend any more. For LLaVA's prompts (`<image>` followed by a
-    newline) the ids are those of sentencepiece; a piece that starts with a space gets one leading-space
-    token where sentencepiece gave two.
-    """
-    if not any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
-        logger.warning("%s has no tokenizer (tokenizer.model or tokenizer.json): only token ids can be used", folder)
-        return None
-    settings_path = folder / "tokenizer_config.json"
-    settings = read_json(settings_path) if settings_path.is_file() else {}
-    tokenizer_class = settings.get("tokenizer_class", "LlamaTokenizer")
-    try:
-        if tokenizer_class in LLAMA_TOKENIZERS:
-            # AutoTokenizer goes by config.json's "llava" instead, and reads a tokenizer.model without Llama's leading
-            # blank. A bare tokenizer.model does not say either that Llama prompts start with BOS.
-            bos = {} if settings else {"add_bos_token": True}
-            tokenizer = LlamaTokenizer.from_pretrained(str(folder), local_files_only=True, **bos)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except ImportError as error:
-        raise UserError(f"{folder}: the tokenizer needs a package: {' '.join(str(error).split())[:200]}") from None
-    except Exception as error:
-        # Depends on the backend: JSON, protobuf, sentencepiece and tokenizers errors.
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder}: tokenizer cannot be read ({reason}); copy or download its files again") from None
-    if tokenizer.pad_token is None:
-        # Never seen by the decoder (padding is masked), but batches cannot be built without one. LLaVA's is
-        # unk.
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    extra = []
-    if getattr(config, "mm_use_im_patch_token", False):
-        extra.append(DEFAULT_IMAGE_PATCH_TOKEN)
-    if getattr(config, "mm_use_im_start_end", False):
-        extra += [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN]
-    if extra:
-        tokenizer.add_tokens(extra, special_tokens=True)
-        if len(tokenizer) > config.text_config.vocab_size:
-            # Growing the table here would give the new rows random weights, which can win an argmax.
-            raise UserError(
-                f"{folder}: config.json asks for {', '.join(extra)} but the embedding table has no rows for it"
-            )
-    return tokenizer
 
 
 def load_image_processor(folder: Path, tower_folder: Path | None, config: LlavaConfig) -> CLIPImageProcessorPil:

@@ -135,7 +135,7 @@ def test_a_tokenizer_that_needs_a_package_says_which(tmp_path, source, monkeypat
     def refuse(*args, **kwargs):
         raise ImportError("LlamaTokenizer requires the protobuf library")
 
-    monkeypatch.setattr("llava.model.builder.LlamaTokenizer.from_pretrained", refuse)
+    monkeypatch.setattr("llava.model.tokenizer.LlamaTokenizer.from_pretrained", refuse)
     with pytest.raises(UserError, match="needs a package: LlamaTokenizer requires the protobuf library"):
         load(write_tokenizer(write_original(tmp_path, source)))
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 
-from llava.conversation import Conversation, SeparatorStyle, conv_templates, default_conversation
+from llava.conversation import Conversation, SeparatorStyle, conv_templates, default_conversation, infer_conv_mode
 
 HUMAN = (
     "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -115,3 +117,32 @@ def test_llama_2_needs_a_first_user_message():
     conv = Conversation("", ("USER", "ASSISTANT"), [["ASSISTANT", "hi"]], 0, SeparatorStyle.LLAMA_2, "", "</s>")
     with pytest.raises(ValueError, match="must come from 'USER'"):
         conv.get_prompt()
+
+
+def test_deep_copies_are_writable():
+    conv = copy.deepcopy(conv_templates["vicuna_v1"])
+    conv.append_message(conv.roles[0], "a")
+    assert conv.get_prompt() == f"{USER} USER: a "
+    assert conv_templates["vicuna_v1"].messages == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("llava-v1.5-7b", "llava_v1"),
+        ("llava-v1.5-13b-lora", "llava_v1"),
+        ("llava-v1.6-vicuna-7b", "llava_v1"),
+        ("llava-v1.6-mistral-7b", "mistral_instruct"),
+        ("llava-v1.6-34b", "chatml_direct"),
+        ("llava-llama-2-13b-chat-lightning-preview", "llava_llama_2"),
+        ("LLaVA-Lightning-MPT-7B-preview", "mpt"),
+        ("LLaVA-7B-v0", "llava_v0"),
+        ("tiny-llava-v1.5", "llava_v1"),
+        ("llava-1.5-7b-hf", "llava_v1"),
+        ("llava-v1.6-mistral-7b-hf", "mistral_instruct"),
+        ("llava-v1.6-vicuna-13b-hf", "llava_v1"),
+        ("some-folder", "llava_v0"),
+    ],
+)
+def test_the_template_follows_from_the_name_as_in_llava(name, mode):
+    assert infer_conv_mode(name) == mode

@@ -197,12 +197,12 @@ CORPUS = (
 )
 
 
-def write_tokenizer(folder: Path, with_config: bool = True) -> Path:
+def write_tokenizer(folder: Path, with_config: bool = True, corpus: str = "") -> Path:
     """Train a small byte-fallback BPE model with Llama's settings and write `tokenizer.model`."""
     import sentencepiece
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "corpus.txt").write_text(CORPUS * 20)
+    (folder / "corpus.txt").write_text(CORPUS * 20 + corpus)
     sentencepiece.SentencePieceTrainer.train(
         input=str(folder / "corpus.txt"),
         model_prefix=str(folder / "tokenizer"),

@@ -1,0 +1,95 @@
+"""The tokenizer of a checkpoint, with the ids that LLaVA was published with.
+
+Knows tokenizer files and settings; the placeholder for images is `llava.mm_utils.tokenizer_image_token`'s.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import normalizers
+from transformers import AutoTokenizer, LlamaTokenizer, LlavaConfig
+
+from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
+from llava.model.checkpoint import read_json
+from llava.utils import UserError
+
+logger = logging.getLogger(__name__)
+
+LLAMA_TOKENIZERS = ("LlamaTokenizer", "LlamaTokenizerFast")
+
+
+def load_tokenizer(folder: Path, config: LlavaConfig) -> Any | None:
+    """The folder's tokenizer; None, with a warning, if it has none.
+
+    Transformers 5 has no sentencepiece backend any more. With `tokenizer_image_token`, which handles a blank at
+    the start of a text, the ids are those of the sentencepiece tokenizer that LLaVA was published with.
+
+    Raises:
+        UserError: a file that cannot be read, or tokens that the embedding table has no rows for.
+    """
+    if not any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+        logger.warning("%s has no tokenizer (tokenizer.model or tokenizer.json): only token ids can be used", folder)
+        return None
+    settings_path = folder / "tokenizer_config.json"
+    settings = read_json(settings_path) if settings_path.is_file() else {}
+    tokenizer_class = settings.get("tokenizer_class", "LlamaTokenizer")
+    try:
+        if tokenizer_class in LLAMA_TOKENIZERS:
+            # AutoTokenizer goes by config.json's "llava" instead, and reads a tokenizer.model without Llama's leading
+            # blank.
+            options = _published_defaults(settings, (folder / "tokenizer.json").is_file())
+            tokenizer = LlamaTokenizer.from_pretrained(str(folder), local_files_only=True, **options)
+            if options["legacy"]:
+                _blank_before_every_text(tokenizer)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except ImportError as error:
+        raise UserError(f"{folder}: the tokenizer needs a package: {' '.join(str(error).split())[:200]}") from None
+    except Exception as error:
+        # Depends on the backend: JSON, protobuf, sentencepiece and tokenizers errors.
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder}: tokenizer cannot be read ({reason}); copy or download its files again") from None
+    if tokenizer.pad_token is None:
+        # Never seen by the decoder (padding is masked), but batches cannot be built without one. LLaVA's is
+        # unk.
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    extra = []
+    if getattr(config, "mm_use_im_patch_token", False):
+        extra.append(DEFAULT_IMAGE_PATCH_TOKEN)
+    if getattr(config, "mm_use_im_start_end", False):
+        extra += [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN]
+    if extra:
+        tokenizer.add_tokens(extra, special_tokens=True)
+        if len(tokenizer) > config.text_config.vocab_size:
+            # Growing the table here would give the new rows random weights, which can win an argmax.
+            raise UserError(
+                f"{folder}: config.json asks for {', '.join(extra)} but the embedding table has no rows for it"
+            )
+    return tokenizer
+
+
+def _published_defaults(settings: Mapping[str, Any], has_json: bool) -> dict[str, Any]:
+    """What transformers 4.37 took where `tokenizer_config.json` says nothing; transformers 5 takes the opposite.
+
+    Transformers 5 itself leaves `legacy` out when it saves a tokenizer, but then names its backend.
+    """
+    legacy = settings.get("legacy")
+    options: dict[str, Any] = {"legacy": "backend" not in settings if legacy is None else bool(legacy)}
+    if "add_bos_token" not in settings and not has_json:  # tokenizer.json has its own word on BOS
+        options["add_bos_token"] = True
+    return options
+
+
+def _blank_before_every_text(tokenizer: Any) -> None:
+    """The legacy behavior in full: a blank before the text and before every part behind a special token.
+
+    Transformers 5 leaves it out where the text starts with a blank of its own.
+    """
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = None
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.init_kwargs["legacy"] = True  # kept when the tokenizer is saved
