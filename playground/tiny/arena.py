@@ -24,7 +24,7 @@ from llava.utils import UserError, cli_main
 from playground.tiny import packing, scenes, text
 from playground.tiny.export import load
 from playground.tiny.joint import TinyLlava
-from playground.tiny.make_benchmarks import BENCHMARKS, DATA, Item, build_all
+from playground.tiny.make_benchmarks import ARENA, DATA, Item, build_all
 from playground.tiny.scenes import COLORS, GRID, ON_OBJECT, SHAPES, WORDS, Scene, center_patch, coverage
 from playground.tiny.vision import normalize, run_tower
 
@@ -149,7 +149,7 @@ def blind_answers(items: list[Item]) -> list[str]:
 def score(items: list[Item], answers: list[str], data: Path = DATA) -> dict[str, dict[str, float]]:
     """Per benchmark `score` (percent of the maximum of its metric) and `accuracy` (percent of right answers)."""
     result = {}
-    for name, scorer in zip(BENCHMARKS, SCORERS, strict=True):
+    for name, scorer in zip(ARENA, SCORERS, strict=True):
         lines = [
             {"question_id": i.line["question_id"], "prompt": i.line["text"], "text": a}
             for i, a in zip(items, answers, strict=True)
@@ -229,7 +229,7 @@ def measure(model: TinyLlava, items: list[Item]) -> dict:
     runs["random"] = [answer_all(model, items, "random", seed) for seed in range(RANDOM_DRAWS)]
     scored = {name: [score(items, answers) for answers in several] for name, several in runs.items()}
     bench: dict[str, dict] = {}
-    for name in BENCHMARKS:
+    for name in ARENA:
         bench[name] = {"questions": sum(i.benchmark == name for i in items)}
         for run, several in scored.items():
             bench[name][run] = {
@@ -239,8 +239,8 @@ def measure(model: TinyLlava, items: list[Item]) -> dict:
     total = Counter(i.question.kind for i in items)
     return {
         "benchmarks": bench,
-        "mean_accuracy": {run: mean({n: bench[n][run] for n in BENCHMARKS}) for run in runs},
-        "mean_score": {run: mean({n: bench[n][run] for n in BENCHMARKS}, "score") for run in runs},
+        "mean_accuracy": {run: mean({n: bench[n][run] for n in ARENA}) for run in runs},
+        "mean_score": {run: mean({n: bench[n][run] for n in ARENA}, "score") for run in runs},
         "by_kind_dense": {k: round(100 * (1 - wrong[k] / n), 1) for k, n in sorted(total.items())},
         "attention": looking(model, list({(i.benchmark, i.image): i.scene for i in items}.values())),
     }
@@ -267,7 +267,7 @@ def main() -> None:
         record = json.loads(RECORD.read_text())
     else:
         start = time.time()
-        record = measure(load(), build_all().items)
+        record = measure(load(), build_all(ARENA).items)
         record["thresholds"] = THRESHOLDS
         record["measured"] = {
             "threads": torch.get_num_threads(),

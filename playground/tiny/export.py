@@ -7,14 +7,16 @@ weights with transformers' own modules.
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from llava.utils import cli_main
+from llava.utils import UserError, cli_main
 from playground.tiny import scenes, text
+from playground.tiny.common import RUNS
 from playground.tiny.joint import TinyLlava
 
 TOWER = "model.vision_tower.vision_tower.vision_model."
@@ -140,8 +142,13 @@ def load(folder: Path = text.CHECKPOINT) -> TinyLlava:
 
 @cli_main
 def main() -> None:
-    """Export `runs/joint.pt`."""
-    state = torch.load(Path(__file__).resolve().parent / "runs" / "joint.pt")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--state", default="joint.pt", help="what a stage left in playground/tiny/runs (%(default)s)")
+    args = parser.parse_args()
+    path = RUNS / args.state
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; train first")
+    state = torch.load(path)
     model = TinyLlava(state["layers"])
     model.load_state_dict(state["model"])
     export(model)

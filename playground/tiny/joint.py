@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from playground.tiny import packing, scenes
+from playground.tiny import guidance, packing, scenes
 from playground.tiny.common import Log, autocast, save_state, train_rng
 from playground.tiny.language import WIDTH, Symbols, build_decoder, grow, make_optimizers
 from playground.tiny.questions import sample_questions
@@ -53,7 +53,7 @@ def batch_of_scenes(rng: np.random.Generator, size: int, per_scene: int, low: in
         else:
             share = 1.0 if rng.random() < 0.6 else rng.uniform(0.5, 1.0)
             patches.append(packing.choose_patches(table, rng, share, int(rng.integers(0, 90))))
-    data = packing.guide(
+    data = guidance.guide(
         packing.pack(patches, questions, rng.random(size) < 0.5, marks), patches, picked, tables, questions
     )
     packed = {name: torch.from_numpy(np.stack(mark)) for name, mark in labels.items()}
@@ -154,7 +154,7 @@ def train_joint(
         with autocast():
             features, attention, _ = run_tower(model.tower, pixels)
             extra = dense_losses(model, features, attention, labels)
-            loss, right = packing.forward(model.decoder, data, model.projector(features), watch, 0.1)
+            loss, right = guidance.forward(model.decoder, data, model.projector(features), watch, 0.1)
         for optimizer in optimizers:
             optimizer.zero_grad()
         (loss + 0.1 * extra).backward()

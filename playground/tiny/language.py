@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from playground.tiny import packing, scenes, text
+from playground.tiny import guidance, packing, scenes, text
 from playground.tiny.common import Log, autocast, save_state, train_rng
 from playground.tiny.questions import KINDS, sample_questions
 
@@ -138,7 +138,7 @@ def symbolic_batch(
         marks.append([packing.asked_patches(scene, table, question) for question in asked])
         patches.append(packing.choose_patches(table, rng, rng.uniform(0.15, 0.7), int(rng.integers(4, 24))))
     data = packing.pack(patches, questions, (rng.random(size) < 0.5) & (len(kinds) > 4), marks)
-    return packing.guide(data, patches, picked, tables, questions), torch.from_numpy(np.stack(tables))
+    return guidance.guide(data, patches, picked, tables, questions), torch.from_numpy(np.stack(tables))
 
 
 def train_language(
@@ -188,7 +188,7 @@ def train_language(
         with autocast():
             pictures = symbols(tables, decoder.model.embed_tokens)
             pictures = pictures + 0.02 * torch.randn_like(pictures)
-            loss, right = packing.forward(decoder, data, pictures, (2, 4, 6, 8) if deep else (1, 2, 3, 4), 0.2)
+            loss, right = guidance.forward(decoder, data, pictures, (2, 4, 6, 8) if deep else (1, 2, 3, 4), 0.2)
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss.backward()

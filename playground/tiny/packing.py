@@ -2,7 +2,7 @@
 
 A sequence is [head ids | visual tokens | question 1 | question 2 | ...]. A block mask lets every question see the
 head, the picture and itself only, and its positions restart behind the picture, so the picture is computed once for
-all its questions and every question is computed as at test time.
+all its questions and every question is computed as at test time. What guides attention in training is in `guidance.py`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from playground.tiny import text
-from playground.tiny.questions import NUMBERS, Question
+from playground.tiny.questions import Question
 from playground.tiny.scenes import GRID, Scene
 from playground.tiny.vision import patch_labels
 
@@ -37,6 +36,10 @@ class Pack:
         counted: for questions about a number, the flat index of the answering place [n] and bool [n, L]: the centers of
             the objects to count, and BOS. Their true number is in sides.
         names, named: like rows and asked for the last token of every phrase that names an object.
+        letters: [n, 2], for every option of a lettered question the flat indices of its last token and of its letter.
+        chosen: [n, 2], for every lettered question the flat indices of the answering place and of the last token of the
+            right option.
+        meanings: [n, 2], flat index of the last token of a Chinese word and the token of the English one.
         rows: per question the flat index of the place that predicts its answer; asked: bool [questions, L], the visual
             places that show what it asks about (none: nothing can be said).
     """
@@ -56,6 +59,9 @@ class Pack:
     pairs: torch.Tensor | None = None
     sides: torch.Tensor | None = None
     counted: tuple[torch.Tensor, torch.Tensor] | None = None
+    letters: torch.Tensor | None = None
+    chosen: torch.Tensor | None = None
+    meanings: torch.Tensor | None = None
 
 
 def attributes(scene: Scene) -> np.ndarray:
@@ -86,59 +92,8 @@ def object_patches(scene: Scene, table: np.ndarray, objects: tuple[int, ...]) ->
 
 def asked_patches(scene: Scene, table: np.ndarray, question: Question) -> np.ndarray:
     """Patches of the objects that the question asks about: bool [576]. An absent object is nowhere."""
-    present = question.kind != "exists" or question.answer == "Yes"
+    present = "exists" not in question.kind or "Yes" in (question.answer, question.target)
     return object_patches(scene, table, question.asked if present else ())
-
-
-OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
-
-
-def side_token(question: Question) -> int:
-    """The token of the side of the second object on which the first one is, whatever the question claims."""
-    side = next(side for side in OPPOSITE if side in question.category)
-    return text.tokenizer()(OPPOSITE[side] if question.answer == "No" else side).input_ids[1]
-
-
-def guide(
-    batch: Pack,
-    patches: list[np.ndarray],
-    scenes: list[Scene],
-    tables: list[np.ndarray],
-    questions: list[list[Question]],
-) -> Pack:
-    """Fill in where phrases name objects and which visual places those are (for `looking_loss`)."""
-    head, length = len(text.head_ids()), batch.ids.shape[1]
-    names, named, pairs, sides, counted, centers = [], [], [], [], [], []
-    answering = iter(batch.rows.tolist())
-    for b, (chosen, row) in enumerate(zip(patches, questions, strict=True)):
-        start = head + len(chosen)
-        for question in row:
-            for name, index in question.names:
-                names.append(b * length + start + text.name_place(question.question, name))
-                mark = np.zeros(length, dtype=bool)
-                mark[head : head + len(chosen)] = object_patches(scenes[b], tables[b], (index,))[chosen]
-                named.append(mark)
-            row_index = next(answering)
-            if len(question.names) == 2:
-                pairs.append([row_index, *names[-2:]])
-            if question.kind in ("relation", "choose_relation"):
-                sides.append([row_index, side_token(question)])
-            if question.kind in ("count", "verify_count") and question.asked:
-                sides.append([row_index, text.tokenizer()(NUMBERS[len(question.asked)]).input_ids[1]])
-                mark = np.zeros(length, dtype=bool)
-                mark[head : head + len(chosen)] = (
-                    object_patches(scenes[b], tables[b], question.asked) & (tables[b][:, 5] > 0)
-                )[chosen]
-                mark[0] = True
-                counted.append(row_index)
-                centers.append(mark)
-            start += len(text.tail_ids(question.text, question.answer)[0])
-    batch.names, batch.named = torch.tensor(names), torch.from_numpy(np.stack(named))
-    batch.pairs = torch.tensor(pairs).view(-1, 3)
-    batch.sides = torch.tensor(sides).view(-1, 2)
-    if counted:
-        batch.counted = torch.tensor(counted), torch.from_numpy(np.stack(centers))
-    return batch
 
 
 def pack(
@@ -151,8 +106,8 @@ def pack(
 
     asked: per picture and question the patches it asks about, bool [576].
     """
-    tails = [[(*text.tail_ids(q.text, q.answer), q.kind) for q in row] for row in questions]
-    return pack_ids(patches, tails, original, asked)
+    tails = [[(*text.tail_ids(q.text, q.answer, q.picture), q.kind) for q in row] for row in questions]
+    return pack_ids(patches, tails, original, asked, [text.head_ids(row[0].picture) for row in questions])
 
 
 def pack_ids(
@@ -160,22 +115,26 @@ def pack_ids(
     tails: list[list[tuple[tuple[int, ...], int, str]]],
     original: np.ndarray,
     asked: list[list[np.ndarray]] | None = None,
+    heads: list[tuple[int, ...]] | None = None,
 ) -> Pack:
-    """`pack` for ready ids: per picture and question the ids behind the picture, the length of the answer, the kind."""
-    head = text.head_ids()
-    lengths = [len(head) + len(p) + sum(len(t) for t, _, _ in row) for p, row in zip(patches, tails, strict=True)]
+    """`pack` for ready ids: per picture and question the ids behind the picture, the length of the answer, the kind;
+    `heads`: the ids before the picture where they are not the usual ones."""
+    heads = heads or [text.head_ids()] * len(patches)
+    lengths = [
+        len(head) + len(p) + sum(len(t) for t, _, _ in row) for head, p, row in zip(heads, patches, tails, strict=True)
+    ]
     size, length = len(patches), -(-max(lengths) // 8) * 8
     ids = np.zeros((size, length), dtype=np.int64)
     visual = np.full((size, length), -1, dtype=np.int64)
     positions = np.zeros((size, length), dtype=np.int64)
     segment = np.full((size, length), -1, dtype=np.int64)
     where, targets, owner, kinds, rows, marks = [], [], [], [], [], []
-    for b, (chosen, row) in enumerate(zip(patches, tails, strict=True)):
+    for b, (head, chosen, row) in enumerate(zip(heads, patches, tails, strict=True)):
         start, end = len(head), len(head) + len(chosen)
         ids[b, :start], visual[b, start:end], segment[b, :end] = head, chosen, 0
         positions[b, :start] = np.arange(start)
         positions[b, start:end] = start + (chosen if original[b] else np.arange(len(chosen)))
-        behind = start + (GRID * GRID if original[b] else len(chosen))
+        behind = start + (GRID * GRID if original[b] and len(chosen) else len(chosen))
         for k, (tail, answer, kind) in enumerate(row):
             stop = end + len(tail)
             ids[b, end:stop], segment[b, end:stop] = tail, k + 1
@@ -215,92 +174,6 @@ def embed(decoder, batch: Pack, pictures: torch.Tensor) -> torch.Tensor:
     return embedded.index_put((rows, places), pictures[rows, batch.visual[rows, places]].to(embedded.dtype))
 
 
-def forward(
-    decoder, batch: Pack, pictures: torch.Tensor, watch: tuple[int, ...] | None = None, weight: float = 0.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss over answer tokens, and per question whether all of its answer tokens are right (bool).
-
-    `watch`: layers whose attention is guided with `weight` (`looking_loss`): in the first, names look at the
-    objects they name; in the second too, and the place of the answer looks at the objects asked about; in the third,
-    it looks back at both names (`comparing_loss`). Behind the fourth, it must say on which side the first object is.
-
-    Args:
-        decoder: LlamaForCausalLM.
-        pictures: [B, 576, D] visual embeddings (rows that the batch does not use may hold anything).
-    """
-    embedded = embed(decoder, batch, pictures)
-    watched: dict[int, dict] = {}
-    handles = [
-        decoder.model.layers[i].self_attn.register_forward_pre_hook(
-            lambda module, args, kwargs, i=i: watched.update({i: kwargs}), with_kwargs=True
-        )
-        for i in (watch or ())[:3]
-    ]
-    if watch is not None and len(watch) > 3:
-        handles.append(
-            decoder.model.layers[watch[3]].register_forward_hook(
-                lambda module, args, output: watched.update(
-                    {"late": output[0] if isinstance(output, tuple) else output}
-                )
-            )
-        )
-    hidden = decoder.model(
-        inputs_embeds=embedded, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
-    ).last_hidden_state
-    logits = decoder.lm_head(hidden.flatten(0, 1)[batch.where]).float()
-    right = logits.detach().argmax(-1) == batch.targets
-    wrong = torch.zeros(len(batch.kinds)).index_add(0, batch.owner, (~right).float())
-    loss = F.cross_entropy(logits, batch.targets)
-    for handle in handles:
-        handle.remove()
-    if watch is not None:
-        first, second = (decoder.model.layers[i].self_attn for i in watch[:2])
-        loss = loss + weight * looking_loss(first, watched[watch[0]], batch, batch.names, batch.named)
-        loss = loss + weight * looking_loss(second, watched[watch[1]], batch, batch.rows, batch.asked)
-        loss = loss + weight * looking_loss(second, watched[watch[1]], batch, batch.names, batch.named)
-        if len(watch) > 3 and len(batch.sides):
-            late = decoder.model.norm(watched["late"].flatten(0, 1)[batch.sides[:, 0]])
-            loss = loss + 3 * weight * F.cross_entropy(decoder.lm_head(late).float(), batch.sides[:, 1])
-        if batch.counted is not None:
-            loss = loss + weight * counting_loss(second, watched[watch[1]], batch)
-        if len(watch) > 2 and len(batch.pairs):
-            loss = loss + weight * comparing_loss(decoder.model.layers[watch[2]].self_attn, watched[watch[2]], batch)
-    return loss, wrong == 0
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding, halves convention."""
-    half = x.shape[-1] // 2
-    return x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin
-
-
-def looking_loss(
-    attention: torch.nn.Module, given: dict, batch: Pack, rows: torch.Tensor, asked: torch.Tensor
-) -> torch.Tensor:
-    """How little the first half of the heads look from `rows` (flat indices [n]) at the places `asked` (bool [n, L]).
-
-    Minus the log of the share of the attention over visual tokens that lies on those objects. Without it binding
-    ("what color is the star") takes several times as many steps to appear.
-    """
-    hidden, (cos, sin) = given["hidden_states"], given["position_embeddings"]
-    size, length, _ = hidden.shape
-    width = attention.head_dim
-    heads = attention.q_proj.out_features // width // 2
-    use = asked.any(1)
-    rows, asked = rows[use], asked[use]
-    sample = rows // length
-    query = attention.q_proj(hidden.flatten(0, 1)[rows])[:, : heads * width].view(-1, heads, width).float()
-    key = attention.k_proj(hidden)[..., : heads * width].view(size, length, heads, width).float()
-    cos, sin = cos.float().expand(size, -1, -1), sin.float().expand(size, -1, -1)
-    query = rotate(query, cos.flatten(0, 1)[rows][:, None], sin.flatten(0, 1)[rows][:, None])
-    key = rotate(key, cos[:, :, None], sin[:, :, None])
-    scores = torch.einsum("qhd,qlhd->qhl", query, key[sample]) * attention.scaling
-    visual = (batch.visual >= 0)[sample][:, None]
-    every = scores.masked_fill(~visual, -1e9).logsumexp(-1)
-    there = scores.masked_fill(~asked[:, None], -1e9).logsumexp(-1)
-    return (every - there).mean()
-
-
 def next_tokens(decoder, batch: Pack, pictures: torch.Tensor) -> torch.Tensor:
     """The most likely token behind every question (packed without answers): int64 [questions]."""
     hidden = decoder.model(
@@ -310,35 +183,3 @@ def next_tokens(decoder, batch: Pack, pictures: torch.Tensor) -> torch.Tensor:
         use_cache=False,
     ).last_hidden_state
     return decoder.lm_head(hidden.flatten(0, 1)[batch.rows]).float().argmax(-1)
-
-
-def head_scores(attention: torch.nn.Module, given: dict, batch: Pack, rows: torch.Tensor, heads: slice) -> torch.Tensor:
-    """Masked attention logits of some heads from `rows` (flat indices [n]): [n, heads, L]."""
-    hidden, (cos, sin) = given["hidden_states"], given["position_embeddings"]
-    size, length, _ = hidden.shape
-    width = attention.head_dim
-    sample = rows // length
-    query = attention.q_proj(hidden.flatten(0, 1)[rows]).view(len(rows), -1, width)[:, heads].float()
-    key = attention.k_proj(hidden).view(size, length, -1, width)[:, :, heads].float()
-    cos, sin = cos.float().expand(size, -1, -1), sin.float().expand(size, -1, -1)
-    query = rotate(query, cos.flatten(0, 1)[rows][:, None], sin.flatten(0, 1)[rows][:, None])
-    key = rotate(key, cos[:, :, None], sin[:, :, None])
-    scores = torch.einsum("qhd,qlhd->qhl", query, key[sample]) * attention.scaling
-    return scores.masked_fill(~batch.mask[sample, 0, rows % length][:, None], -1e9)
-
-
-def counting_loss(attention: torch.nn.Module, given: dict, batch: Pack) -> torch.Tensor:
-    """The third head should spread evenly over BOS and the centers of the objects to count, so that the share of BOS,
-    1 / (n + 1), tells their number."""
-    rows, places = batch.counted
-    scores = head_scores(attention, given, batch, rows, slice(2, 3))[:, 0]
-    target = places.float() / places.sum(1, keepdim=True)
-    return -(target * scores.log_softmax(-1)).sum(1).mean()
-
-
-def comparing_loss(attention: torch.nn.Module, given: dict, batch: Pack) -> torch.Tensor:
-    """Where a question names two objects: how little the answering place looks back at the two names, at the first one
-    with the last head but one, at the second one with the last head. What the names found is what is to be compared."""
-    rows, targets = batch.pairs[:, 0], batch.pairs[:, 1:] % batch.ids.shape[1]
-    scores = head_scores(attention, given, batch, rows, slice(-2, None))
-    return F.cross_entropy(scores.flatten(0, 1), targets.flatten())

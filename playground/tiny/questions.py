@@ -30,6 +30,10 @@ class Question:
         ocr: the words on the `Reference OCR token` line.
         category: what a benchmark groups by (the kind of negative, the relation, ...).
         names: phrases of the question that name one object each, with that object.
+        lead: a line before the question; note: a line behind it.
+        target: the answer in plain words where `answer` is only the letter of an option.
+        instruction: the last line; None: the usual one of short or lettered answers, empty: none.
+        picture: False for a question without one.
     """
 
     kind: str
@@ -40,15 +44,27 @@ class Question:
     ocr: tuple[str, ...] | None = None
     category: str = ""
     names: tuple[tuple[str, int], ...] = ()
+    lead: str = ""
+    note: str = ""
+    target: str = ""
+    instruction: str | None = None
+    picture: bool = True
+
+    @property
+    def body(self) -> str:
+        """`text` without the instruction."""
+        lines = [self.lead] * bool(self.lead) + [self.question] + [self.note] * bool(self.note)
+        if self.ocr is not None:
+            lines.append("Reference OCR token: " + ", ".join(self.ocr))
+        lines += [f"{letter}. {option}" for letter, option in zip("ABCD", self.options, strict=False)]
+        return "\n".join(lines)
 
     @property
     def text(self) -> str:
         """What the user says after the picture, as the question files of the real benchmarks say it."""
-        lines = [self.question]
-        if self.ocr is not None:
-            lines.append("Reference OCR token: " + ", ".join(self.ocr))
-        lines += [f"{letter}. {option}" for letter, option in zip("ABCD", self.options, strict=False)]
-        return "\n".join([*lines, LETTER if self.options else SHORT])
+        usual = LETTER if self.options else SHORT
+        instruction = usual if self.instruction is None else self.instruction
+        return f"{self.body}\n{instruction}" if instruction else self.body
 
 
 def pick(rng: np.random.Generator, items: list | tuple) -> object:

@@ -42,27 +42,47 @@ def tokenizer():
     return LlamaTokenizer.from_pretrained(CHECKPOINT)
 
 
-@lru_cache(maxsize=1)
-def head_ids() -> tuple[int, ...]:
-    """Ids before the picture, BOS first."""
-    return tuple(tokenizer()(prompt("").split("<image>")[0]).input_ids)
+def prompt_of(text: str, answer: str | None = None, picture: bool = True) -> str:
+    """`prompt`, or the same without a picture."""
+    return prompt(text, answer) if picture else prompt(text, answer).replace("<image>\n", "")
+
+
+@lru_cache(maxsize=2)
+def head_ids(picture: bool = True) -> tuple[int, ...]:
+    """Ids before the picture, BOS first; without a picture: before the question."""
+    start = prompt("").split("<image>")[0]
+    return tuple(tokenizer()(start if picture else start.rstrip()).input_ids)
 
 
 @lru_cache(maxsize=400_000)
-def tail_ids(text: str, answer: str) -> tuple[tuple[int, ...], int]:
+def tail_ids(text: str, answer: str, picture: bool = True) -> tuple[tuple[int, ...], int]:
     """Ids behind the picture, ending with EOS, and how many of them are the answer's (EOS included)."""
-    question = tokenizer()(prompt(text).split("<image>")[1]).input_ids[1:]
-    whole = tokenizer()(prompt(text, answer).split("<image>")[1]).input_ids[1:]
+
+    def tail(said: str | None) -> list[int]:
+        if picture:
+            return tokenizer()(prompt(text, said).split("<image>")[1]).input_ids[1:]
+        ids, head = tokenizer()(prompt_of(text, said, False)).input_ids, head_ids(False)
+        if tuple(ids[: len(head)]) != head:
+            raise AssertionError(f"the question changes the ids before it: {text!r}")
+        return ids[len(head) :]
+
+    question, whole = tail(None), tail(answer)
     if whole[: len(question)] != question:
         raise AssertionError(f"the answer changes the ids of its own prompt: {text!r} {answer!r}")
     return tuple(whole), len(whole) - len(question)
 
 
-@lru_cache(maxsize=400_000)
-def name_place(question: str, name: str) -> int:
-    """Index, in the ids behind the picture, of the last token of a phrase of the question."""
-    end = question.index(name) + len(name)
-    return len(tokenizer()(prompt("").split("<image>")[1].split(" ASSISTANT")[0] + question[:end]).input_ids) - 2
+@lru_cache(maxsize=100_000)
+def token_ends(text: str, picture: bool = True) -> dict[int, int]:
+    """Where a token ends at character `i` of the text (exclusive): its index in the ids behind the picture.
+
+    A character that is spelled by several bytes counts with the last of them.
+    """
+    whole = prompt(text).split("<image>")[1] if picture else prompt_of(text, None, False)
+    start = whole.index(text)
+    offsets = tokenizer()(whole, return_offsets_mapping=True).offset_mapping
+    skip = 1 if picture else len(head_ids(False))
+    return {end - start: place - skip for place, (_, end) in enumerate(offsets) if end > start and place >= skip}
 
 
 def corpus(lines: int = 20000, seed: int = 7) -> list[str]:

@@ -6,6 +6,8 @@
     python -m playground.tiny.train --stage align --minutes 1
     python -m playground.tiny.train --stage joint --minutes 20
     python -m playground.tiny.export && python -m playground.tiny.arena
+    python -m playground.tiny.train --stage extend --minutes 48
+    python -m playground.tiny.export --state extend.pt && python -m playground.tiny.arena
 
 Every stage saves its weights to `playground/tiny/runs/` as it goes, so a run can be stopped at any time; `--resume`
 continues from there (with scenes not drawn before and fresh optimizers).
@@ -20,11 +22,20 @@ import torch
 from llava.utils import UserError, cli_main
 from playground.tiny import text
 from playground.tiny.common import RUNS
+from playground.tiny.export import load
+from playground.tiny.extend import train_extend
 from playground.tiny.joint import align, train_joint
 from playground.tiny.language import train_language
 from playground.tiny.vision import train_vision
 
-STAGES = {"tokenizer": (), "vision": (), "language": (), "align": ("vision.pt", "language.pt"), "joint": ("joint.pt",)}
+STAGES = {
+    "tokenizer": (),
+    "vision": (),
+    "language": (),
+    "align": ("vision.pt", "language.pt"),
+    "joint": ("joint.pt",),
+    "extend": (),
+}
 
 
 @cli_main
@@ -39,7 +50,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--rate", type=float, default=None, help="factor on the learning rates of language and joint")
     parser.add_argument("--resume", action="store_true", help="language: continue the saved run")
-    parser.add_argument("--run", type=int, default=0, help="joint: number of the restart, chooses its random stream")
+    parser.add_argument(
+        "--run", type=int, default=0, help="joint, extend: number of the restart, chooses its random stream"
+    )
     parser.add_argument("--deepen", action="store_true", help="joint: grow the decoder from six to twelve layers first")
     parser.add_argument(
         "--full-share", type=float, default=0.2, help="joint: last part of the run with all 576 visual tokens"
@@ -60,6 +73,8 @@ def main() -> None:
         train_language(RUNS, args.minutes, resume=args.resume, rate=args.rate or 0.6)
     elif args.stage == "align":
         align(RUNS, args.minutes)
+    elif args.stage == "extend":
+        train_extend(load(), RUNS, args.minutes, rate=args.rate or 0.3, run=args.run)
     else:
         train_joint(
             RUNS, args.minutes, rate=args.rate or 0.3, run=args.run, full_share=args.full_share, deepen=args.deepen

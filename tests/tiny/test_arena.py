@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from playground.tiny import arena, export
-from playground.tiny.make_benchmarks import BENCHMARKS, Item, build_all
+from playground.tiny.make_benchmarks import ARENA, Item, build_all
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def record() -> dict:
 
 @pytest.fixture(scope="module")
 def items() -> list[Item]:
-    return build_all().items
+    return build_all(ARENA).items
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def model() -> export.TinyLlava:
 def subset(items: list[Item], pictures: int) -> list[Item]:
     """All questions about the first pictures of every benchmark."""
     chosen = []
-    for name in BENCHMARKS:
+    for name in ARENA:
         own = [i for i in items if i.benchmark == name]
         images = list(dict.fromkeys(i.image for i in own))
         step = len(images) // pictures
@@ -57,7 +57,7 @@ def test_thresholds_can_fail(record: dict) -> None:
 
 def test_blind_scores_agree_with_the_record(record: dict, items: list[Item]) -> None:
     scored = arena.score(items, arena.blind_answers(items))
-    for name in BENCHMARKS:
+    for name in ARENA:
         assert scored[name] == record["benchmarks"][name]["blind"]
         assert record["benchmarks"][name]["questions"] == sum(i.benchmark == name for i in items)
 
@@ -65,7 +65,7 @@ def test_blind_scores_agree_with_the_record(record: dict, items: list[Item]) -> 
 def test_blind_answers_beat_always_yes_and_guess_from_the_ocr_line(items: list[Item]) -> None:
     scored = arena.score(items, arena.blind_answers(items))
     constant = arena.score(items, ["Yes"] * len(items))
-    assert all(scored[n]["score"] >= constant[n]["score"] for n in BENCHMARKS)
+    assert all(scored[n]["score"] >= constant[n]["score"] for n in ARENA)
     assert scored["textvqa"]["score"] > 15
 
 

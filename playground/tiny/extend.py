@@ -1,0 +1,176 @@
+"""Stage `extend`: the decoder of the shipped checkpoint learns the prompt formats of the other benchmarks.
+
+Lettered options (English and Chinese), questions without a picture, `Unanswerable`, whole sentences; the old kinds of
+questions stay in the mixture. Starts from the exported checkpoint; the vision tower is frozen, so what CLS attention
+says about patches does not change.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from playground.tiny import chinese, formats, guidance, packing, scenes, text
+from playground.tiny import questions as q
+from playground.tiny.common import Log, autocast, save_state, train_rng
+from playground.tiny.joint import TinyLlava
+from playground.tiny.language import make_optimizers
+from playground.tiny.questions import Question
+from playground.tiny.scenes import GRID, Scene
+from playground.tiny.vision import normalize, run_tower
+
+WATCH, OPTIONS = (2, 4, 6, 8), (1, 6, 9)
+Generator = Callable[[Scene, np.random.Generator], Question | None]
+
+
+def _hinted(make: Generator, share: float, label: str = "") -> Generator:
+    def made(scene: Scene, rng: np.random.Generator) -> Question | None:
+        question = make(scene, rng)
+        if rng.random() >= share:
+            return question
+        if make in chinese.CHOICES.values():
+            return chinese.hinted(question, rng)
+        return formats.hinted(question, rng, q.pick(rng, ("", label)))
+
+    return made
+
+
+def mixture() -> list[tuple[Generator, float]]:
+    """Generators and weights of the stage: about 45% old kinds, 30% lettered, 11% Chinese, 7% VizWiz, 7% sentences."""
+    groups: list[tuple[float, dict[Generator, float]]] = []
+    old = {make: weight for name, (make, weight) in q.KINDS.items() if name != "choice"}
+    old[q.count] += 1.5
+    old[q.verify_count] += 1.0
+    groups.append((45, old))
+    lettered = dict(zip(formats.CHOICES.values(), (1.0, 1.0, 1.5, 1.5, 1.3, 0.6, 0.6), strict=True))
+    groups.append((30, {_hinted(make, 0.25, "Context: "): weight for make, weight in lettered.items()}))
+    lettered = dict(zip(chinese.CHOICES.values(), (1.0, 1.0, 1.0, 1.2, 1.2, 0.8, 1.0), strict=True))
+    groups.append((11, {_hinted(make, 0.2): weight for make, weight in lettered.items()}))
+    groups.append((7, {formats.vizwiz: 1.0, formats.unanswerable: 1.0}))
+    weights = (1, 1, 1.2, 1.5, 1, 1, 1, 0.7, 0.35)
+    groups.append((7, {make: w for (make, _), w in zip(formats.OPEN.values(), weights, strict=True)}))
+    return [(make, share * weight / sum(group.values())) for share, group in groups for make, weight in group.items()]
+
+
+def sample(scene: Scene, rng: np.random.Generator, tokens: int, kinds: list[tuple[Generator, float]]) -> list[Question]:
+    """Different questions that fit into about `tokens` tokens together, so that all rows are about equally long."""
+    weights = np.array([weight for _, weight in kinds])
+    out: list[Question] = []
+    seen: set[str] = set()
+    left = tokens
+    for _ in range(200):
+        question = kinds[int(rng.choice(len(kinds), p=weights / weights.sum()))][0](scene, rng)
+        if question is None or question.body in seen:
+            continue
+        size = len(text.tail_ids(question.text, question.answer)[0])
+        if size > left and out:
+            break
+        seen.add(question.body)
+        out.append(question)
+        left -= size
+    return out
+
+
+def draw_batch(
+    rng: np.random.Generator, size: int, tokens: int, full: bool, kinds: list[tuple[Generator, float]]
+) -> tuple[torch.Tensor, packing.Pack]:
+    """Pictures [B, 3, 192, 192] and packed questions; the last row has questions without a picture only."""
+    pictures, picked, tables, patches, questions, marks = [], [], [], [], [], []
+    for _ in range(size - 1):
+        scene = scenes.sample_scene(rng, 3, 6, held_out=False, word_share=float(rng.choice([0.6, 0.9])))
+        table = packing.attributes(scene)
+        pictures.append(scenes.pad_square(scenes.render(scene)))
+        questions.append(sample(scene, rng, tokens, kinds))
+        if full:
+            patches.append(np.arange(GRID**2))
+        else:
+            share = 1.0 if rng.random() < 0.6 else rng.uniform(0.5, 1.0)
+            patches.append(packing.choose_patches(table, rng, share, int(rng.integers(0, 60))))
+        picked.append(scene)
+        tables.append(table)
+        marks.append([packing.asked_patches(scene, table, question) for question in questions[-1]])
+    pictures.append(np.zeros_like(pictures[0]))
+    picked.append(picked[0])
+    tables.append(tables[0])
+    patches.append(np.arange(0))
+    questions.append([_labelled(formats.text_only(rng), rng) for _ in range(tokens // 45)])
+    marks.append([np.zeros(GRID**2, dtype=bool)] * len(questions[-1]))
+    data = packing.pack(patches, questions, rng.random(size) < 0.5, marks)
+    return normalize(np.stack(pictures)), guidance.guide(data, patches, picked, tables, questions)
+
+
+def _labelled(question: Question, rng: np.random.Generator) -> Question:
+    return formats.hinted(question, rng, "Context: ") if rng.random() < 0.25 else question
+
+
+def train_extend(
+    model: TinyLlava,
+    folder: Path,
+    minutes: float,
+    batch: int = 12,
+    tokens: int = 300,
+    rate: float = 0.3,
+    full_share: float = 0.12,
+    run: int = 0,
+    name: str = "extend",
+) -> None:
+    """Train projector and decoder for `minutes`, the last `full_share` with all visual tokens; writes
+    `folder/NAME.pt`."""
+    torch.manual_seed(40 + run)
+    kinds = mixture()
+    model.train()
+    model.tower.requires_grad_(False)
+    optimizers = make_optimizers(model.decoder, [])
+    optimizers.append(torch.optim.AdamW(model.projector.parameters(), lr=1e-3, betas=(0.9, 0.98), fused=True))
+    peaks = [o.param_groups[0]["lr"] for o in optimizers]
+    rng, log = train_rng(name, run), Log(name)
+    scores: dict[str, float] = {}
+    mean, start, step = 0.0, time.time(), 0
+
+    def save() -> None:
+        save_state(
+            folder / f"{name}.pt", model=model.state_dict(), layers=len(model.decoder.model.layers), step=step, run=run
+        )
+
+    while (progress := (time.time() - start) / (60 * minutes)) < 1:
+        full = progress > 1 - full_share
+        pixels, data = draw_batch(rng, batch // 2 if full else batch, tokens, full, kinds)
+        scale = rate * min(1.0, (step + 1) / 60) * max(0.02, 1 - progress)
+        for optimizer, peak in zip(optimizers, peaks, strict=True):
+            optimizer.param_groups[0]["lr"] = peak * scale
+        with autocast():
+            with torch.no_grad():
+                features, _, _ = run_tower(model.tower, pixels)
+            loss, right = guidance.forward(model.decoder, data, model.projector(features), WATCH, 0.1, OPTIONS)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_([*model.decoder.parameters(), *model.projector.parameters()], 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        step += 1
+        by_kind = defaultdict(list)
+        for kind, good in zip(data.kinds, right.tolist(), strict=True):
+            by_kind[kind].append(good)
+        for kind, good in by_kind.items():
+            scores[kind] = 0.93 * scores.get(kind, float(np.mean(good))) + 0.07 * float(np.mean(good))
+        mean = right.float().mean().item() if step == 1 else 0.95 * mean + 0.05 * right.float().mean().item()
+        if step % 25 == 0:
+            log.write(
+                step=step,
+                seconds=round(time.time() - start),
+                full=full,
+                length=data.ids.shape[1],
+                loss=round(loss.item(), 4),
+                right=round(mean, 3),
+                **{k: round(v, 2) for k, v in sorted(scores.items())},
+            )
+        if step % 50 == 0:
+            save()
+    save()
