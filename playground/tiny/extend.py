@@ -90,8 +90,8 @@ def draw_batch(
         if full:
             patches.append(np.arange(GRID**2))
         else:
-            share = 1.0 if rng.random() < 0.6 else rng.uniform(0.5, 1.0)
-            patches.append(packing.choose_patches(table, rng, share, int(rng.integers(0, 60))))
+            share = 1.0 if rng.random() < 0.3 else rng.uniform(0.3, 1.0)
+            patches.append(packing.choose_patches(table, rng, share, int(rng.integers(0, 40))))
         picked.append(scene)
         tables.append(table)
         marks.append([packing.asked_patches(scene, table, question) for question in questions[-1]])
@@ -119,10 +119,13 @@ def train_extend(
     full_share: float = 0.12,
     run: int = 0,
     name: str = "extend",
+    resume: bool = False,
 ) -> None:
     """Train projector and decoder for `minutes`, the last `full_share` with all visual tokens; writes
-    `folder/NAME.pt`."""
+    `folder/NAME.pt`. resume: from the weights there, with fresh optimizers."""
     torch.manual_seed(40 + run)
+    if resume:
+        model.load_state_dict(torch.load(folder / f"{name}.pt")["model"])
     kinds = mixture()
     model.train()
     model.tower.requires_grad_(False)

@@ -73,7 +73,7 @@ def guide(
     """Fill in where phrases name objects, which visual places those are, and all else that the losses below need."""
     length = batch.ids.shape[1]
     names, named, pairs, sides, counted, centers = [], [], [], [], [], []
-    letters, chosen_options, meanings = [], [], []
+    letters, lettered, chosen_options, meanings = [], [], [], []
     answering = iter(batch.rows.tolist())
 
     def mark(b: int, there: np.ndarray, chosen: np.ndarray) -> np.ndarray:
@@ -104,6 +104,7 @@ def guide(
             if question.options:
                 places = [(base + ends[last], base + ends[letter]) for last, letter in option_ends(question)]
                 letters += places
+                lettered += [[place, first_token(c)] for (place, _), c in zip(places, "ABCD", strict=False)]
                 chosen_options.append([row_index, places["ABCD".index(question.answer)][0]])
             meanings += [[base + ends[end], first_token(english)] for end, english in words_of(question)]
             start += len(text.tail_ids(question.text, question.answer, question.picture)[0])
@@ -111,6 +112,7 @@ def guide(
     batch.pairs = torch.tensor(pairs).view(-1, 3)
     batch.sides = torch.tensor(sides).view(-1, 2)
     batch.letters = torch.tensor(letters).view(-1, 2)
+    batch.lettered = torch.tensor(lettered).view(-1, 2)
     batch.chosen = torch.tensor(chosen_options).view(-1, 2)
     batch.meanings = torch.tensor(meanings).view(-1, 2)
     if counted:
@@ -132,7 +134,7 @@ def forward(
     objects they name; in the second too, and the place of the answer looks at the objects asked about; in the third,
     it looks back at both names (`comparing_loss`). Behind the fourth, it must say on which side the first object is.
     `options`: behind the first of these layers Chinese words mean English ones, in the second options look at their
-    letters, in the third the answering place looks at the right option.
+    letters and behind it they know them, in the third the answering place looks at the right option.
 
     Args:
         decoder: LlamaForCausalLM.
@@ -151,7 +153,7 @@ def forward(
         layers[i].register_forward_hook(
             lambda module, args, output, i=i: outputs.update({i: output[0] if isinstance(output, tuple) else output})
         )
-        for i in {*(watch or ())[3:], *(options or ())[:1]}
+        for i in {*(watch or ())[3:], *(options or ())[:2]}
     ]
     hidden = decoder.model(
         inputs_embeds=embed(decoder, batch, pictures),
@@ -179,6 +181,8 @@ def forward(
     if options is not None:
         if len(batch.meanings):
             loss = loss + 3 * weight * saying_loss(decoder, outputs[options[0]], batch.meanings)
+        if len(batch.lettered):
+            loss = loss + weight * saying_loss(decoder, outputs[options[1]], batch.lettered)
         for layer, pairs in zip(options[1:], (batch.letters, batch.chosen), strict=True):
             if len(pairs):
                 loss = loss + weight * pointing_loss(layers[layer].self_attn, watched[layer], batch, pairs)

@@ -37,6 +37,7 @@ class Pack:
             the objects to count, and BOS. Their true number is in sides.
         names, named: like rows and asked for the last token of every phrase that names an object.
         letters: [n, 2], for every option of a lettered question the flat indices of its last token and of its letter.
+        lettered: [n, 2], the last token of every option and the token that answers with its letter.
         chosen: [n, 2], for every lettered question the flat indices of the answering place and of the last token of the
             right option.
         meanings: [n, 2], flat index of the last token of a Chinese word and the token of the English one.
@@ -60,6 +61,7 @@ class Pack:
     sides: torch.Tensor | None = None
     counted: tuple[torch.Tensor, torch.Tensor] | None = None
     letters: torch.Tensor | None = None
+    lettered: torch.Tensor | None = None
     chosen: torch.Tensor | None = None
     meanings: torch.Tensor | None = None
 

@@ -49,7 +49,7 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--rate", type=float, default=None, help="factor on the learning rates of language and joint")
-    parser.add_argument("--resume", action="store_true", help="language: continue the saved run")
+    parser.add_argument("--resume", action="store_true", help="language, extend: continue the saved run")
     parser.add_argument(
         "--run", type=int, default=0, help="joint, extend: number of the restart, chooses its random stream"
     )
@@ -58,7 +58,7 @@ def main() -> None:
         "--full-share", type=float, default=0.2, help="joint: last part of the run with all 576 visual tokens"
     )
     args = parser.parse_args()
-    needed = STAGES[args.stage] + (("language.pt",) if args.resume and args.stage == "language" else ())
+    needed = STAGES[args.stage] + ((f"{args.stage}.pt",) if args.resume else ())
     for name in needed:
         if not (RUNS / name).is_file():
             raise UserError(f"{RUNS / name}: no such file; train the earlier stages first")
@@ -74,7 +74,7 @@ def main() -> None:
     elif args.stage == "align":
         align(RUNS, args.minutes)
     elif args.stage == "extend":
-        train_extend(load(), RUNS, args.minutes, rate=args.rate or 0.3, run=args.run)
+        train_extend(load(), RUNS, args.minutes, rate=args.rate or 0.3, run=args.run, resume=args.resume)
     else:
         train_joint(
             RUNS, args.minutes, rate=args.rate or 0.3, run=args.run, full_share=args.full_share, deepen=args.deepen
