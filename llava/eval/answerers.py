@@ -11,10 +11,11 @@ import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from PIL import Image
 
 from llava.eval.questions import Question
-from llava.eval.runner import Answerer, Sample, decode_image
+from llava.eval.runner import Answerer, decode_image
 
 
 def _text_of(question: Question) -> str:
@@ -31,9 +32,8 @@ class VariedAnswerer(Answerer):
     prompt_text: Callable[[Question], str] = _text_of
     images: Mapping[str, str] = field(default_factory=dict)
 
-    def prepare(self, question: Question) -> Sample:
-        sample = super().prepare(dataclasses.replace(question, text=self.prompt_text(question)))
-        return dataclasses.replace(sample, question=question)
+    def prompt_ids(self, question: Question) -> torch.Tensor:
+        return super().prompt_ids(dataclasses.replace(question, text=self.prompt_text(question)))
 
     def load_image(self, name: str) -> Image.Image:
         if name not in self.images:

@@ -71,15 +71,23 @@ class AnswerFile:
     model is loaded; it changes nothing. `open` repairs a torn last line or, without resume, starts an empty file.
 
     model_id, metadata: written to every answer. Answers of a run with another model or other metadata are
-    refused rather than mixed.
+    refused rather than mixed. option: the flag that says where answers go, for messages.
 
     Attributes:
         totals: tokens over all answers, those found included.
         failed: answers that are marked as failed, those found included.
     """
 
-    def __init__(self, path: str | Path, model_id: str, metadata: Mapping[str, Any], resume: bool = True) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        model_id: str,
+        metadata: Mapping[str, Any],
+        resume: bool = True,
+        option: str = "--answers-file",
+    ) -> None:
         self.path = Path(path)
+        self._option = option
         self.model_id = model_id
         self.metadata = dict(metadata)
         self.resume = resume
@@ -108,13 +116,13 @@ class AnswerFile:
     def _check_same_run(self, record: Mapping[str, Any], where: str) -> None:
         found = record.get("metadata")
         if not isinstance(found, dict) or not isinstance(found.get(TOKENS, {}), dict):
-            raise UserError(f"{where}: this answer has no metadata of a run; give another --answers-file")
+            raise UserError(f"{where}: this answer has no metadata of a run; give another {self._option}")
         wanted = {"model_id": self.model_id, **self.metadata}
         difference = first_difference({"model_id": record.get("model_id"), **run_options(found)}, wanted)
         if difference is not None:
             raise UserError(
                 f"{where}: answer of another run ({difference}); "
-                "give another --answers-file, or --overwrite to start over"
+                f"give another {self._option}, or --overwrite to start over"
             )
 
     @property

@@ -155,12 +155,12 @@ def method_from_args(args: argparse.Namespace) -> Any:
         raise UserError(f"--method {args.method}: {_message(error)}") from None
 
 
-def check_budget(method: Any, visual_tokens: int) -> None:
+def check_budget(method: Any, visual_tokens: int, flag: str = "--target-token-num") -> None:
     """Raises `UserError` if the budget exceeds `visual_tokens`, the most the model can get from one image."""
     target = method.target_tokens
     if target is not None and target > visual_tokens:
         raise UserError(
-            f"--target-token-num {target} is more than the {visual_tokens} visual tokens of this model; "
+            f"{flag} {target} is more than the {visual_tokens} visual tokens of this model; "
             "use --method dense to run without pruning"
         )
 

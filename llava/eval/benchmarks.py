@@ -1,17 +1,27 @@
-"""Where the files of each benchmark lie below a data folder (upstream's layout), and one score per benchmark.
+"""Where the files of each benchmark lie below a data folder (upstream's layout), how it is asked, and its score.
 
 Knows layouts and which scorer belongs to which benchmark; the metrics are in the `eval_*` modules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava.eval import eval_gqa, eval_mme, eval_pope, eval_textvqa
-from llava.eval.questions import Question
+from llava.eval import (
+    eval_gqa,
+    eval_mmbench,
+    eval_mme,
+    eval_pope,
+    eval_science_qa,
+    eval_textvqa,
+    graders,
+    model_vqa_mmbench,
+    model_vqa_science,
+)
+from llava.eval.questions import Question, read_questions
 
 
 @dataclass(frozen=True)
@@ -27,14 +37,57 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """The questions of a benchmark, and what an answerer needs beside them (see `VariedAnswerer`)."""
+
+    questions: list[Question]
+    answerer: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _question_file(path: Path) -> Asked:
+    return Asked(read_questions(path))
+
+
+def _conversations(path: Path) -> Asked:
+    questions = model_vqa_science.read_conversations(str(path), single_prediction=True)
+    return Asked(questions, {"prompt_text": model_vqa_science.without_placeholder})
+
+
+def _mmbench_rows(language: str) -> Callable[[Path], Asked]:
+    instruction = model_vqa_mmbench.SINGLE_PREDICTION[language]
+
+    def read(path: Path) -> Asked:
+        rows, images = model_vqa_mmbench.read_rows(str(path))
+        prompt = lambda question: f"{question.text}\n{instruction}"  # noqa: E731 - one expression, used once
+        return Asked([question for row in rows for question in row], {"prompt_text": prompt, "images": images})
+
+    return read
+
+
+@dataclass(frozen=True)
 class Benchmark:
-    """Paths are relative to the data folder; `score(data_dir, answers)` scores whatever was answered."""
+    """Paths are relative to the data folder.
+
+    score: `score(data_dir, answers)` scores whatever was answered, with the published metric. grader:
+    `grader(data_dir)` gives the credit of single answers. read: the question file's reader.
+    """
 
     name: str
     metric: str
     question_file: str
     image_folder: str
     score: Callable[[Path, Sequence[dict[str, Any]]], Score]
+    grader: Callable[[Path], graders.Grader]
+    read: Callable[[Path], Asked] = _question_file
+
+    @property
+    def key(self) -> str:
+        """The name in options and file names."""
+        return self.name.lower().replace("-", "_")
+
+    def ask(self, data_dir: Path) -> Asked:
+        """The questions; raises `UserError` if the file is missing or wrong."""
+        return self.read(data_dir / self.question_file)
 
 
 def _textvqa(data: Path, answers: Sequence[dict[str, Any]]) -> Score:
@@ -71,12 +124,73 @@ def _mme(data: Path, answers: Sequence[dict[str, Any]]) -> Score:
     return Score(result["perception"] + result["cognition"], accuracy, samples)
 
 
+def _science_qa(data: Path, answers: Sequence[dict[str, Any]]) -> Score:
+    problems, ids = eval_science_qa.load_problems(str(data / "scienceqa"))
+    answered = {str(answer["question_id"]) for answer in answers}
+    # The scorer counts unanswered problems as wrong; of a subset, only what was asked counts.
+    result = eval_science_qa.evaluate_science_qa(problems, [key for key in ids if key in answered], answers)
+    return Score(result["accuracy"], result["accuracy"], result["total"])
+
+
+def _mmbench_score(table: str) -> Callable[[Path, Sequence[dict[str, Any]]], Score]:
+    def score(data: Path, answers: Sequence[dict[str, Any]]) -> Score:
+        answered = {answer["question_id"] for answer in answers}
+        rows = {index: row for index, row in eval_mmbench.load_rows(str(data / table)).items() if index in answered}
+        result = eval_mmbench.evaluate_mmbench(rows, answers)
+        return Score(result["circular"], result["per_row"], result["rows"])
+
+    return score
+
+
+def _mmbench(name: str, table: str, language: str) -> Benchmark:
+    return Benchmark(
+        name,
+        "circular",
+        table,
+        str(Path(table).parent),
+        _mmbench_score(table),
+        lambda data: graders.mmbench(data / table),
+        _mmbench_rows(language),
+    )
+
+
 BENCHMARKS = (
-    Benchmark("TextVQA", "accuracy", "textvqa/llava_textvqa_val_v051_ocr.jsonl", "textvqa/train_images", _textvqa),
-    Benchmark("POPE", "mean F1", "pope/llava_pope_test.jsonl", "pope/val2014", _pope),
-    Benchmark("GQA", "accuracy", "gqa/llava_gqa_testdev_balanced.jsonl", "gqa/data/images", _gqa),
-    Benchmark("MME", "perception + cognition", "MME/llava_mme.jsonl", "MME/MME_Benchmark_release_version", _mme),
+    Benchmark(
+        "TextVQA",
+        "accuracy",
+        "textvqa/llava_textvqa_val_v051_ocr.jsonl",
+        "textvqa/train_images",
+        _textvqa,
+        graders.textvqa,
+    ),
+    Benchmark("POPE", "mean F1", "pope/llava_pope_test.jsonl", "pope/val2014", _pope, graders.pope),
+    Benchmark("GQA", "accuracy", "gqa/llava_gqa_testdev_balanced.jsonl", "gqa/data/images", _gqa, graders.gqa),
+    Benchmark(
+        "MME",
+        "perception + cognition",
+        "MME/llava_mme.jsonl",
+        "MME/MME_Benchmark_release_version",
+        _mme,
+        graders.mme,
+    ),
 )
+"""The benchmarks of the demo."""
+
+COMPARED = (
+    *BENCHMARKS,
+    Benchmark(
+        "ScienceQA",
+        "accuracy",
+        "scienceqa/llava_test_CQM-A.json",
+        "scienceqa/images/test",
+        _science_qa,
+        graders.science_qa,
+        _conversations,
+    ),
+    _mmbench("MMBench", "mmbench/mmbench_dev_20230712.tsv", "en"),
+    _mmbench("MMBench-CN", "mmbench_cn/mmbench_dev_cn_20231003.tsv", "cn"),
+)
+"""The benchmarks that can be scored here, without a server or a grader model."""
 
 
 def spread(questions: Sequence[Question], limit: int | None) -> list[Question]:

@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from llava.eval.answering import load_model, max_visual_tokens
 from llava.eval.arguments import DTYPES, GenerationOptions, Parser, check_budget
@@ -34,17 +31,6 @@ DEFAULT_BATCH_SIZE = 8
 MAX_NEW_TOKENS = 16
 
 
-@dataclass
-class Setting:
-    """One row of the table: a method, its answers by benchmark, its timings and sums over all samples."""
-
-    label: str
-    method: Any
-    statistics: Any
-    answers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    batch_ms: list[float] = field(default_factory=list)
-
-
 @dataclass(frozen=True)
 class Example:
     """One sample at the smallest budget, for the pictures."""
@@ -53,6 +39,35 @@ class Example:
     question: Question
     answer: str
     trace: Any
+
+
+@dataclass
+class Setting:
+    """One row of the table: a method, its answers by benchmark, its timings and sums over all samples."""
+
+    label: str
+    method: Any
+    statistics: Any
+    keeps_examples: bool = False
+    answers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    batch_ms: list[float] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)
+    benchmark: Benchmark | None = None
+
+    def wants(self, question: Question) -> bool:
+        """Every question is new: the demo starts from nothing."""
+        return True
+
+    def add(self, answers: Sequence[Any]) -> None:
+        """Takes the answers of one batch."""
+        self.batch_ms.append(1000 * answers[0].prefill_seconds)
+        for item in answers:
+            self.statistics.add(item)
+            self.answers.setdefault(self.benchmark.name, []).append(
+                {"question_id": item.question.id, "prompt": item.question.text, "text": item.text}
+            )
+            if self.keeps_examples:
+                self.examples.append(Example(self.benchmark, item.question, item.text, item.trace))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -97,45 +112,8 @@ def make_settings(method_name: str, budgets: Sequence[int]) -> list[Setting]:
         raise UserError(f"--method: {error}") from None
     name = getattr(method_class, "__name__", method_name)
     pruned = [Setting(f"{name} {budget}", m, Statistics()) for budget, m in zip(budgets, methods, strict=True)]
+    pruned[-1].keeps_examples = True
     return [Setting("dense", dense, Statistics()), *pruned]
-
-
-def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """Consecutive slices of at most `size` items."""
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
-
-
-def run_benchmark(
-    answerer: Any, benchmark: Benchmark, questions: Sequence[Question], settings: Sequence[Setting], batch_size: int
-) -> list[Example]:
-    """Answers the questions under every setting, batch by batch, and returns the examples of the last setting.
-
-    The settings take turns on each batch, in an order that rotates, so that whatever else the machine does
-    meets all of them alike.
-    """
-    examples = []
-    progress = tqdm(total=len(questions), desc=benchmark.name, unit="q", mininterval=2.0, file=sys.stderr)
-    # Prompts of one length share a batch: less padding, and the attention kernels run without a mask.
-    samples = sorted((answerer.prepare(question) for question in questions), key=lambda s: len(s.input_ids))
-    with progress:
-        for number, chunk in enumerate(batches(samples, batch_size)):
-            # What comes before the decoder is the same for all settings; prefill times do not include it.
-            encoded = answerer.encode(chunk, with_cls_attention=True)
-            for turn in range(len(settings)):
-                setting = settings[(number + turn) % len(settings)]
-                with setting.method.attach(answerer.model) as run:
-                    answered = answerer.generate(encoded, run)
-                setting.batch_ms.append(1000 * answered[0].prefill_seconds)
-                for item in answered:
-                    setting.statistics.add(item)
-                    setting.answers.setdefault(benchmark.name, []).append(
-                        {"question_id": item.question.id, "prompt": item.question.text, "text": item.text}
-                    )
-                if setting is settings[-1]:
-                    examples += [Example(benchmark, item.question, item.text, item.trace) for item in answered]
-            progress.update(len(chunk))
-    return examples
 
 
 def make_rows(settings: Sequence[Setting], data_dir: Path) -> list[dict[str, Any]]:
@@ -167,15 +145,14 @@ def make_rows(settings: Sequence[Setting], data_dir: Path) -> list[dict[str, Any
     return rows
 
 
-def describe_run(args: argparse.Namespace, model: Any, visual_tokens: float) -> dict[str, Any]:
-    """Under which conditions the table was measured."""
+def describe_run(args: argparse.Namespace, model: Any) -> dict[str, Any]:
+    """Under which conditions a table was measured."""
     import torch
     import transformers
 
     device = model.device
     return {
         "model": Path(args.model_path).name,
-        "visual_tokens": visual_tokens,
         "batch_size": args.batch_size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
@@ -200,12 +177,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from llava.eval.demo_plots import plot_retention_curves, plot_survivors
     from llava.eval.runner import Answerer, SampleError
+    from llava.eval.turns import progress_bar, take_turns
 
     started = time.perf_counter()
     tokenizer, model, image_processor, _ = load_model(args)
     for setting in settings:
         check_budget(setting.method, max_visual_tokens(model))
-    examples: list[Example] = []
     for number, benchmark in enumerate(BENCHMARKS):
         answerer = Answerer(
             tokenizer,
@@ -218,12 +195,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             if number == 0:
                 warm_up(answerer, questions[benchmark.name][: args.batch_size], settings)
-            examples += run_benchmark(answerer, benchmark, questions[benchmark.name], settings, args.batch_size)
+            for setting in settings:
+                setting.benchmark = benchmark
+            with progress_bar(len(settings) * len(questions[benchmark.name]), benchmark.name) as bar:
+                take_turns(answerer, questions[benchmark.name], settings, args.batch_size, bar=bar)
         except SampleError as error:
             raise UserError(f"{benchmark.name}: {error}") from None
 
+    examples = settings[-1].examples
     result = {
-        "run": describe_run(args, model, settings[0].statistics.means()["visual"]),
+        "run": {**describe_run(args, model), "visual_tokens": settings[0].statistics.means()["visual"]},
         "benchmarks": [
             {
                 "name": b.name,

@@ -23,7 +23,8 @@ INK, MUTED, FAINT = "#222222", "#777777", "#d9d9d9"
 EASY, HARD = "#1f77b4", "#d1495b"
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib's pyplot, drawing into files; `UserError` without matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -34,10 +35,11 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def _save(pyplot: Any, figure: Any, path: Path) -> None:
+def save(plot: Any, figure: Any, path: Path) -> None:
+    """Writes a picture and frees it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI, facecolor="white")
-    pyplot.close(figure)
+    plot.close(figure)
 
 
 def layers_to_show(num_layers: int, count: int = 5) -> list[int]:
@@ -101,11 +103,11 @@ def plot_survivors(examples: Sequence[Any], data_dir: Path, config: Any, process
     candidates = [e for e in examples if e.question.image is not None and e.trace.mutual_information is not None]
     if not candidates:
         return False
-    pyplot = _pyplot()
+    plot = pyplot()
     chosen = pick_examples(candidates)
     layers = layers_to_show(len(chosen[0].trace.tokens_out))
     height = 2.75 * len(chosen) + 0.75
-    figure, axes = pyplot.subplots(
+    figure, axes = plot.subplots(
         len(chosen), len(layers) + 1, figsize=(2.0 * (len(layers) + 1), height), squeeze=False
     )
     figure.subplots_adjust(left=0.012, right=0.988, top=1 - 1.4 / height, bottom=0.2 / height, wspace=0.06, hspace=0.42)
@@ -136,7 +138,7 @@ def plot_survivors(examples: Sequence[Any], data_dir: Path, config: Any, process
             f"({kind}: MI {information(example):.2f} bits, slope {example.trace.slope:.2f})"
         )
         row[0].text(0, 1.27, caption, transform=row[0].transAxes, fontsize=9, color=INK)
-    _save(pyplot, figure, path)
+    save(plot, figure, path)
     return True
 
 
@@ -162,8 +164,8 @@ def plot_retention_curves(examples: Sequence[Any], target: int, path: Path) -> b
     ranked = sorted((e for e in examples if e.trace.mutual_information is not None), key=information)
     if not ranked:
         return False
-    pyplot = _pyplot()
-    figure, (curves, zoom, histogram) = pyplot.subplots(
+    plot = pyplot()
+    figure, (curves, zoom, histogram) = plot.subplots(
         1, 3, figsize=(13, 4.2), gridspec_kw={"width_ratios": [1.25, 1.25, 1]}, layout="constrained"
     )
     few = max(1, min(5, len(ranked) // 2))
@@ -207,5 +209,5 @@ def plot_retention_curves(examples: Sequence[Any], target: int, path: Path) -> b
     for axis in (curves, zoom, histogram):
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    _save(pyplot, figure, path)
+    save(plot, figure, path)
     return True

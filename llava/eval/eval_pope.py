@@ -70,12 +70,7 @@ def evaluate_pope(
     position within the category (the label files restart their numbering in each), answers to questions by
     `question_id`. Returns {"categories": {name: scores}, "coverage": ..., "f1_mean": ...}.
     """
-    truth: dict[str, tuple[str, bool]] = {}
-    for category, entries in labels.items():
-        asked = [question for question in questions if question.get("category") == category]
-        _check_alignment(category, entries, asked)
-        for entry, question in zip(entries, asked, strict=True):
-            truth[str(question["question_id"])] = (category, _label_is_yes(entry, category))
+    truth = join_labels(labels, questions)
     found, coverage = join_answers(truth, answers, lambda item: str(item["question_id"]))
     per_category: dict[str, tuple[list[bool], list[str]]] = {category: ([], []) for category in labels}
     for question_id, text in found.items():
@@ -86,6 +81,19 @@ def evaluate_pope(
     categories = {name: pope_scores(*pair) for name, pair in per_category.items() if pair[0]}
     mean = sum(scores["f1"] for scores in categories.values()) / len(categories) if categories else 0.0
     return {"categories": categories, "f1_mean": mean, "coverage": coverage}
+
+
+def join_labels(
+    labels: Mapping[str, Sequence[dict[str, Any]]], questions: Sequence[dict[str, Any]]
+) -> dict[str, tuple[str, bool]]:
+    """Question id -> (category, whether the object is in the image), joined by position within the category."""
+    truth: dict[str, tuple[str, bool]] = {}
+    for category, entries in labels.items():
+        asked = [question for question in questions if question.get("category") == category]
+        _check_alignment(category, entries, asked)
+        for entry, question in zip(entries, asked, strict=True):
+            truth[str(question["question_id"])] = (category, _label_is_yes(entry, category))
+    return truth
 
 
 def _label_is_yes(entry: dict[str, Any], category: str) -> bool:

@@ -169,10 +169,13 @@ class Answerer:
     def prepare(self, question: Question) -> Sample:
         """Tokenizes the prompt and loads the image; raises `SampleError` if that fails."""
         pixels, size = self._pixels(question.image) if question.image is not None else (None, None)
+        return Sample(question, self.prompt_ids(question), pixels, size)
+
+    def prompt_ids(self, question: Question) -> torch.Tensor:
+        """Ids `[T]` of the question's prompt, with a placeholder for the image."""
         start_end = getattr(self.model.config, "mm_use_im_start_end", False)
         prompt = build_prompt(question.text, question.image is not None, self.conv_mode, start_end)
-        ids = tokenizer_image_token(prompt, self.tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
-        return Sample(question, ids, pixels, size)
+        return tokenizer_image_token(prompt, self.tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
 
     def _pixels(self, name: str) -> tuple[torch.Tensor, tuple[int, int]]:
         if name in self._cache:
@@ -210,11 +213,11 @@ class Answerer:
             torch.manual_seed(self.generation.seed + first.index)
         run.traces.clear()
         run.prefill_seconds.clear()
-        # Methods that draw at random draw by sample number: the same for resumed and chunked runs.
-        run.samples_seen = first.index
         started = time.perf_counter()
         with torch.inference_mode():
-            run.set_visual(inputs.layout, cls_attention=inputs.cls_attention)
+            # Methods that draw at random draw by sample: the same in resumed and chunked runs and in any order.
+            ids = [sample.question.index for sample in encoded.samples]
+            run.set_visual(inputs.layout, cls_attention=inputs.cls_attention, sample_ids=ids)
             output = self.model.generate(
                 inputs_embeds=inputs.inputs_embeds,
                 attention_mask=inputs.generation_mask(),

@@ -40,6 +40,7 @@ class PruningRun:
         self._layout: VisualLayout | None = None
         self._cls: list[Tensor] | None = None
         self.samples_seen = 0
+        self._given_ids: tuple[int, ...] | None = None
         self._seconds: list[float] = []
         self._unread: list[_Stopwatch] = []
         self._model = model
@@ -80,7 +81,12 @@ class PruningRun:
         self._unread.clear()
         return self._seconds
 
-    def set_visual(self, layout: VisualLayout, cls_attention: Tensor | Sequence[Tensor | None] | None = None) -> None:
+    def set_visual(
+        self,
+        layout: VisualLayout,
+        cls_attention: Tensor | Sequence[Tensor | None] | None = None,
+        sample_ids: Sequence[int] | None = None,
+    ) -> None:
         """Say where the visual tokens of the next prompts are; holds until it is set again.
 
         Args:
@@ -88,6 +94,7 @@ class PruningRun:
                 beams.
             cls_attention: one vector ``[N_i]`` per row (None for rows without visual tokens), or a tensor ``[N]`` or
                 ``[B, N]``. Needed if :attr:`needs_cls_attention`.
+            sample_ids: number of each row's sample, for seeded methods; default: counted on from :attr:`samples_seen`.
 
         Raises:
             ValueError: CLS attention missing or of the wrong length.
@@ -107,7 +114,10 @@ class PruningRun:
                     f"cls_attention has {[len(vector) for vector in vectors]} values, the layout has "
                     f"{list(layout.counts)} visual tokens"
                 )
+        if sample_ids is not None and len(sample_ids) != layout.batch_size:
+            raise ValueError(f"{len(sample_ids)} sample_ids for a layout of {layout.batch_size} rows")
         self._layout, self._cls = layout, vectors
+        self._given_ids = None if sample_ids is None else tuple(sample_ids)
 
     @property
     def _prunes(self) -> bool:
@@ -205,7 +215,8 @@ class PruningRun:
 
     def _sample_ids(self, repeats: int) -> tuple[int, ...]:
         first = self.samples_seen
-        return tuple(first + row for row in range(self._layout.batch_size) for _ in range(repeats))
+        ids = self._given_ids or range(first, first + self._layout.batch_size)
+        return tuple(number for number in ids for _ in range(repeats))
 
     @staticmethod
     def _output(hidden: Tensor, cache, states, return_dict: bool | None):
