@@ -59,7 +59,7 @@ class Cell:
         self.setting, self.method, self.task, self.path = setting, setting.method, task, path
         own = {name: value for name, value in asdict(setting.method).items() if value is not None}
         self._arguments = model_id, {"method": setting.method.name, **own, **options}, resume
-        self._answers: AnswerFile | None = self._look()
+        self._answers = self._look()
         self._answers.close()
         self.peak_bytes: int | None = None
 
