@@ -95,6 +95,10 @@ class LayerView:
         """Hidden states of the visual tokens leaving the layer, ``[B, V, C]``; gathered when first asked for."""
         return self.sequences.visual_hidden()
 
+    def hidden_of(self, index_BK: Tensor) -> Tensor:
+        """Hidden states of some visual tokens only, ``[B, K, C]``; indices ``[B, K]`` below V."""
+        return self.sequences.hidden_of(index_BK)
+
     @cached_property
     def relevance_BV(self) -> Tensor:
         """Attention that each visual token receives: mean over heads, then over the declared rows. float32."""

@@ -90,8 +90,8 @@ def prefill(
     entered = None
     states = []
     for index, layer in enumerate(decoder.layers):
-        if entered is not sequences.slots_BV:  # the tokens are others than in the layer before
-            entered = sequences.slots_BV
+        if entered is not sequences.origin_BN:  # the tokens are others than in the layer before
+            entered = sequences.origin_BN
             mask = compat.causal_mask(decoder.config, sequences.hidden_BNC, sequences.padding_mask())
             rotary = decoder.rotary_emb(sequences.hidden_BNC, sequences.positions_BN)
         recorder.entering(sequences)
@@ -111,7 +111,7 @@ def prefill(
                 **layer_kwargs,
             )
         advanced = sequences.advance(hidden)
-        if advanced.slots_BV is not sequences.slots_BV:
+        if advanced.origin_BN is not sequences.origin_BN:
             entered = None  # the layer lives on another device
         sequences = advanced
         if rows is not None:
@@ -205,9 +205,11 @@ def _visual_attention(
     most, width, device = max(rows), sequences.width, queries.device
     cos, sin = (table[:, -most:].to(device) for table in rotary)
     queries = rotate_rows(queries, cos, sin)
-    allowed = torch.ones(most, width, dtype=torch.bool, device=device).tril(width - most)
     padding = sequences.padding_mask()
-    if padding is not None:
+    if padding is None:
+        allowed = torch.ones(most, most, dtype=torch.bool, device=device).tril()  # among the rows themselves
+    else:
+        allowed = torch.ones(most, width, dtype=torch.bool, device=device).tril(width - most)
         allowed = allowed & padding[:, None, None, :]
     attention = sequences.gather_visual(attention_rows(queries, keys, layer.self_attn.scaling, allowed))
     if min(rows) < most:
@@ -252,8 +254,8 @@ class _Recorder:
 
     def leaving(self, sequences: Sequences) -> None:
         self.counts_out.append(sequences.counts)
-        if self._seen is not sequences.slots_BV:
-            self._seen = sequences.slots_BV
+        if self._seen is not sequences.origin_BN:
+            self._seen = sequences.origin_BN
             self._origins = sequences.visual_origins()
         self.origins.append(self._origins)
 

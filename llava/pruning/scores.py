@@ -19,7 +19,8 @@ def attention_rows(query_BHTD: Tensor, key_BGND: Tensor, scaling: float, allowed
         query_BHTD: queries of the wanted rows, after rotary embedding, ``[B, H, T, D]``.
         key_BGND: keys of the same layer, after rotary embedding, ``[B, G, N, D]``; H must be a multiple of G.
         scaling: factor on the dot products, usually ``D ** -0.5``.
-        allowed: bool, broadcastable to ``[B, 1, T, N]``; False where a row must not look (causality, padding).
+        allowed: bool, broadcastable to ``[B, 1, T, M]`` for the last ``M <= N`` keys; False where a row must not look
+            (causality, padding). Keys before them may always be looked at.
 
     Returns:
         float32 probabilities ``[B, H, T, N]``; each row sums to 1 over the allowed keys.
@@ -33,7 +34,7 @@ def attention_rows(query_BHTD: Tensor, key_BGND: Tensor, scaling: float, allowed
     # Widened before the product, as the fused kernels accumulate: bfloat16 logits would be off by several percent.
     logits = (stacked.float() * scaling @ key_BGND.float().transpose(-1, -2)).view(batch, heads, rows, keys)
     if allowed is not None:
-        logits = logits.masked_fill_(~allowed, torch.finfo(torch.float32).min)
+        logits[..., keys - allowed.shape[-1] :].masked_fill_(~allowed, torch.finfo(torch.float32).min)
     return torch.softmax(logits, dim=-1)
 
 

@@ -149,7 +149,7 @@ class AutoPrune(PruningMethod):
         ranks = on_device(keep, view.device)[:, None] + torch.arange(max(recycled), device=view.device)
         width = order.shape[1]
         candidates = order.gather(1, ranks.clamp_max(width - 1))
-        tokens = view.hidden_BVC.gather(1, candidates[:, :, None].expand(-1, -1, view.hidden_BVC.shape[2]))
+        tokens = view.hidden_of(candidates)
         clusters = [step.merged for step in steps]
         peaks = density_peaks(tokens, clusters, recycled)
         merged = merge_clusters(tokens, peaks.assignment_BM, max(clusters), recycled)
