@@ -108,7 +108,7 @@ class Sequences:
 
     @cached_property
     def slots_BV(self) -> Tensor:
-        """Where the visual tokens of each row stand, ascending, ``[B, V]``; behind ``counts[i]`` are no visual tokens."""
+        """Where the visual tokens of each row stand, ascending, ``[B, V]``; of no meaning behind ``counts[i]``."""
         if self.tails is None:
             return self.scattered_BV
         device = self.hidden_BNC.device

@@ -146,16 +146,22 @@ class AutoPrune(PruningMethod):
             return Selection(kept, keep)
 
         # The recycled tokens follow the kept ones in the order; they are merged from the layer's output.
-        ranks = on_device(keep, view.device)[:, None] + torch.arange(max(recycled), device=view.device)
-        width = order.shape[1]
-        candidates = order.gather(1, ranks.clamp_max(width - 1))
+        candidates = _behind(order, keep, max(recycled))
         tokens = view.hidden_of(candidates)
         clusters = [step.merged for step in steps]
         peaks = density_peaks(tokens, clusters, recycled)
         merged = merge_clusters(tokens, peaks.assignment_BM, max(clusters), recycled)
         source = candidates.gather(1, peaks.centers_BK)
         if min(clusters) < max(clusters):
-            source = source.masked_fill(~counts_to_mask(clusters, max(clusters), view.device), width)
+            source = source.masked_fill(~counts_to_mask(clusters, max(clusters), view.device), order.shape[1])
         for row, step in enumerate(steps):
             memory.report["merge_flops"][row] += (step.recycled + step.merged) * step.recycled * tokens.shape[2]
         return Selection(kept, keep, merged, tuple(clusters), source)
+
+
+def _behind(order_BV: Tensor, keep: tuple[int, ...], width: int) -> Tensor:
+    """``width`` entries of each order behind the first ``keep[i]``, ``[B, width]``; past the end the last one again."""
+    if len(keep) == 1:
+        return order_BV[:, keep[0] : keep[0] + width]
+    ranks = on_device(keep, order_BV.device)[:, None] + torch.arange(width, device=order_BV.device)
+    return order_BV.gather(1, ranks.clamp_max(order_BV.shape[1] - 1))
