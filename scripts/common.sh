@@ -111,6 +111,7 @@ take_status() {
 # answer --question-file FILE [--image-folder FOLDER] [flags ...]: answers all questions into $ANSWERS, one part per device.
 answer() {
     local devices=() pids=() parts=() status index folder="${ANSWERS%.jsonl}"
+    BENCHMARK_ARGS=("$@")
     FAILED=0
     IFS=',' read -ra devices <<<"${CUDA_VISIBLE_DEVICES:-}"
     if [ "${#devices[@]}" -le 1 ] && [ -z "$MERGED" ]; then
@@ -144,17 +145,19 @@ answer() {
     merge "${parts[@]}"
 }
 
-# Puts the parts together, under the final name only when it is whole. A part can be missing: more devices than questions.
+# Puts the parts together in question order, under the final name only when everything is there.
 merge() {
-    local part
-    if [ -n "${DRY_RUN:-}" ]; then
-        printf 'merge into %q: %s\n' "$ANSWERS" "$(printf '%q ' "$@")"
-        return 0
-    fi
+    local question_file="" argument part present=() previous=""
+    for argument in "${BENCHMARK_ARGS[@]}"; do
+        [ "$previous" != --question-file ] || question_file="$argument"
+        previous="$argument"
+    done
     for part in "$@"; do
-        [ ! -f "$part" ] || cat -- "$part"
-    done >"$ANSWERS.tmp.$$" || { rm -f -- "$ANSWERS.tmp.$$"; die "cannot write $ANSWERS"; }
-    mv -- "$ANSWERS.tmp.$$" "$ANSWERS"
+        # A part can be missing: more devices than questions.
+        [ -n "${DRY_RUN:-}" ] || [ -f "$part" ] || continue
+        present+=("$part")
+    done
+    run "$PYTHON" -m llava.eval.merge_answers --answers-file "$ANSWERS" --question-file "$question_file" "${present[@]}"
 }
 
 # score MODULE [flags]: scores $ANSWERS; prints the result and writes it beside the answers as JSON.

@@ -17,7 +17,8 @@ class Entry:
     """One benchmark. Paths are relative to `folder`, which is relative to the data folder.
 
     name: of the script; split, merged: where answers go (see `answers_file`); truth: files and folders that scoring
-    needs; source: where the data come from, for messages; server: who grades where there is no local truth.
+    needs; source: where the data come from, for messages; server: who grades, for messages; local: scored here, from
+    the public files.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Entry:
     merged: bool = False
     source: str = ""
     server: str = ""
+    local: bool = True
 
     def answers_file(self, out_dir: str | Path, run: str) -> Path:
         """Answers of a run, `CHECKPOINT/METHOD/n_TOKENS` or `CHECKPOINT/dense`."""
@@ -45,7 +47,8 @@ ENTRIES = (
         "vqav2", "VQAv2", "vqav2", "model_vqa_loader",
         "llava_vqav2_mscoco_test-dev2015.jsonl", "test2015", ("llava_vqav2_mscoco_test2015.jsonl",),
         split="llava_vqav2_mscoco_test-dev2015", merged=True,
-        source=f"question files: {_EVAL_ZIP}; images: COCO test2015, visualqa.org", server="EvalAI (VQA challenge)",
+        source=f"question files: {_EVAL_ZIP}; images: COCO test2015, visualqa.org",
+        server="EvalAI (VQA challenge)", local=False,
     ),
     Entry(
         "gqa", "GQA", "gqa", "model_vqa_loader",
@@ -55,7 +58,7 @@ ENTRIES = (
     ),
     Entry(
         "vizwiz", "VizWiz", "vizwiz", "model_vqa_loader", "llava_test.jsonl", "test",
-        source=f"question file: {_EVAL_ZIP}; images: test.zip, vizwiz.org", server="EvalAI (VizWiz VQA)",
+        source=f"question file: {_EVAL_ZIP}; images: test.zip, vizwiz.org", server="EvalAI (VizWiz VQA)", local=False,
     ),
     Entry(
         "sqa", "ScienceQA", "scienceqa", "model_vqa_science",
@@ -89,7 +92,7 @@ ENTRIES = (
     Entry(
         "mmvet", "MM-Vet", "mm-vet", "model_vqa", "llava-mm-vet.jsonl", "images",
         source=f"question file: {_EVAL_ZIP}; images and mm-vet.json: mm-vet.zip of its authors",
-        server="MM-Vet's evaluator (a GPT model)",
+        server="MM-Vet's evaluator (a GPT model)", local=False,
     ),
     Entry(
         "seed", "SEED-Bench", "seed_bench", "model_vqa_loader", "llava-seed-bench.jsonl", "", ("SEED-Bench.json",),
@@ -98,7 +101,7 @@ ENTRIES = (
     ),
     Entry(
         "llavabench", "LLaVA-Bench", "llava-bench-in-the-wild", "model_vqa", "questions.jsonl", "images",
-        source="the data set liuhaotian/llava-bench-in-the-wild", server="a review by GPT-4",
+        source="the data set liuhaotian/llava-bench-in-the-wild", server="a review by GPT-4", local=False,
     ),
 )  # fmt: skip
 

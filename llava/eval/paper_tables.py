@@ -1,0 +1,253 @@
+"""The paper's tables from runs on disk: columns, rows, retained percentages, published rows; markdown, CSV and JSON.
+
+Knows metric conventions and layout; the runs come from `runs`, published figures from `published`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from llava.eval.catalog import get_entry
+from llava.eval.published import COLLECTED, published_rows
+from llava.eval.runs import COMPLETE, COSTS, PARTIAL, Run, count_questions, find_run
+
+METHOD_NAMES = {"autoprune": "AutoPrune", "dense": "dense", "fastv": "FastV", "divprune": "DivPrune"}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure of a benchmark: which, and how it is read from the scorer's JSON. digits: as the papers print it."""
+
+    key: str
+    benchmark: str
+    title: str
+    read: Callable[[Mapping[str, Any]], float]
+    digits: int = 1
+
+
+def _key(name: str, factor: float = 1.0) -> Callable[[Mapping[str, Any]], float]:
+    return lambda result: factor * result[name]
+
+
+COLUMNS = {
+    column.key: column
+    for column in (
+        Column("mme_total", "mme", "MME (perception + cognition)", lambda r: r["perception"] + r["cognition"], 0),
+        Column("mme_perception", "mme", "MME (perception)", _key("perception"), 1),
+        Column("mmbench", "mmbench", "MMBench (circular)", _key("circular")),
+        Column("sqa", "sqa", "ScienceQA (with image)", _key("img_accuracy")),
+        Column("gqa", "gqa", "GQA", _key("accuracy")),
+        Column("textvqa", "textvqa", "TextVQA", _key("accuracy")),
+        Column("pope", "pope", "POPE (mean F1)", _key("f1_mean", 100.0)),
+        Column("mmbench_cn", "mmbench_cn", "MMBench-CN (circular)", _key("circular")),
+        Column("vqav2", "vqav2", "VQAv2", _key("accuracy")),
+        Column("vizwiz", "vizwiz", "VizWiz", _key("accuracy")),
+        Column("mmvet", "mmvet", "MM-Vet", _key("total")),
+        Column("seed", "seed", "SEED-Bench", _key("accuracy")),
+        Column("llavabench", "llavabench", "LLaVA-Bench", _key("all")),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a table holds. columns: those that the retained percentage is over; extra: shown beside them."""
+
+    checkpoint: str
+    budgets: tuple[int, ...]
+    columns: tuple[str, ...]
+    extra: tuple[str, ...] = ()
+    version: str = "v1_5"
+    tiny_checkpoint: str = "tiny-llava-v1.5"
+
+    @property
+    def benchmarks(self) -> list[str]:
+        """Script names, each once."""
+        return list(dict.fromkeys(COLUMNS[key].benchmark for key in (*self.columns, *self.extra)))
+
+
+_13B = ("vqav2", "gqa", "textvqa", "pope", "mme_perception")
+TABLES = {
+    "1": Table(
+        "llava-v1.5-7b", (192, 128, 64), ("mme_total", "mmbench", "sqa", "gqa", "textvqa"),
+        ("mme_perception", "pope", "mmbench_cn"),
+    ),
+    "2": Table("llava-v1.5-13b", (288, 144, 58), _13B),
+    "3": Table("llava-v1.6-vicuna-7b", (640, 320, 160), _13B, version="v1_6", tiny_checkpoint="tiny-llava-v1.6"),
+}  # fmt: skip
+
+
+def retained_percent(scores: Mapping[str, float], dense: Mapping[str, float], at_most: float | None = None) -> float:
+    """Mean over the benchmarks of score / dense score, in percent, as the paper's tables do; a benchmark where
+    the dense score is 0 is left out.
+
+    at_most: a bound for each single ratio (1.0: a benchmark that improved does not make up for one that lost).
+    """
+    ratios = [scores[name] / dense[name] for name in dense if dense[name]]
+    if at_most is not None:
+        ratios = [min(ratio, at_most) for ratio in ratios]
+    return 100 * fmean(ratios) if ratios else 0.0
+
+
+def collect(
+    table: Table,
+    out_dir: str | Path,
+    data_dir: str | Path,
+    checkpoint: str,
+    settings: Sequence[tuple[str, int | None]],
+    limit: int | None = None,
+) -> dict[tuple[str, int | None], dict[str, Run]]:
+    """(method, tokens) -> benchmark -> state of its run."""
+    entries = [get_entry(name) for name in table.benchmarks]
+    totals = {entry.name: count_questions(entry, data_dir, limit) for entry in entries}
+    return {
+        (method, tokens): {
+            entry.name: find_run(entry, out_dir, checkpoint, method, tokens, totals[entry.name]) for entry in entries
+        }
+        for method, tokens in settings
+    }
+
+
+def read_scores(table: Table, runs: Mapping[str, Run]) -> dict[str, float]:
+    """Column key -> figure of the complete runs that have one."""
+    scores = {}
+    for key in (*table.columns, *table.extra):
+        run = runs[COLUMNS[key].benchmark]
+        if run.status == COMPLETE:
+            try:
+                scores[key] = float(COLUMNS[key].read(run.result))
+            except (KeyError, TypeError):  # a server has it, or an older scorer wrote the file
+                continue
+    return scores
+
+
+def mean_costs(runs: Sequence[Run]) -> dict[str, float]:
+    """Each cost averaged over the complete runs that know it."""
+    means = {}
+    for key in COSTS:
+        values = [run.costs[key] for run in runs if run.status == COMPLETE and key in run.costs]
+        if values:
+            means[key] = fmean(values)
+    return means
+
+
+def label(method: str, tokens: int | None) -> str:
+    """`AutoPrune 64`, `dense`."""
+    name = METHOD_NAMES.get(method, method)
+    return name if tokens is None else f"{name} {tokens}"
+
+
+def build(
+    table: Table, checkpoint: str, collected: Mapping[tuple[str, int | None], Mapping[str, Run]]
+) -> dict[str, Any]:
+    """The table as JSON-able data: columns, rows and, under each row, the published ones."""
+    keys = (*table.columns, *table.extra)
+    dense = read_scores(table, collected[("dense", None)]) if ("dense", None) in collected else {}
+    # The dense row of the tables that other methods' rows are from only says something beside them.
+    others = any(method not in ("dense", "autoprune") for method, _ in collected)
+    rows = []
+    for (method, tokens), runs in collected.items():
+        scores = read_scores(table, runs)
+        shared = {key: dense[key] for key in table.columns if key in dense and key in scores}
+        rows.append(
+            {
+                "label": label(method, tokens),
+                "method": method,
+                "tokens": tokens,
+                "scores": scores,
+                "retained": retained_percent(scores, shared) if shared else None,
+                "retained_at_most_100": retained_percent(scores, shared, 1.0) if shared else None,
+                "retained_over": len(shared),
+                "costs": mean_costs(list(runs.values())),
+                "runs": {
+                    name: {"status": run.status, "answered": run.answered, "questions": run.questions}
+                    for name, run in runs.items()
+                },
+                "published": [
+                    {"scores": dict(row.scores), "retained": row.retained, "flops": row.flops, "source": row.source}
+                    for row in published_rows(checkpoint, method, tokens)
+                    if set(row.scores) & set(keys) and (others or row.source != COLLECTED)
+                ],
+            }
+        )
+    columns = [{"key": key, "title": COLUMNS[key].title, "retained": key in table.columns} for key in keys]
+    return {"checkpoint": checkpoint, "columns": columns, "rows": rows}
+
+
+def _number(value: float | None, digits: int = 1, unit: str = "") -> str:
+    return "-" if value is None else f"{value:.{digits}f}{unit}"
+
+
+def markdown(data: Mapping[str, Any]) -> str:
+    """The table with its notes. Published rows stand below ours, in italics."""
+    keys = [column["key"] for column in data["columns"]]
+    titles = [column["title"] + ("" if column["retained"] else " †") for column in data["columns"]]
+    header = ["", *titles, "retained (each at most 100%)", "tokens, nominal", "tokens, processed", "FLOPs"]
+    lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    for row in data["rows"]:
+        costs = row["costs"]
+        retained = "-"
+        if row["retained"] is not None:
+            retained = f"{row['retained']:.1f}% ({row['retained_at_most_100']:.1f}%)"
+        flops = costs.get("flops_ratio")
+        cells = [row["label"]]
+        cells += [_number(row["scores"].get(key), COLUMNS[key].digits) for key in keys]
+        cells += [retained, _number(costs.get("nominal")), _number(costs.get("processed"))]
+        cells.append(_number(None if flops is None else 100 * flops, 1, "%"))
+        lines.append("| " + " | ".join(cells) + " |")
+        for published in row["published"]:
+            cells = [f"*{row['label']}, {published['source']}*"]
+            cells += [_number(published["scores"].get(key), COLUMNS[key].digits) for key in keys]
+            cells += [_number(published["retained"], 1, "%"), "-", "-", _number(published["flops"], 1, "%")]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n\n" + notes(data)
+
+
+def notes(data: Mapping[str, Any]) -> str:
+    """What the figures mean, and which runs are not there."""
+    whole = sum(column["retained"] for column in data["columns"])
+    lines = [
+        f"Checkpoint `{data['checkpoint']}`. Retained: mean of score / dense score of the same table, in parentheses "
+        "with every ratio at most 100%; published ones as published. Tokens: visual tokens per decoder layer, mean "
+        "over samples and benchmarks. FLOPs: decoder prefill from processed tokens, relative to dense."
+    ]
+    if any(not column["retained"] for column in data["columns"]):
+        lines[0] += " † not part of the retained mean."
+    for row in data["rows"]:
+        if row["retained"] is not None and row["retained_over"] < whole:
+            lines.append(f"{row['label']}: retained is over {row['retained_over']} of {whole} figures only.")
+        groups: dict[str, list[str]] = {}
+        for name, run in row["runs"].items():
+            if run["status"] == PARTIAL:
+                of = "" if run["questions"] is None else f" of {run['questions']}"
+                name += f" ({run['answered']}{of} questions)"
+            if run["status"] != COMPLETE:
+                groups.setdefault(run["status"], []).append(name)
+            elif not any(COLUMNS[key].benchmark == name for key in row["scores"]):
+                groups.setdefault("answered, scored by a server (see EVAL.md)", []).append(name)
+        lines += [f"{row['label']}: {status}: {', '.join(names)}." for status, names in groups.items()]
+    return "\n".join(lines)
+
+
+def csv_text(data: Mapping[str, Any]) -> str:
+    """One line per row, ours and published; numbers in full precision, empty where unknown."""
+    keys = [column["key"] for column in data["columns"]]
+    costs = [f"tokens_{key}" if key in COSTS[:3] else key for key in COSTS]
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["checkpoint", "method", "tokens", "source", *keys, "retained", "retained_at_most_100", *costs])
+    for row in data["rows"]:
+        start = [data["checkpoint"], row["method"], row["tokens"]]
+        ours = [row["scores"].get(key) for key in keys] + [row["retained"], row["retained_at_most_100"]]
+        writer.writerow([*start, "measured", *ours, *(row["costs"].get(key) for key in COSTS)])
+        for published in row["published"]:
+            flops = None if published["flops"] is None else published["flops"] / 100
+            theirs = [published["scores"].get(key) for key in keys] + [published["retained"], None]
+            writer.writerow([*start, published["source"], *theirs, None, None, None, flops, None])
+    return stream.getvalue()

@@ -1,0 +1,140 @@
+"""Finished runs on disk: which there are, whether they are whole, what they scored and what they cost.
+
+Knows where the scripts leave answers, scores and metadata (`X.jsonl`, `X.json`, `X.meta.json`); runs nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llava.eval.catalog import Entry, run_name
+from llava.eval.check_data import load_questions
+from llava.eval.jsonio import read_json
+from llava.utils import UserError
+
+MISSING, PARTIAL, UNSCORED, COMPLETE = "missing", "partial", "not scored", "complete"
+COSTS = ("visual", "nominal", "processed", "flops_ratio", "prefill_ms")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One benchmark under one method and budget (tokens: None for dense).
+
+    status: `missing`, `partial` (answers are missing), `not scored`, `complete`. result: the scorer's JSON, and what
+    a server said (`X.server.json`); costs: means of `COSTS`, as far as they are known.
+    """
+
+    entry: Entry
+    method: str
+    tokens: int | None
+    answers: Path
+    status: str
+    answered: int = 0
+    questions: int | None = None
+    result: Mapping[str, Any] = field(default_factory=dict)
+    costs: Mapping[str, float] = field(default_factory=dict)
+
+
+def result_path(answers: Path) -> Path:
+    """The scorer's JSON beside an answer file."""
+    return answers.with_suffix(".json")
+
+
+def server_path(answers: Path) -> Path:
+    """Where a figure goes that a server has computed, under the scorer's keys: {"accuracy": 78.5}."""
+    return answers.with_suffix(".server.json")
+
+
+def find_run(
+    entry: Entry,
+    out_dir: str | Path,
+    checkpoint: str,
+    method: str,
+    tokens: int | None = None,
+    questions: int | None = None,
+) -> Run:
+    """The state of one run. questions: how many a whole run answers; None: what its metadata say."""
+    answers = entry.answers_file(out_dir, run_name(checkpoint, method, tokens))
+    place = (entry, method, tokens, answers)
+    if not answers.is_file():
+        return Run(*place, MISSING, questions=questions)
+    meta = _read(answers.with_suffix(".meta.json"))
+    counts = meta.get("counts") or {}
+    answered, costs = _answer_means(answers)
+    for key, value in {**(meta.get("tokens") or {}), **meta}.items():
+        if key in COSTS and isinstance(value, int | float):
+            costs[key] = float(value)
+    result = {} if _older(result_path(answers), answers) else _read(result_path(answers))
+    result = {**result, **_read(server_path(answers))}
+    if questions is None:
+        questions = counts.get("total")
+    if (questions is not None and answered < questions) or meta.get("complete") is False:
+        status = PARTIAL
+    elif result or (not entry.local and not result_path(answers).exists()):
+        status = COMPLETE
+    else:
+        status = UNSCORED
+    return Run(*place, status, answered, questions, result, costs)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    content = read_json(path, "result file")
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: needs a JSON object")
+    return content
+
+
+def _older(path: Path, than: Path) -> bool:
+    """A score of answers that were changed since does not count."""
+    return path.is_file() and path.stat().st_mtime < than.stat().st_mtime
+
+
+def _answer_means(answers: Path) -> tuple[int, dict[str, float]]:
+    """Number of answers, and mean token counts from their metadata (samples with an image)."""
+    count, samples, sums = 0, 0, dict.fromkeys(("visual", "nominal", "processed"), 0.0)
+    with open(answers, "rb") as file:
+        for line in file:
+            if not line.strip():
+                continue
+            count += 1
+            try:
+                tokens = json.loads(line)["metadata"]["tokens"]
+                values = {key: float(tokens[key]) for key in sums}
+            except (ValueError, KeyError, TypeError):  # a torn line, or answers of another program
+                continue
+            if values["visual"]:
+                samples += 1
+                for key in sums:
+                    sums[key] += values[key]
+    return count, {key: value / samples for key, value in sums.items()} if samples else {}
+
+
+def count_questions(entry: Entry, data_dir: str | Path, limit: int | None = None) -> int | None:
+    """Questions that a whole run of the benchmark answers (MMBench: rows); None without a question file."""
+    path = Path(data_dir) / entry.folder / entry.question_file
+    if not path.is_file():
+        return None
+    number = len(load_questions(entry, path))
+    return number if limit is None else min(number, limit)
+
+
+def discover(entry: Entry, out_dir: str | Path, checkpoint: str) -> list[tuple[str, int | None]]:
+    """(method, tokens) of every run of a benchmark that has answers, dense first, then by method and falling budget."""
+    found: set[tuple[str, int | None]] = set()
+    folder = entry.answers_file(out_dir, checkpoint + "/dense")
+    folder = folder.parent.parent if entry.merged else folder.parent
+    pattern = "n_*/merge.jsonl" if entry.merged else "n_*.jsonl"
+    if entry.answers_file(out_dir, run_name(checkpoint, "dense")).is_file():
+        found.add(("dense", None))
+    for path in folder.glob(f"*/{pattern}"):
+        match = re.fullmatch(r"n_(\d+)", path.parent.name if entry.merged else path.stem)
+        if match:
+            found.add((path.relative_to(folder).parts[0], int(match.group(1))))
+    return sorted(found, key=lambda item: (item[0] != "dense", item[0], -(item[1] or 0)))
