@@ -147,17 +147,12 @@ answer() {
 
 # Puts the parts together in question order, under the final name only when everything is there.
 merge() {
-    local question_file="" argument part present=() previous=""
+    local question_file="" argument previous=""
     for argument in "${BENCHMARK_ARGS[@]}"; do
         [ "$previous" != --question-file ] || question_file="$argument"
         previous="$argument"
     done
-    for part in "$@"; do
-        # A part can be missing: more devices than questions.
-        [ -n "${DRY_RUN:-}" ] || [ -f "$part" ] || continue
-        present+=("$part")
-    done
-    run "$PYTHON" -m llava.eval.merge_answers --answers-file "$ANSWERS" --question-file "$question_file" "${present[@]}"
+    run "$PYTHON" -m llava.eval.merge_answers --answers-file "$ANSWERS" --question-file "$question_file" "$@"
 }
 
 # score MODULE [flags]: scores $ANSWERS; prints the result and writes it beside the answers as JSON.

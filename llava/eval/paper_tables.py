@@ -247,7 +247,7 @@ def csv_text(data: Mapping[str, Any]) -> str:
         ours = [row["scores"].get(key) for key in keys] + [row["retained"], row["retained_at_most_100"]]
         writer.writerow([*start, "measured", *ours, *(row["costs"].get(key) for key in COSTS)])
         for published in row["published"]:
-            flops = None if published["flops"] is None else published["flops"] / 100
+            flops = None if published["flops"] is None else round(published["flops"] / 100, 6)
             theirs = [published["scores"].get(key) for key in keys] + [published["retained"], None]
             writer.writerow([*start, published["source"], *theirs, None, None, None, flops, None])
     return stream.getvalue()

@@ -5,8 +5,9 @@
 #   bash scripts/tables/table1.sh [flags of the answering tools, such as --batch-size 8 or --limit 100]
 #
 # Environment: that of the benchmark scripts (scripts/common.sh), and
-#   METHODS   pruning methods, by blanks                                    (autoprune)
-#   TINY=1    the model and the data that ship with the repository; results go to results/table<N>
+#   METHODS               pruning methods, by blanks                        (autoprune)
+#   BUDGETS, BENCHMARKS   only these of the table's, by blanks              (all)
+#   TINY=1                the model and the data that ship with the repository; results go to results/table<N>
 # Runs that are complete are not repeated. A benchmark that fails does not keep the others from running; the exit status is
 # 0 if everything ran, 3 if samples were skipped, else that of the first failure.
 set -euo pipefail
@@ -42,9 +43,11 @@ for index in "${!arguments[@]}"; do
         --limit=*) limit=(--limit "${arguments[$index]#--limit=}") ;;
     esac
 done
+by_commas() { printf '%s' "$1" | tr -s ' ' ','; }
 table() {
     "$PYTHON" -m llava.eval.table --table "$TABLE" --checkpoint "$CKPT" --data-dir "$DATA_DIR" --out-dir "$OUT_DIR" \
-        --methods "$(printf '%s' "${METHODS:-autoprune}" | tr -s ' ' ',')" ${limit[@]+"${limit[@]}"} "$@"
+        --methods "$(by_commas "${METHODS:-autoprune}")" ${BUDGETS:+--budgets "$(by_commas "$BUDGETS")"} \
+        ${BENCHMARKS:+--benchmarks "$(by_commas "$BENCHMARKS")"} ${limit[@]+"${limit[@]}"} "$@"
 }
 
 missing="$(table --missing)"

@@ -3,6 +3,7 @@
 import pytest
 from PIL import Image
 
+from tests.eval.forkserver import interpreter
 from tests.eval.helpers import write_jsonl
 from tests.model.tiny import tiny_model, write_original, write_tokenizer
 
@@ -16,6 +17,13 @@ def checkpoint(tmp_path_factory):
     write_original(folder, tiny_model(text={"vocab_size": VOCABULARY}), vocab_size=VOCABULARY)
     write_tokenizer(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory):
+    """An interpreter for shell scripts that need not import torch anew for each of their commands."""
+    with interpreter(tmp_path_factory.mktemp("bin")) as path:
+        yield path
 
 
 @pytest.fixture

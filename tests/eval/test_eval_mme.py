@@ -1,12 +1,13 @@
 """MME scorer: published digits of two answer sets, reading of answers, pairing, joining, bad input."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from llava.eval import eval_mme
 from llava.eval.eval_mme import Row
-from tests.eval.helpers import SHARED, answer, fails_with_one_line, needs_shared, write_jsonl
+from tests.eval.helpers import SHARED, answer, fails_with_one_line, needs_shared, read_json, write_jsonl
 
 LLAVA_13B = {
     "existence": 185.0, "count": 155.0, "position": 133.33333333333334, "color": 170.0,
@@ -135,3 +136,46 @@ def test_bad_input(tmp_path, capsys):
     fails_with_one_line(eval_mme.main, argv, capsys, "1.txt:1")
     with pytest.raises(ValueError, match="consecutive"):
         eval_mme.read_tool_rows(["a.jpg\tq\tYes\tyes", "b.jpg\tq\tNo\tno"])
+
+
+def test_input_files_of_the_official_tool(tmp_path, capsys):
+    """Lines as the tool wants them, the question as in the release; the tool's own reading gives the same scores."""
+    _, questions = make_files(tmp_path, [])
+    texts = ("Yes, it\nis.", "Yes", "yes\tindeed", "No")
+    given = [answer(q["question_id"], text, q["text"]) for q, text in zip(questions, texts, strict=True)]
+    argv, _ = make_files(tmp_path, given)
+    folder = tmp_path / "tool dir"
+    eval_mme.main([*map(str, argv), "--tool-dir", str(folder), "--json", str(tmp_path / "s.json")])
+    assert (folder / "color.txt").read_text() == (
+        "1.txt\tIs it red?  Please answer yes or no.\tYes\tYes, it is.\n"
+        "1.txt\tIs it blue? Please answer yes or no.\tNo\tYes\n"
+    )
+    scores = read_json(tmp_path / "s.json")
+    rows = {p.stem: eval_mme.read_tool_rows(p.read_text().splitlines()) for p in folder.iterdir()}
+    again = eval_mme.mme_scores(rows)
+    assert again["subtasks"]["color"]["score"] == scores["color"] == 50.0
+    assert again["subtasks"]["artwork"]["score"] == scores["artwork"] == 200.0
+    # An image with one answer would shift the pairs of the tool.
+    capsys.readouterr()
+    argv, _ = make_files(tmp_path, given[1:])
+    eval_mme.main([*map(str, argv), "--tool-dir", str(tmp_path / "half")])
+    assert "1 images without two answers" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "half").iterdir()] == ["artwork.txt"]
+
+
+@needs_shared
+def test_official_input_of_published_answers(tmp_path):
+    """Questions and truth line by line as in the official template; scores as from the answer file."""
+    folder = SHARED / "MME"
+    release, questions = str(folder / "MME_Benchmark_release_version"), str(folder / "llava_mme.jsonl")
+    eval_mme.write_tool_files(str(tmp_path), release, questions, str(folder / "answers" / "llava-v1.5-13b.jsonl"))
+    rows = {}
+    for path in sorted(tmp_path.iterdir()):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        rows[path.stem] = eval_mme.read_tool_rows(lines)
+        template = (folder / "eval_tool" / "Your_Results" / path.name).read_text(encoding="utf-8").splitlines()
+        cut = {(Path(a).stem, b, c) for a, b, c in (line.split("\t")[:3] for line in lines)}
+        assert cut == {(Path(a).stem, b, c) for a, b, c in (line.split("\t")[:3] for line in template if line)}
+    scores = eval_mme.mme_scores(rows)
+    assert scores["perception"] == pytest.approx(1531.3187274909965, abs=1e-6)
+    assert scores["cognition"] == pytest.approx(295.3571428571429, abs=1e-6)

@@ -1,98 +1,249 @@
-"""The shell scripts: whole benchmarks on the miniature data, parts over several devices, failures, set-up."""
+"""The shell scripts: every benchmark end to end, parts over several devices, failures, their commands, set-up."""
 
 import os
+import shlex
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from tests.eval.helpers import ROOT, TINY_DATA, read_json, read_jsonl
+from llava.eval.catalog import ENTRIES, get_entry
+from tests.eval.helpers import ROOT, read_json, read_jsonl, write_json, write_jsonl
+from tests.eval.small_data import write_all
 
-BENCHMARKS = ("textvqa", "pope", "gqa", "mme")
+SCRIPTS = sorted(ROOT.glob("scripts/v1_*/eval/*.sh"))
+NAMES = [entry.name for entry in ENTRIES]
+# Benchmark -> keys of its JSON result; none where a server or a GPT model grades.
+KEYS = {
+    "vqav2": ["accuracy"],
+    "gqa": ["accuracy", "binary", "open"],
+    "vizwiz": ["accuracy"],
+    "sqa": ["accuracy", "img_accuracy", "correct", "total"],
+    "textvqa": ["accuracy"],
+    "pope": ["f1_adversarial", "f1_random", "f1_popular", "f1_mean"],
+    "mme": ["perception", "cognition", "existence", "color", "code_reasoning"],
+    "mmbench": ["circular", "single_pass", "per_row"],
+    "mmbench_cn": ["circular", "single_pass", "per_row"],
+    "mmvet": [],
+    "seed": ["accuracy", "image", "video"],
+    "llavabench": [],
+}
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, checkpoint):
+def place(tmp_path_factory):
     """Paths with blanks, and a working directory that is not the repository."""
     folder = tmp_path_factory.mktemp("some where")
-    (folder / "mini data").symlink_to(TINY_DATA)
+    write_all(folder / "small data")
     return folder
 
 
-def run_script(script, *arguments, place, checkpoint, **environment):
-    clean = {k: v for k, v in os.environ.items() if k not in ("CUDA_VISIBLE_DEVICES", "METHOD", "PYTHONPATH")}
-    env = {
-        **clean,
-        "PYTHON": sys.executable,
-        "MODEL_DIR": str(checkpoint.parent),
-        "CKPT": checkpoint.name,
-        "DATA_DIR": str(place / "mini data"),
-        "OUT_DIR": str(place / "out put"),
-        "OMP_NUM_THREADS": "1",
-        **environment,
-    }
-    flags = ("--device", "cpu", "--max-new-tokens", "2", "--batch-size", "4")
-    command = ["bash", str(ROOT / "scripts" / "v1_5" / "eval" / f"{script}.sh"), *arguments]
-    command += flags if len(arguments) > 1 else ()
-    return subprocess.run(command, cwd=place, env=env, capture_output=True, text=True)
+@pytest.fixture
+def run(place, checkpoint, python):
+    """`run(script, *arguments, **environment)` runs scripts/`script`.sh in an environment that knows the small data."""
+
+    def call(script, *arguments, **environment):
+        hidden = ("CUDA_VISIBLE_DEVICES", "METHOD", "CONV_MODE", "LLAVA_VERSION", "PYTHONPATH", "TINY", "METHODS")
+        env = {key: value for key, value in os.environ.items() if key not in hidden}
+        env |= {
+            "PYTHON": str(python),
+            "MODEL_DIR": str(checkpoint.parent),
+            "CKPT": checkpoint.name,
+            "DATA_DIR": str(place / "small data"),
+            "OUT_DIR": str(place / "out put"),
+            "OMP_NUM_THREADS": "1",
+            **{key: str(value) for key, value in environment.items()},
+        }
+        flags = ("--device", "cpu", "--max-new-tokens", "2") if arguments else ()
+        command = ["bash", str(ROOT / "scripts" / f"{script}.sh"), *arguments, *flags]
+        return subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=300)
+
+    return call
+
+
+def contents(folder):
+    """Name -> bytes, without what carries a time: metadata and workbooks."""
+    files = [path for path in Path(folder).rglob("*") if path.is_file() and path.suffix != ".xlsx"]
+    return {str(path): path.read_bytes() for path in files if not path.name.endswith(".meta.json")}
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=NAMES)
+def test_benchmark_runs_end_to_end(entry, run, place, checkpoint):
+    """Answers, scores and uploads appear where upstream has them, below a folder of the checkpoint and method."""
+    out = place / "end to end"
+    result = run(f"v1_5/eval/{entry.name}", "4", OUT_DIR=out)
+    assert result.returncode == 0, result.stderr
+    answers = entry.answers_file(out, f"{checkpoint.name}/autoprune/n_4")
+    records = read_jsonl(answers)
+    assert [record["question_id"] for record in records] == [q.id for q in read_questions(entry, place)]
+    assert {record["metadata"]["method"] for record in records} == {"autoprune"}
+    assert read_json(answers.with_suffix(".meta.json"))["complete"] is True
+    if KEYS[entry.name]:
+        scores = read_json(answers.with_suffix(".json"))
+        assert set(KEYS[entry.name]) <= set(scores)
+        assert scores.get("missing", 0) == 0 and "have no answer" not in result.stderr, result.stderr
+    expected = {
+        "vqav2": ["answers_upload/llava_vqav2_mscoco_test-dev2015/{run}.json"],
+        "gqa": ["answers/llava_gqa_testdev_balanced/{run}/testdev_balanced_predictions.json"],
+        "vizwiz": ["answers_upload/{run}.json"],
+        "sqa": ["answers/{run}_output.jsonl", "answers/{run}_result.json"],
+        "mme": [f"eval_tool/answers/{{run}}/{name}.txt" for name in ("existence", "color", "code_reasoning")],
+        "mmbench": ["answers_upload/mmbench_dev_20230712/{run}.xlsx"],
+        "mmbench_cn": ["answers_upload/mmbench_dev_cn_20231003/{run}.xlsx"],
+        "mmvet": ["results/{run}.json"],
+        "seed": ["answers_upload/{run}.jsonl"],
+    }.get(entry.name, [])
+    for name in expected:
+        assert (out / entry.folder / name.format(run=f"{checkpoint.name}/autoprune/n_4")).stat().st_size, name
+    # A second call answers nothing and changes nothing.
+    before = contents(out / entry.folder)
+    again = run(f"v1_5/eval/{entry.name}", "4", OUT_DIR=out)
+    assert again.returncode == 0 and "already answered" in again.stderr, again.stderr
+    assert contents(out / entry.folder) == before
+
+
+def read_questions(entry, place):
+    from llava.eval.check_data import load_questions
+
+    return load_questions(entry, place / "small data" / entry.folder / entry.question_file)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: "/".join(path.parts[-3::2]))
+def test_scripts_run_the_tools_on_the_files_of_the_catalog(script, run, place):
+    """What a script would run: the right checkpoint, template and flags; paths agree with the catalog's."""
+    version, large = script.parts[-3], script.stem.endswith("_13b")
+    entry = get_entry(script.stem.removesuffix("_13b"))
+    result = run(f"{version}/eval/{script.stem}", "64", DRY_RUN="1", CKPT="", CUDA_VISIBLE_DEVICES="0,1,2")
+    assert result.returncode == 0, result.stderr
+    commands = [shlex.split(line) for line in result.stdout.splitlines()]
+    assert commands[0][1:5] == ["-m", "llava.eval.check_data", entry.name, "--data-dir"]
+    parts = [command for command in commands if f"llava.eval.{entry.tool}" in command]
+    size = "13b" if large else "7b"
+    checkpoint = f"llava-v1.5-{size}" if version == "v1_5" else f"llava-v1.6-vicuna-{size}"
+    answers = entry.answers_file(place / "out put", f"{checkpoint}/autoprune/n_64")
+    folder = answers.parent if entry.merged else answers.with_suffix("")
+    files = []
+    for command in parts:
+        value = dict(zip(command, command[1:], strict=False))
+        assert Path(value["--model-path"]).name == checkpoint
+        assert Path(value["--question-file"]) == place / "small data" / entry.folder / entry.question_file
+        if entry.image_folder is not None:
+            assert Path(value["--image-folder"]) == place / "small data" / entry.folder / entry.image_folder
+        assert (value["--conv-mode"], value["--temperature"], value["--target-token-num"]) == ("vicuna_v1", "0", "64")
+        assert value.get("--visual-token-num") == ("2880" if version == "v1_6" else None)
+        assert ("--lang" in command) == (entry.name == "mmbench_cn")
+        assert ("--single-pred-prompt" in command) == (entry.tool in ("model_vqa_science", "model_vqa_mmbench"))
+        files.append((value["--answers-file"], value["--num-chunks"], value["--chunk-idx"]))
+    assert sorted(files) == [(str(folder / f"3_{i}.jsonl"), "3", str(i)) for i in range(3)]
+    (merge,) = [command for command in commands if "llava.eval.merge_answers" in command]
+    assert merge[merge.index("--answers-file") + 1] == str(answers)
+    assert merge[-3:] == [str(folder / f"3_{i}.jsonl") for i in range(3)]
 
 
 @pytest.mark.parametrize(
-    ("script", "folder", "tokens", "key", "lines"),
+    ("name", "template"),
     [
-        ("textvqa", "textvqa", "4", "accuracy", "Samples: 8\nAccuracy:"),
-        ("pope", "pope", "dense", "f1_adversarial", "Category: adversarial, # samples: 8"),
-        ("gqa", "gqa", "4", "open", "Accuracy: "),
-        ("mme", "MME", "4", "perception", "=========== Perception ==========="),
+        ("llava-v1.6-mistral-7b", "mistral_instruct"),
+        ("llava-v1.6-34b", "chatml_direct"),
+        ("llava-v1.6-vicuna-13b", "vicuna_v1"),
     ],
 )
-def test_benchmark_runs_end_to_end(script, folder, tokens, key, lines, place, checkpoint):
-    result = run_script(script, tokens, "--limit", "8", place=place, checkpoint=checkpoint)
-    assert result.returncode == 0, result.stderr
-    assert lines in result.stdout
-    answers = place / "out put" / folder / "answers"
-    if script == "gqa":  # which upstream answers in parts
-        answers /= "llava_gqa_testdev_balanced"
-    name = f"{checkpoint.name}/" + ("dense" if tokens == "dense" else "autoprune/n_4")
-    name += "/merge" if script == "gqa" else ""
-    assert len(read_jsonl(answers / f"{name}.jsonl")) == 8
-    scores = read_json(answers / f"{name}.json")
-    assert key in scores and scores["scored"] == 8 and scores["missing"] == scores["expected"] - 8
-    assert "questions have no answer" in result.stderr, "a limited run says that it is one"
+def test_template_follows_the_checkpoint(run, name, template):
+    assert f"--conv-mode {template} " in run("v1_6/eval/pope", "160", DRY_RUN="1", CKPT=name).stdout
+    own = run("v1_6/eval/pope", "160", DRY_RUN="1", CKPT=name, CONV_MODE="v0").stdout
+    assert "--conv-mode v0 " in own
 
 
-def test_parts_over_devices_and_a_failing_part(place, checkpoint):
+def test_dense_has_no_budget(run, place):
+    result = run("v1_6/eval/pope", "dense", DRY_RUN="1")
+    assert "--method dense" in result.stdout and "token-num" not in result.stdout
+    assert "/dense.jsonl" in result.stdout and "/n_" not in result.stdout
+
+
+def test_parts_over_devices_and_a_failing_part(run, place, checkpoint, python):
     """A part that fails fails the script and leaves no merged file; the same command then finishes the rest."""
     broken = place / "broken python"
-    broken.write_text(f'#!/bin/sh\ncase "$*" in *"--chunk-idx 1"*) exit 7;; esac\nexec "{sys.executable}" "$@"\n')
+    broken.write_text(f'#!/bin/sh\ncase "$*" in *"--chunk-idx 1"*) exit 7;; esac\nexec "{python}" "$@"\n')
     broken.chmod(0o755)
-    arguments = ("pope", "4", "--limit", "5")
-    settings = {"CUDA_VISIBLE_DEVICES": "0,1", "METHOD": "uniform", "place": place, "checkpoint": checkpoint}
-    result = run_script(*arguments, PYTHON=str(broken), **settings)
-    assert result.returncode == 7 and "part 1" in result.stderr
-    folder = place / "out put" / "pope" / "answers" / checkpoint.name / "uniform"
-    assert not (folder / "n_4.jsonl").exists() and not list(folder.glob("*.tmp*"))
-    assert len(read_jsonl(folder / "n_4" / "2_0.jsonl")) == 3
+    for name in ("pope", "gqa"):
+        arguments = (f"v1_5/eval/{name}", "4")
+        settings = {"CUDA_VISIBLE_DEVICES": "0,1", "METHOD": "uniform", "OUT_DIR": place / "parts"}
+        result = run(*arguments, PYTHON=broken, **settings)
+        assert result.returncode == 7 and "part 1" in result.stderr and result.stdout == ""
+        entry = get_entry(name)
+        merged = entry.answers_file(place / "parts", f"{checkpoint.name}/uniform/n_4")
+        assert not merged.exists() and not list(merged.parent.glob("*tmp*"))
+        first = merged.parent / ("n_4/2_0.jsonl" if name == "pope" else "2_0.jsonl")
+        assert len(read_jsonl(first)) == {"pope": 3, "gqa": 2}[name]
 
-    result = run_script(*arguments, **settings)
+        result = run(*arguments, **settings)
+        assert result.returncode == 0, result.stderr
+        ids = [question.id for question in read_questions(entry, place)]
+        assert [record["question_id"] for record in read_jsonl(merged)] == ids
+        assert read_json(merged.with_suffix(".meta.json"))["counts"]["answered"] == len(ids)
+        assert "already answered" in result.stderr
+
+
+def test_more_devices_than_questions(run, place, checkpoint):
+    result = run("v1_5/eval/mmvet", "dense", CUDA_VISIBLE_DEVICES="0,1,2,3", OUT_DIR=place / "many")
     assert result.returncode == 0, result.stderr
-    assert [r["question_id"] for r in read_jsonl(folder / "n_4.jsonl")] == [1, 2, 3, 4, 5]
-    assert "already answered" in result.stderr
+    answers = get_entry("mmvet").answers_file(place / "many", f"{checkpoint.name}/dense")
+    assert [record["question_id"] for record in read_jsonl(answers)] == [0, 1]
+
+
+def test_grades_and_reviews_left_by_graders_are_added_up(run, place, checkpoint):
+    out = place / "graded"
+    write_json(out / "mm-vet" / "results" / checkpoint.name / "dense_gpt-4-grade-1runs.json",
+               {"v1_0": {"score": [0.5]}, "v1_1": {"score": [1.0]}})  # fmt: skip
+    assert run("v1_5/eval/mmvet", "dense", OUT_DIR=out).returncode == 0
+    scores = read_json(get_entry("mmvet").answers_file(out, f"{checkpoint.name}/dense").with_suffix(".json"))
+    assert (scores["total"], scores["rec"], scores["ocr"]) == (75.0, 75.0, 100.0)
+    reviews = [{"tuple": [8, 6], "category": "llava_bench_detail"}, {"tuple": [10, 3], "category": "llava_bench_conv"}]
+    write_jsonl(out / "llava-bench-in-the-wild" / "reviews" / checkpoint.name / "dense.jsonl", reviews)
+    result = run("v1_5/eval/llavabench", "dense", OUT_DIR=out)
+    assert "all 50.0 90.0 45.0" in result.stdout and "llava_bench_detail 75.0 80.0 60.0" in result.stdout
+
+
+def test_limited_run_writes_no_upload_that_a_server_refuses(run, place, checkpoint):
+    for name in ("vizwiz", "seed"):
+        result = run(f"v1_5/eval/{name}", "4", "--limit", "2", OUT_DIR=place / "limited")
+        assert result.returncode == 0, result.stderr
+        assert "have no answer" in result.stderr
+        folder = place / "limited" / get_entry(name).folder
+        assert not (folder / "answers_upload").exists()
+        answers = get_entry(name).answers_file(folder.parent, f"{checkpoint.name}/autoprune/n_4")
+        assert "accuracy" in read_json(answers.with_suffix(".json"))
+
+
+def test_skipped_sample_is_scored_around_and_told(run, place, checkpoint, tmp_path):
+    shutil.copytree(place / "small data" / "vizwiz", tmp_path / "vizwiz")
+    (tmp_path / "vizwiz" / "test" / "VizWiz_test_1.jpg").write_bytes(b"no image")
+    result = run("v1_5/eval/vizwiz", "4", DATA_DIR=tmp_path, OUT_DIR=tmp_path)
+    assert result.returncode == 3 and "VizWiz_test_1.jpg" in result.stderr and "no upload" in result.stderr
+    assert read_json(tmp_path / "vizwiz" / "answers" / checkpoint.name / "autoprune" / "n_4.json")["scored"] == 2
+
+
+def test_data_are_checked_before_anything_runs(run, place, tmp_path):
+    result = run("v1_5/eval/gqa", "4", DATA_DIR=tmp_path, OUT_DIR=tmp_path / "out")
+    assert result.returncode == 2 and result.stdout == "" and not (tmp_path / "out").exists()
+    assert result.stderr.startswith("error: gqa: ") and len(result.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("arguments", [(), ("many",), ("",), ("-5",), ("6.4",)])
-def test_wrong_budget_is_refused_by_the_script(arguments, place, checkpoint):
-    result = run_script("pope", *arguments, place=place, checkpoint=checkpoint)
+def test_wrong_budget_is_refused_by_the_script(arguments, run):
+    result = run("v1_5/eval/pope", *arguments)
     assert result.returncode == 2 and "TOKENS" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
-def test_python_without_torch_is_explained(place, checkpoint):
-    result = run_script("pope", "4", place=place, checkpoint=checkpoint, PYTHON="/bin/false")
+def test_python_without_torch_is_explained(run):
+    result = run("v1_5/eval/pope", "4", PYTHON="/bin/false")
     assert result.returncode == 2 and "/bin/false has no torch" in result.stderr
 
 
-def test_missing_checkpoint_stops_the_script(place, checkpoint):
-    result = run_script("gqa", "4", "--limit", "2", place=place, checkpoint=checkpoint, CKPT="nowhere")
+def test_missing_checkpoint_stops_the_script(run, place):
+    result = run("v1_5/eval/gqa", "4", CKPT="nowhere", OUT_DIR=place / "nothing")
     assert result.returncode == 2 and result.stdout == ""
     assert [line for line in result.stderr.splitlines() if line.startswith("error: ") and "nowhere" in line]
 
