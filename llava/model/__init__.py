@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-__all__ = ["LlavaLlamaForCausalLM", "load_pretrained_model"]
+import importlib
+
+_PLACES = {
+    "LlavaConfig": "llava.model.configuration",
+    "LlavaLlamaForCausalLM": "llava.model.llava_llama",
+    "LlavaMistralForCausalLM": "llava.model.llava_mistral",
+    "load_pretrained_model": "llava.model.builder",
+}
+__all__ = list(_PLACES)
 
 
 def __getattr__(name: str):
     # Lazy, so that importing one submodule does not load all of transformers' generation code.
-    if name == "LlavaLlamaForCausalLM":
-        from llava.model.llava_llama import LlavaLlamaForCausalLM
-
-        return LlavaLlamaForCausalLM
-    if name == "load_pretrained_model":
-        from llava.model.builder import load_pretrained_model
-
-        return load_pretrained_model
+    if name in _PLACES:
+        return getattr(importlib.import_module(_PLACES[name]), name)
     raise AttributeError(f"module 'llava.model' has no attribute {name!r}")

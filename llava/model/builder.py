@@ -7,22 +7,29 @@ quantizing are left to transformers.
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BitsAndBytesConfig, CLIPImageProcessorPil, CLIPVisionConfig, GenerationConfig, LlavaConfig
+from transformers import BitsAndBytesConfig, CLIPImageProcessorPil, GenerationConfig
 
+from llava.model.adapters import apply_adapter, base_named_by, is_adapter
 from llava.model.checkpoint import (
+    check_config,
+    find_tower,
     is_llava_hf_config,
     llava_config,
     read_json,
+    tower_config,
+    tower_name,
     translate_name,
     translate_tower_name,
-    vision_config_from_folder,
 )
+from llava.model.configuration import LlavaConfig
 from llava.model.llava_llama import LlavaLlamaForCausalLM
-from llava.model.locate import locate, locate_vision_tower
+from llava.model.llava_mistral import LlavaMistralForCausalLM
+from llava.model.locate import locate
 from llava.model.tokenizer import load_tokenizer
 from llava.model.weights import check_weights, read_weights, weight_files
 from llava.utils import UserError
@@ -31,11 +38,40 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_CONTEXT_LEN = 2048
 TOWER_PREFIX = "model.vision_tower."
+NEWLINE = "model.image_newline"
 # Left in full precision under bitsandbytes, as LLaVA does: small, and sensitive to quantization.
 UNQUANTIZED_MODULES = ["lm_head", "multi_modal_projector", "vision_tower"]
 PASSED_ON = ("attn_implementation", "quantization_config", "max_memory", "offload_folder", "offload_buffers")
-# Accepted for LLaVA's sake; loading is always lean.
-NO_LONGER_NEEDED = ("low_cpu_mem_usage", "use_fast", "trust_remote_code", "use_cache")
+# Accepted for the sake of LLaVA's callers; loading is always lean, and every model here is multimodal.
+NO_LONGER_NEEDED = ("low_cpu_mem_usage", "use_fast", "trust_remote_code", "use_cache", "multimodal")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What the files of a checkpoint say, before a model is built.
+
+    Attributes:
+        folder: the checkpoint.
+        base: the folder of its base model, for LoRA and projector-only checkpoints.
+        config: translated configuration.
+        weights: translated names, tensors on the CPU, mapped from disk where they can be.
+        files: where the decoder's weights came from.
+        tower_folder: the vision tower's folder, if it has one.
+    """
+
+    folder: Path
+    base: Path | None
+    config: LlavaConfig
+    weights: dict[str, torch.Tensor]
+    files: list[Path]
+    tower_folder: Path | None
+
+    def find(self, *names: str) -> Path | None:
+        """The folder, of the checkpoint and its base, that has one of these files; LLaVA takes the base's first."""
+        for folder in (self.base, self.folder):
+            if folder is not None and any((folder / name).is_file() for name in names):
+                return folder
+        return None
 
 
 def load_pretrained_model(
@@ -52,8 +88,9 @@ def load_pretrained_model(
     """Load a LLaVA checkpoint.
 
     Args:
-        model_path: folder or hub name; original LLaVA-1.5 layout or llava-hf layout.
-        model_base: base model of LoRA or projector-only checkpoints; not supported yet.
+        model_path: folder or hub name of LLaVA 1.5 or 1.6, in the original layout or llava-hf's.
+        model_base: folder or hub name of the base model, where `model_path` holds only LoRA matrices
+            (`adapter_model.*`, `non_lora_trainables.bin`) or a projector (`mm_projector.bin`); they are merged.
         model_name: kept for LLaVA's callers; the checkpoint's config.json decides what it is.
         load_8bit: quantize with bitsandbytes.
         load_4bit: the same, with 4 bits.
@@ -69,15 +106,11 @@ def load_pretrained_model(
     Raises:
         UserError: anything wrong with the folder, a file in it, or an option.
     """
-    if model_base is not None:
-        raise UserError(
-            f"model_base {model_base!r}: LoRA and projector-only checkpoints are not supported yet; "
-            "merge them into a full checkpoint first"
-        )
     local_files_only = bool(kwargs.pop("local_files_only", False))
     options = _placement_options(device_map, device, kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None))
     options |= _quantization_options(load_8bit, load_4bit, options["dtype"])
-    if use_flash_attn:
+    # lmms-eval passes its own spelling, also to say no.
+    if kwargs.pop("use_flash_attention_2", False) or use_flash_attn:
         options["attn_implementation"] = "flash_attention_2"
     for name in NO_LONGER_NEEDED:
         kwargs.pop(name, None)
@@ -87,12 +120,16 @@ def load_pretrained_model(
     options |= {name: value for name, value in kwargs.items() if value is not None}
 
     folder = locate(str(model_path), "checkpoint", local_files_only=local_files_only)
-    config, weights, tower_folder = _read_checkpoint(folder, local_files_only)
-    tokenizer = load_tokenizer(folder, config)
-    image_processor = load_image_processor(folder, tower_folder, config)
-    model = _build_model(folder, config, weights, options)
+    base = None
+    if model_base:
+        base = locate(str(model_base), "base model", local_files_only=local_files_only)
+    checkpoint = _read_checkpoint(folder, base, options["dtype"], local_files_only)
+    config = checkpoint.config
+    tokenizer = load_tokenizer(checkpoint.find("tokenizer.model", "tokenizer.json") or folder, config)
+    image_processor = load_image_processor(base or folder, checkpoint.tower_folder, config)
+    model = _build_model(checkpoint, options)
     model.image_processor = image_processor
-    _set_generation_config(model, folder)
+    _set_generation_config(model, checkpoint.find("generation_config.json") or folder)
     return tokenizer, model, image_processor, int(getattr(config, "max_sequence_length", None) or DEFAULT_CONTEXT_LEN)
 
 
@@ -158,37 +195,52 @@ def _quantization_options(load_8bit: bool, load_4bit: bool, dtype: torch.dtype) 
 # --- files --------------------------------------------------------------------------------------------------
 
 
-def _read_checkpoint(folder: Path, local_files_only: bool) -> tuple[LlavaConfig, dict[str, torch.Tensor], Path | None]:
-    """Configuration, translated weights (tower included) and the tower's folder, if it has one."""
-    path = folder / "config.json"
-    if not path.is_file():
-        for name in ("adapter_config.json", "non_lora_trainables.bin", "mm_projector.bin"):
-            if (folder / name).is_file():
-                raise UserError(
-                    f"{folder}: has {name} but no config.json: LoRA and projector-only checkpoints are not supported "
-                    "yet; merge them into a full checkpoint first"
-                )
+def _read_checkpoint(folder: Path, base: Path | None, dtype: torch.dtype, local_files_only: bool) -> Checkpoint:
+    """Configuration and translated weights, vision tower included; adapters are merged into their base."""
+    if base is None and is_adapter(folder) and not _has_weights(folder):
+        named = base_named_by(folder)
+        raise UserError(
+            f"{folder}: holds LoRA matrices or a projector only: pass --model-base with the model it was trained on"
+            + (f" ({named})" if named else "")
+        )
+    if base is not None and not is_adapter(folder):
+        raise UserError(
+            f"{folder}: has neither LoRA matrices (adapter_config.json) nor mm_projector.bin to put on a base model; "
+            "leave --model-base out if this is a whole checkpoint"
+        )
+    # LLaVA's adapters carry the whole configuration; those that peft alone wrote go by their base's.
+    path = (base if base is not None and not (folder / "config.json").is_file() else folder) / "config.json"
     raw = read_json(path)
+    # What is wrong with the decoder's half comes first: finding it out needs no download of a tower.
+    check_config(raw, path)
+    files = weight_files(base or folder)
+    weights = read_weights(files, translate_name)
+    if base is not None:
+        apply_adapter(weights, folder, dtype)
     if is_llava_hf_config(raw):
-        return llava_config(raw, path, None), read_weights(weight_files(folder), translate_name), None
-    tower_name = raw.get("mm_vision_tower") or raw.get("vision_tower")
-    # Say what is wrong with the decoder's half first: it needs no download of a tower.
-    llava_config(raw, path, CLIPVisionConfig())
-    if not isinstance(tower_name, str) or not tower_name:
-        raise UserError(f"{path}: missing field mm_vision_tower (folder or hub name of the CLIP tower)")
-    if raw.get("mm_patch_merge_type", "flat") not in ("flat", "spatial"):
+        config, tower_folder = llava_config(raw, path, None), None
+    else:
+        inside = any(name.startswith(TOWER_PREFIX) for name in weights)
+        name = tower_name(raw, path)
+        tower_folder = find_tower(name, path, not inside, local_files_only)
+        if tower_folder is not None and not inside:
+            weights |= read_weights(weight_files(tower_folder), translate_tower_name)
+        config = llava_config(raw, path, tower_config(name, tower_folder))
+    if config.mm_patch_merge_type not in ("flat", "spatial"):
         logger.warning(
             "%s: mm_patch_merge_type %r: tiles are joined as 'spatial', without unpadding and newline tokens, as the "
             "published AutoPrune code does",
             path,
-            raw["mm_patch_merge_type"],
+            config.mm_patch_merge_type,
         )
-    weights = read_weights(weight_files(folder), translate_name)
-    inside = any(name.startswith(TOWER_PREFIX) for name in weights)
-    tower_folder = locate_vision_tower(tower_name, folder, not inside, local_files_only)
-    if not inside:
-        weights |= read_weights(weight_files(tower_folder), translate_tower_name)
-    return llava_config(raw, path, vision_config_from_folder(tower_folder)), weights, tower_folder
+    return Checkpoint(folder, base, config, weights, files, tower_folder)
+
+
+def _has_weights(folder: Path) -> bool:
+    try:
+        return bool(weight_files(folder))
+    except UserError:
+        return False
 
 
 def load_image_processor(folder: Path, tower_folder: Path | None, config: LlavaConfig) -> CLIPImageProcessorPil:
@@ -215,14 +267,21 @@ def load_image_processor(folder: Path, tower_folder: Path | None, config: LlavaC
 # --- model --------------------------------------------------------------------------------------------------
 
 
-def _build_model(
-    folder: Path, config: LlavaConfig, weights: dict[str, torch.Tensor], options: dict[str, Any]
-) -> LlavaLlamaForCausalLM:
-    with torch.device("meta"):
-        expected = LlavaLlamaForCausalLM(config).state_dict()
-    check_weights(weights, expected, folder, ("lm_head.weight",) if config.tie_word_embeddings else ())
+def _build_model(checkpoint: Checkpoint, options: dict[str, Any]) -> LlavaLlamaForCausalLM:
+    config, folder = checkpoint.config, checkpoint.folder
+    model_class = LlavaMistralForCausalLM if config.text_config.model_type == "mistral" else LlavaLlamaForCausalLM
     try:
-        model = LlavaLlamaForCausalLM.from_pretrained(None, config=config, state_dict=weights, **options)
+        with torch.device("meta"):
+            expected = model_class(config).state_dict()
+    except ValueError as error:
+        raise UserError(f"{folder / 'config.json'}: not a usable configuration ({error})") from None
+    if NEWLINE not in expected:
+        # It belongs to an arrangement of tiles that this checkpoint does not use; some store one nevertheless.
+        checkpoint.weights.pop(NEWLINE, None)
+    optional = ("lm_head.weight",) if config.tie_word_embeddings else ()
+    check_weights(checkpoint.weights, expected, folder, optional, checkpoint.files)
+    try:
+        model = model_class.from_pretrained(None, config=config, state_dict=checkpoint.weights, **options)
     except (ImportError, ValueError) as error:
         # Packages or options that do not fit this machine (flash attention, quantization, device maps).
         raise UserError(f"{folder}: cannot be loaded this way: {' '.join(str(error).split())}") from None

@@ -17,6 +17,7 @@ from transformers import Cache, LlavaForConditionalGeneration
 
 from llava.mm_utils import get_anyres_image_grid_shape, padding_mask
 from llava.model.assemble import assemble
+from llava.model.configuration import LlavaConfig
 from llava.model.multimodal import (
     MultimodalInputs,
     VisualTokens,
@@ -25,6 +26,7 @@ from llava.model.multimodal import (
     positions_from_mask,
     splice,
 )
+from llava.model.projector import DEFAULT_PROJECTOR, Projector, projector_depth, projector_dtype
 from llava.model.vision import VisionTower, encode_crops, execution_device
 from llava.pruning.layout import VisualLayout
 from llava.utils import UserError
@@ -84,6 +86,15 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
 
     # Set by the loader; scripts reach it through `get_vision_tower().image_processor`.
     image_processor: Any = None
+    config_class = LlavaConfig
+
+    def __init__(self, config: LlavaConfig):
+        super().__init__(config)
+        kind = getattr(config, "mm_projector_type", DEFAULT_PROJECTOR)
+        if kind != DEFAULT_PROJECTOR:
+            depth = projector_depth(kind)
+            widths = config.vision_config.hidden_size, config.text_config.hidden_size
+            self.model.multi_modal_projector = Projector(*widths, depth)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> LlavaLlamaForCausalLM:
@@ -129,7 +140,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         tower = self.get_vision_tower()
         encoded = encode_crops(tower.vision_tower, crops, tower.select_layer, tower.select_feature, with_cls_attention)
         projector = self.model.multi_modal_projector
-        features = encoded.features_NPC.to(projector.linear_1.bias.dtype)
+        features = encoded.features_NPC.to(projector_dtype(projector, encoded.features_NPC.dtype))
         return projector(features), encoded.cls_attention_NP
 
     def encode_visual_tokens(

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import normalizers
-from transformers import AutoTokenizer, LlamaTokenizer, LlavaConfig
+from transformers import AutoTokenizer, LlamaTokenizer
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.model.checkpoint import read_json
+from llava.model.configuration import LlavaConfig
 from llava.utils import UserError
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,12 @@ def load_tokenizer(folder: Path, config: LlavaConfig) -> Any | None:
         UserError: a file that cannot be read, or tokens that the embedding table has no rows for.
     """
     if not any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+            if (folder / name).is_file():
+                raise UserError(
+                    f"{folder / 'tokenizer.model'}: no such file (nor tokenizer.json), but the folder has {name}; "
+                    "copy or download the tokenizer's files again"
+                )
         logger.warning("%s has no tokenizer (tokenizer.model or tokenizer.json): only token ids can be used", folder)
         return None
     settings_path = folder / "tokenizer_config.json"

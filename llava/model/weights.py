@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -103,7 +103,11 @@ def _unreadable(file: Path, error: Exception) -> UserError:
 
 
 def check_weights(
-    weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: Path, optional: Iterable[str] = ()
+    weights: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    where: Path,
+    optional: Iterable[str] = (),
+    files: Sequence[Path] = (),
 ) -> None:
     """Demand the same names and shapes on both sides.
 
@@ -112,6 +116,7 @@ def check_weights(
         expected: the model's state dictionary (shapes only; may be on the meta device).
         where: checkpoint folder, for the message.
         optional: names that may be missing (tied weights).
+        files: where the weights came from, to point at shards beside them that an index forgot.
 
     Raises:
         UserError: lists missing and unexpected names and wrong shapes.
@@ -129,7 +134,15 @@ def check_weights(
         if names
     ]
     if problems:
-        raise UserError(f"{where}: weights do not fit config.json: {'; '.join(problems)}")
+        forgotten = _forgotten_shards(files) if missing else []
+        hint = f"; the folder's index does not list {_some(forgotten)}: copy or download it again" if forgotten else ""
+        raise UserError(f"{where}: weights do not fit config.json: {'; '.join(problems)}{hint}")
+
+
+def _forgotten_shards(files: Sequence[Path]) -> list[str]:
+    shards = [file for file in files if "-of-" in file.name]
+    beside = {found for file in shards for found in file.parent.glob(f"*-of-*{file.suffix}")}
+    return sorted(file.name for file in beside - set(shards))
 
 
 def _some(names: list[str]) -> str:

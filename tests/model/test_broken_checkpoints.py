@@ -60,8 +60,8 @@ BROKEN = {
     "other projector": (
         "safetensors",
         True,
-        edit("config.json", mm_projector_type="linear"),
-        "mm_projector_type 'linear' is not supported",
+        edit("config.json", mm_projector_type="honeybee"),
+        "mm_projector_type 'honeybee' is not supported",
     ),
     "other feature": (
         "safetensors",

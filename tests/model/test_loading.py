@@ -193,10 +193,13 @@ def test_names_of_the_real_checkpoints():
         "language_model.lm_head.weight": "lm_head.weight",
         "vision_tower.vision_model.post_layernorm.weight": "model.vision_tower.post_layernorm.weight",
         "multi_modal_projector.linear_1.weight": "model.multi_modal_projector.linear_1.weight",
-        "model.image_newline": None,
+        "model.image_newline": "model.image_newline",
+        "image_newline": "model.image_newline",
+        "model.mm_projector.4.weight": "model.multi_modal_projector.linear_3.weight",
+        "model.mm_projector.weight": "model.multi_modal_projector.linear_1.weight",
     }.items():
         assert translate_name(theirs) == ours
-        assert ours is None or translate_name(ours) == ours
+        assert translate_name(ours) == ours
 
 
 # --- options ---
@@ -287,14 +290,6 @@ def test_quantization_without_bitsandbytes_says_what_to_install(tmp_path, source
     for option in ("load_8bit", "load_4bit"):
         with pytest.raises(UserError, match="pip install bitsandbytes"):
             load(write_original(tmp_path, source), **{option: True})
-
-
-def test_model_base_is_refused_clearly(tmp_path):
-    with pytest.raises(UserError, match="LoRA and projector-only checkpoints are not supported yet"):
-        load_pretrained_model(str(tmp_path), "lmsys/vicuna-7b-v1.5", "llava-lora")
-    write_json(tmp_path / "adapter_config.json", {})
-    with pytest.raises(UserError, match="adapter_config.json but no config.json"):
-        load(tmp_path)
 
 
 def test_generation_settings(tmp_path, source):
