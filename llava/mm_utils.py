@@ -48,6 +48,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: PIL cannot convert this mode.
     """
+    image.load()  # a file may be closed behind us
     if image.mode == "RGB":
         return image
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):

@@ -56,16 +56,22 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--attn-implementation", default=None, help="eager, sdpa or flash_attention_2; default: sdpa")
 
 
-def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
-    """How answers are generated."""
+def add_generation_arguments(parser: argparse.ArgumentParser, single: bool = False) -> None:
+    """How answers are generated. single: for tools that ask one question at a time and take the template from the
+    model's name.
+    """
     group = parser.add_argument_group("generation")
-    group.add_argument("--conv-mode", default="vicuna_v1", help="name of the conversation template")
+    by_name = "; default: by the model's name" if single else ""
+    group.add_argument(
+        "--conv-mode", default=None if single else "vicuna_v1", help=f"name of the conversation template{by_name}"
+    )
     group.add_argument("--temperature", type=float, default=0.0, help="0: greedy; above: sampling")
     group.add_argument("--top-p", "--top_p", type=float, default=None, help="nucleus sampling: probability mass kept")
     group.add_argument("--num-beams", "--num_beams", type=int, default=1, help="beams of beam search")
     group.add_argument("--max-new-tokens", "--max_new_tokens", type=int, default=128, help="tokens per answer at most")
     group.add_argument("--seed", type=int, default=0, help="seed of sampling")
-    group.add_argument("--batch-size", type=int, default=1, help="questions per forward pass")
+    if not single:
+        group.add_argument("--batch-size", type=int, default=1, help="questions per forward pass")
 
 
 def add_pruning_arguments(parser: argparse.ArgumentParser) -> None:

@@ -24,7 +24,7 @@ from llava.constants import (
 from llava.conversation import conv_templates
 from llava.eval.arguments import GenerationOptions
 from llava.eval.questions import Question
-from llava.mm_utils import process_images, tokenizer_image_token
+from llava.mm_utils import process_images, to_rgb, tokenizer_image_token
 from llava.utils import UserError
 
 
@@ -129,7 +129,7 @@ def decode_image(open_source: Callable[[], Any], name: str) -> Image.Image:
     """
     try:
         with Image.open(open_source()) as image:
-            return image.convert("RGB")
+            return to_rgb(image)
     except Exception as error:  # decoders of damaged files raise nearly anything: OSError, SyntaxError, struct.error
         reason = " ".join(str(error).split()) or type(error).__name__
         raise SampleError(f"image {name} cannot be read ({reason})") from None

@@ -1,6 +1,7 @@
 """A random LLaVA checkpoint with a tokenizer, and a small question file with images, for the loader's tests."""
 
 import pytest
+import sentencepiece
 from PIL import Image
 
 from tests.eval.forkserver import interpreter
@@ -24,6 +25,19 @@ def python(tmp_path_factory):
     """An interpreter for shell scripts that need not import torch anew for each of their commands."""
     with interpreter(tmp_path_factory.mktemp("bin")) as path:
         yield path
+
+
+@pytest.fixture(scope="session")
+def wordy_checkpoint(tmp_path_factory):
+    """The same, but it answers in pieces of words only: texts that tell one answer from another."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "wordy llava"
+    model = tiny_model(text={"vocab_size": VOCABULARY})
+    write_tokenizer(folder)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    words = [i for i in range(VOCABULARY) if i < len(pieces) and i > 2 and not pieces.is_byte(i)]
+    model.lm_head.weight.data[[i for i in range(VOCABULARY) if i not in words]] = 0  # some other logit is positive
+    write_original(folder, model, vocab_size=VOCABULARY)
+    return folder
 
 
 @pytest.fixture

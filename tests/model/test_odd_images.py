@@ -53,6 +53,14 @@ def test_rgb_is_the_same_object():
     assert to_rgb(image) is image
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "P"])
+def test_the_file_may_be_closed_afterwards(tmp_path, mode):
+    Image.new("RGB", (3, 2), "white").convert(mode).save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        converted = to_rgb(image)
+    assert converted.getpixel((0, 0)) == (255, 255, 255)
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"])
 def test_ordinary_modes_are_llavas_conversion(mode):
     colors = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 9, 3), dtype=np.uint8))
@@ -229,8 +237,13 @@ def test_the_middle_of_a_very_long_image_is_the_center_crop(shared_benchmarks, m
     assert difference.mean() < 0.01 * one_level and (difference > 1.01 * one_level).double().mean() < 1e-3
 
 
-@pytest.mark.parametrize("size", [(20000, 50), (50, 20000), (20000, 1), (1, 20000)])
-@pytest.mark.parametrize("aspect_ratio", ["pad", "anyres", "plain"])
+@pytest.mark.parametrize(
+    ("size", "aspect_ratio"),
+    [
+        *[(size, mode) for size in [(20000, 50), (50, 20000)] for mode in ["pad", "anyres", "plain"]],
+        *[(size, "plain") for size in [(20000, 1), (1, 20000)]],
+    ],
+)
 def test_very_long_images_need_no_gigabytes(processor, size, aspect_ratio, monkeypatch):
     # A 20000 x 20000 square, or 56 x 1120000 pixels of a scaled line, must never exist.
     largest = []

@@ -1,0 +1,238 @@
+"""One conversation about images: questions in, answers and what pruning did out.
+
+Behind `run_llava` (one turn) and `llava.serve.cli` (many). Knows prompts, images and `generate`; nothing of
+command lines or terminals.
+
+Every turn runs the whole conversation as one prompt. The cache of the turn before could not be continued: which
+visual tokens survive depends on the question, and those that the last question did without are gone from it.
+"""
+
+from __future__ import annotations
+
+import sys
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from llava.constants import (
+    DEFAULT_IM_END_TOKEN,
+    DEFAULT_IM_START_TOKEN,
+    DEFAULT_IMAGE_TOKEN,
+    IMAGE_PLACEHOLDER,
+    IMAGE_TOKEN_INDEX,
+)
+from llava.conversation import Conversation, SeparatorStyle, conv_templates, infer_conv_mode
+from llava.eval.arguments import GenerationOptions
+from llava.eval.runner import SampleError, check_conv_mode, decode_image
+from llava.mm_utils import KeywordsStoppingCriteria, process_images, tokenizer_image_token
+from llava.utils import UserError
+
+URL_SECONDS = 30
+URL_BYTES = 100 * 2**20
+
+
+def load_image(source: str) -> Image.Image:
+    """The image at a path or http(s) address, as RGB; raises `UserError` with the reason."""
+    try:
+        return decode_image(lambda: _open(source), source)
+    except SampleError as error:
+        raise UserError(f"{error}; --image-file takes files and http(s) addresses") from None
+
+
+def _open(source: str) -> Any:
+    if source.startswith(("http://", "https://")):
+        request = urllib.request.Request(source, headers={"User-Agent": "llava"})
+        with urllib.request.urlopen(request, timeout=URL_SECONDS) as response:
+            data = response.read(URL_BYTES + 1)
+        if len(data) > URL_BYTES:
+            raise ValueError(f"more than {URL_BYTES >> 20} MiB")
+        return BytesIO(data)
+    path = Path(source)
+    if not path.is_file():  # also: a pipe, which would block
+        raise FileNotFoundError("not a file" if path.exists() else "does not exist")
+    return path
+
+
+def load_images(image_file: str | None, sep: str = ",") -> list[Image.Image]:
+    """The images of an `--image-file` value: names joined by `sep`, or None."""
+    if image_file is None:
+        return []
+    if not sep:
+        raise UserError("--sep must not be empty")
+    names = [name.strip() for name in image_file.split(sep)]
+    if not all(names):
+        raise UserError(f"--image-file: {image_file!r} has an empty name (names are separated by {sep!r}, see --sep)")
+    return [load_image(name) for name in names]
+
+
+def choose_conv_mode(requested: str | None, model_name: str) -> str:
+    """The template to use: the requested one or, without a request, what the model's name says.
+
+    Warns on stderr where the two differ, as LLaVA does, and where the name says nothing.
+    """
+    inferred = infer_conv_mode(model_name)
+    if requested is None:
+        if inferred == "llava_v0":
+            print(
+                f"[WARNING] the name {model_name!r} tells no version: using the oldest conversation mode, llava_v0; "
+                "LLaVA-1.5 and later take --conv-mode vicuna_v1",
+                file=sys.stderr,
+            )
+        return inferred
+    check_conv_mode(requested)
+    if requested != inferred:
+        print(
+            f"[WARNING] the conversation mode inferred from the name is {inferred}, but --conv-mode is {requested}: "
+            f"using {requested}",
+            file=sys.stderr,
+        )
+    return requested
+
+
+def with_image_tokens(text: str, images: int, start_end: bool = False) -> str:
+    """The message with one placeholder per image.
+
+    `<image-placeholder>` or `<image>` in the text say where the images belong; without them each gets a line in
+    front. start_end: the checkpoint wants start and end tokens around an image.
+
+    Raises:
+        UserError: placeholders were written, but not one per image.
+    """
+    token = DEFAULT_IMAGE_TOKEN
+    if start_end:
+        token = DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN
+    text = text.replace(IMAGE_PLACEHOLDER, DEFAULT_IMAGE_TOKEN)
+    written = text.count(DEFAULT_IMAGE_TOKEN)
+    if written == 0:
+        return f"{token}\n" * images + text
+    if written != images:
+        raise UserError(
+            f"the text has {written} image placeholder(s) ({DEFAULT_IMAGE_TOKEN} or {IMAGE_PLACEHOLDER}) for {images} "
+            "image(s): write one per image, or none"
+        )
+    return text.replace(DEFAULT_IMAGE_TOKEN, token)
+
+
+def token_report(trace: Any) -> str:
+    """What pruning did to one prompt, in a line."""
+    if not trace.visual_tokens:
+        return "no image, nothing pruned"
+    return (
+        f"{trace.visual_tokens} visual tokens; kept per layer: nominal {trace.mean_tokens('nominal'):.1f}, "
+        f"processed {trace.mean_tokens('processed'):.1f}; decoder prefill FLOPs "
+        f"{100 * trace.flops() / trace.dense_flops():.1f}% of dense"
+    )
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The answer of one turn and the trace of its prompt."""
+
+    text: str
+    trace: Any
+
+
+@dataclass
+class Chat:
+    """A conversation with a loaded model about `images` (RGB, shown with the first question).
+
+    Attributes:
+        conversation: the turns so far.
+        context_len: tokens that prompt and images may have together.
+    """
+
+    tokenizer: Any
+    model: Any
+    image_processor: Any
+    images: Sequence[Image.Image]
+    conv_mode: str
+    generation: GenerationOptions = field(default_factory=GenerationOptions)
+    context_len: int = 2048
+
+    def __post_init__(self) -> None:
+        self.conversation: Conversation = conv_templates[self.conv_mode].copy()
+        limit = getattr(self.model.config, "tokenizer_model_max_length", None)
+        self._limit = min(self.context_len, limit or self.context_len)
+        # How many tokens more than ids a prompt has: known after the first turn.
+        self._image_tokens = 0
+        self._pixels = None
+        if self.images:
+            pixels = process_images(self.images, self.image_processor, self.model.config)
+            self._pixels = [image.to(self.model.device, self.model.dtype) for image in pixels]
+        if self.generation.samples:
+            torch.manual_seed(self.generation.seed)
+
+    @property
+    def stop(self) -> str | None:
+        """What ends a turn in templates that do not end it with the end-of-sequence token."""
+        styles = (SeparatorStyle.SINGLE, SeparatorStyle.MPT)
+        return self.conversation.sep if self.conversation.sep_style in styles else None
+
+    def prompt(self) -> str:
+        """The conversation so far, as the model gets it."""
+        return self.conversation.get_prompt()
+
+    def ask(self, text: str, run: Any, streamer: Any = None) -> Reply:
+        """Adds a question and its answer to the conversation.
+
+        A turn that fails, is interrupted or has an empty answer leaves the conversation as it was.
+
+        Args:
+            text: the question.
+            run: what the pruning method's `attach` returned for this model.
+            streamer: gets the tokens of the answer as they come.
+
+        Raises:
+            UserError: misplaced image placeholders, or the conversation no longer fits the model.
+        """
+        turns = self.conversation.messages
+        before = len(turns)
+        first = before == self.conversation.offset
+        start_end = getattr(self.model.config, "mm_use_im_start_end", False)
+        message = with_image_tokens(text, len(self.images) if first else 0, start_end)
+        self.conversation.append_message(self.conversation.roles[0], message)
+        self.conversation.append_message(self.conversation.roles[1], None)
+        answer = ""
+        try:
+            reply = self._generate(run, streamer)
+            answer = reply.text
+        finally:
+            if answer:
+                turns[-1][1] = answer
+            else:
+                del turns[before:]
+        return reply
+
+    def _generate(self, run: Any, streamer: Any) -> Reply:
+        ids = tokenizer_image_token(self.prompt(), self.tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
+        if len(ids) + self._image_tokens > self._limit:
+            raise UserError(
+                f"the conversation has {len(ids) + self._image_tokens} tokens, more than the {self._limit} that this "
+                "model takes: ask something shorter or start again"
+            )
+        options = self.generation.generate_kwargs()
+        if self.stop is not None:
+            options["stopping_criteria"] = [KeywordsStoppingCriteria([self.stop], self.tokenizer, ids[None])]
+        run.traces.clear()
+        with torch.inference_mode():
+            output = self.model.generate(
+                ids[None].to(self.model.device),
+                images=self._pixels,
+                image_sizes=[image.size for image in self.images] or None,
+                streamer=streamer,
+                **options,
+            )
+        trace = run.traces[-1]
+        self._image_tokens = trace.text_tokens + trace.visual_tokens - len(ids)
+        if trace.text_tokens + trace.visual_tokens >= self._limit:
+            print(f"[WARNING] the prompt fills the model's {self._limit} tokens: its end was cut", file=sys.stderr)
+        text = self.tokenizer.batch_decode(output, skip_special_tokens=True)[0]
+        if self.stop is not None:
+            text = text.split(self.stop)[0]
+        return Reply(text.strip(), trace)

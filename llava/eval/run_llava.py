@@ -1,0 +1,96 @@
+"""Asks one question about one or more images.
+
+    python -m llava.eval.run_llava --model-path CKPT --image-file a.png,b.png --query "What is this?" \\
+        --target-token-num 64
+
+The answer goes to stdout, what pruning did to stderr. Knows its command line; the conversation is in `chat`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from llava.eval.arguments import (
+    GenerationOptions,
+    Parser,
+    add_generation_arguments,
+    add_model_arguments,
+    add_pruning_arguments,
+    check_budget,
+    method_from_args,
+)
+from llava.utils import cli_main
+
+MAX_NEW_TOKENS = 512
+
+
+def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that one question and a chat have in common."""
+    add_model_arguments(parser)
+    group = parser.add_argument_group("images")
+    group.add_argument(
+        "--image-file", default=None, help="image file(s) or http(s) address(es), separated by --sep; default: no image"
+    )
+    group.add_argument("--sep", default=",", help="what separates the names in --image-file")
+    add_generation_arguments(parser, single=True)
+    parser.set_defaults(max_new_tokens=MAX_NEW_TOKENS)
+    add_pruning_arguments(parser)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags of the tool."""
+    parser = Parser(
+        prog="python -m llava.eval.run_llava",
+        description="Ask LLaVA one question about images under a visual-token pruning method.",
+    )
+    add_chat_arguments(parser)
+    parser.add_argument("--query", required=True, help="the question; <image-placeholder> marks where images belong")
+    return parser
+
+
+def open_chat(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The `Chat` and the pruning method that the flags describe; everything is checked before the model loads."""
+    method = method_from_args(args)
+    generation = GenerationOptions.from_args(args)
+
+    from llava.eval.answering import load_model, max_visual_tokens
+    from llava.eval.chat import Chat, choose_conv_mode, load_images
+    from llava.mm_utils import get_model_name_from_path
+
+    conv_mode = choose_conv_mode(args.conv_mode, get_model_name_from_path(args.model_path))
+    images = load_images(args.image_file, args.sep)
+    tokenizer, model, image_processor, context_len = load_model(args)
+    if images:
+        check_budget(method, max_visual_tokens(model) * len(images))
+    return Chat(tokenizer, model, image_processor, images, conv_mode, generation, context_len), method
+
+
+def eval_model(args: Any) -> str:
+    """Answers `args.query`, prints the answer and returns it.
+
+    args: the flags by name, as `build_parser` gives them or any object with some of them as attributes (LLaVA's
+    own example); what is missing has the default of the command line.
+    """
+    from llava.eval.chat import token_report
+
+    defaults = vars(build_parser().parse_args(["--model-path", args.model_path, "--query", args.query]))
+    args = argparse.Namespace(**{name: getattr(args, name, value) for name, value in defaults.items()})
+    chat, method = open_chat(args)
+    with method.attach(chat.model) as run:
+        reply = chat.ask(args.query, run)
+    print(reply.text, flush=True)
+    print(f"[{args.method}: {token_report(reply.trace)}]", file=sys.stderr)
+    return reply.text
+
+
+@cli_main
+def main(argv: Sequence[str] | None = None) -> int:
+    eval_model(build_parser().parse_args(argv))
+    return 0
+
+
+if __name__ == "__main__":
+    main()
