@@ -20,6 +20,7 @@ from PIL import Image
 from transformers import StoppingCriteria
 
 from llava.constants import IMAGE_TOKEN_INDEX
+from llava.utils import UserError
 
 Size = tuple[int, int]
 
@@ -180,6 +181,15 @@ def select_best_resolution(
     return best
 
 
+def resolution_rule(model_cfg: Any) -> str:
+    """The rule of `select_best_resolution` that a configuration asks for with `anyres_resolution_rule`.
+
+    `load_pretrained_model` writes it: LLaVA's own, "effective", or AutoPrune's, "fill", together with its merge type
+    "spatial". A bare configuration that says nothing gets "fill", as the published AutoPrune code does.
+    """
+    return getattr(model_cfg, "anyres_resolution_rule", None) or "fill"
+
+
 def resize_and_pad_image(image: Image.Image, target_resolution: Size) -> Image.Image:
     """Scale the image into `target_resolution` (width, height), keeping its shape, centered on black."""
     width, height = image.size
@@ -244,11 +254,14 @@ def process_images(
         color = tuple(int(x * 255) for x in image_processor.image_mean)
         processed = [_preprocess(image_processor, _padded_square(image, color, image_processor)) for image in images]
     elif aspect_ratio == "anyres":
-        rule = getattr(model_cfg, "anyres_resolution_rule", "fill")
+        rule = resolution_rule(model_cfg)
         processed = [
             process_anyres_image(image, image_processor, model_cfg.image_grid_pinpoints, rule)
             for image in images
         ]
+    elif str(aspect_ratio).startswith("anyres"):
+        # LLaVA-1.6's code would silently take the whole image for these.
+        raise UserError(f"image_aspect_ratio {aspect_ratio!r} is not supported, only 'anyres' (LLaVA-1.6)")
     else:
         processed = [_preprocess(image_processor, _center(image, image_processor)) for image in images]
     if processed and all(x.shape == processed[0].shape for x in processed):

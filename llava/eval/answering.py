@@ -19,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from llava.eval.answers import AnswerFile
-from llava.eval.arguments import GenerationOptions, check_budget, method_from_args
+from llava.eval.arguments import GenerationOptions, check_budget, merge_type_from_args, method_from_args
 from llava.eval.interrupts import Interrupts
 from llava.eval.jsonio import require_folder
 from llava.eval.questions import Question
@@ -64,6 +64,8 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any, Any, int]:
         kwargs["torch_dtype"] = getattr(torch, args.dtype)
     if args.attn_implementation is not None:
         kwargs["attn_implementation"] = args.attn_implementation
+    if (merge_type := merge_type_from_args(args)) is not None:
+        kwargs["mm_patch_merge_type"] = merge_type
     name = get_model_name_from_path(args.model_path)
     if not sys.stderr.isatty():
         # A log file needs no bar per weight; on a terminal it shows that a large checkpoint is being read.

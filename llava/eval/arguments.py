@@ -13,6 +13,7 @@ from llava.utils import UserError
 
 DEFAULT_METHOD = "autoprune"
 DEFAULT_TARGET_TOKENS = 64
+MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 # flag -> option of the method; x0, k0 and gamma exist only where the method declares them.
@@ -54,6 +55,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default=None, help="cuda, cuda:1, mps, cpu; default: the best there is")
     group.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: float16 on a GPU, float32 on a CPU")
     group.add_argument("--attn-implementation", default=None, help="eager, sdpa or flash_attention_2; default: sdpa")
+    group.add_argument(
+        "--mm-patch-merge-type",
+        choices=MERGE_TYPES,
+        default=None,
+        help="LLaVA-1.6: how the crops of an image are put together; spatial_unpad: without padding, with newline "
+        "tokens, as LLaVA; spatial: all patches, as the published AutoPrune; default: the checkpoint's own with "
+        "--method dense, spatial when pruning",
+    )
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser, single: bool = False) -> None:
@@ -92,7 +101,8 @@ def add_pruning_arguments(parser: argparse.ArgumentParser) -> None:
         "--visual-token-num",
         type=int,
         default=None,
-        help="visual tokens that enter the decoder, chosen by CLS attention; default: all",
+        help="visual tokens of an image that enter the decoder, chosen by CLS attention in each crop in proportion to "
+        "its size; a number of at least those an image has (576, LLaVA-1.6: 2880) keeps all; default: all",
     )
     group.add_argument(
         "--positions",
@@ -109,6 +119,13 @@ def add_pruning_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K=V,...",
         help="further options of the method; keys as in Python",
     )
+
+
+def merge_type_from_args(args: argparse.Namespace) -> str | None:
+    """`mm_patch_merge_type` for `load_pretrained_model`: the flag, or what a pruned run is by default."""
+    given = getattr(args, "mm_patch_merge_type", None)
+    prunes = getattr(args, "method", "dense") != "dense"
+    return "spatial" if given is None and prunes else given
 
 
 def parse_method_args(text: str) -> dict[str, str]:

@@ -194,10 +194,13 @@ class Answerer:
         input_ids, mask = left_pad([sample.input_ids for sample in samples], self._pad_id())
         device = self.model.device
         with_image = [sample for sample in samples if sample.pixels is not None]
+        images: Any = [sample.pixels.to(device) for sample in with_image] or None
+        if images is not None and all(image.ndim == 3 for image in images):
+            images = torch.stack(images)  # as LLaVA's tools: a list would mean images cut into crops
         with torch.inference_mode():
             inputs = self.model.prepare_multimodal_inputs(
                 input_ids.to(device),
-                images=[s.pixels.to(device) for s in with_image] if with_image else None,
+                images=images,
                 image_sizes=[s.image_size for s in with_image] if with_image else None,
                 attention_mask=mask.to(device),
                 with_cls_attention=with_cls_attention,

@@ -6,7 +6,6 @@ quantizing are left to transformers.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +32,6 @@ from llava.model.locate import locate
 from llava.model.tokenizer import load_tokenizer
 from llava.model.weights import check_weights, read_weights, weight_files
 from llava.utils import UserError
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_CONTEXT_LEN = 2048
 TOWER_PREFIX = "model.vision_tower."
@@ -83,6 +80,7 @@ def load_pretrained_model(
     device_map: Any = "auto",
     device: str | torch.device | None = None,
     use_flash_attn: bool = False,
+    mm_patch_merge_type: str | None = None,
     **kwargs: Any,
 ) -> tuple[Any, LlavaLlamaForCausalLM, Any, int]:
     """Load a LLaVA checkpoint.
@@ -97,6 +95,9 @@ def load_pretrained_model(
         device_map: transformers' placement; ignored when `device` is given.
         device: put everything there ("cpu", "cuda:1", "mps").
         use_flash_attn: the same as `attn_implementation="flash_attention_2"`.
+        mm_patch_merge_type: how the crops of LLaVA-1.6 ("anyres") are put together: "spatial_unpad" (LLaVA's own),
+            "spatial" (the published AutoPrune's, with its choice of the resolution) or "flat"; default: the
+            checkpoint's own, and "spatial" while a pruning method is attached.
         **kwargs: `dtype` (or `torch_dtype`), `attn_implementation`, `quantization_config`, `max_memory`,
             `offload_folder`, `local_files_only`. Default precision: float16 on an accelerator, float32 on the CPU.
 
@@ -129,6 +130,11 @@ def load_pretrained_model(
     image_processor = load_image_processor(base or folder, checkpoint.tower_folder, config)
     model = _build_model(checkpoint, options)
     model.image_processor = image_processor
+    if not getattr(config, "anyres_resolution_rule", None):
+        # How LLaVA itself chooses among image_grid_pinpoints, or the published AutoPrune.
+        model.config.anyres_resolution_rule = "fill" if mm_patch_merge_type == "spatial" else "effective"
+    if mm_patch_merge_type is not None:
+        model.set_patch_merge_type(mm_patch_merge_type)
     _set_generation_config(model, checkpoint.find("generation_config.json") or folder)
     return tokenizer, model, image_processor, int(getattr(config, "max_sequence_length", None) or DEFAULT_CONTEXT_LEN)
 
@@ -226,13 +232,6 @@ def _read_checkpoint(folder: Path, base: Path | None, dtype: torch.dtype, local_
         if tower_folder is not None and not inside:
             weights |= read_weights(weight_files(tower_folder), translate_tower_name)
         config = llava_config(raw, path, tower_config(name, tower_folder))
-    if config.mm_patch_merge_type not in ("flat", "spatial"):
-        logger.warning(
-            "%s: mm_patch_merge_type %r: tiles are joined as 'spatial', without unpadding and newline tokens, as the "
-            "published AutoPrune code does",
-            path,
-            config.mm_patch_merge_type,
-        )
     return Checkpoint(folder, base, config, weights, files, tower_folder)
 
 

@@ -312,7 +312,6 @@ def _llava_hf_config(raw: Mapping[str, Any], path: Path) -> LlavaConfig:
         "image_aspect_ratio": "pad",
         "mm_patch_merge_type": "flat",
         "mm_projector_type": DEFAULT_PROJECTOR,
-        "anyres_resolution_rule": "effective",
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
         "mm_vision_select_layer": config.vision_feature_layer,
@@ -351,8 +350,6 @@ def _llava_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
     fields.setdefault("mm_use_im_patch_token", False)
     fields.setdefault("mm_projector_type", "linear")
     fields.setdefault("mm_patch_merge_type", "flat")
-    # How LLaVA itself chooses among image_grid_pinpoints.
-    fields.setdefault("anyres_resolution_rule", "effective")
     for name in ("image_token_index", "image_seq_length", "image_token_id"):
         fields.pop(name, None)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

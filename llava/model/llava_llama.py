@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, LlavaForConditionalGeneration
 
-from llava.mm_utils import get_anyres_image_grid_shape, padding_mask
-from llava.model.assemble import assemble
+from llava.mm_utils import padding_mask
+from llava.model.assemble import MERGE_TYPES, arrangement_of
 from llava.model.configuration import LlavaConfig
 from llava.model.multimodal import (
     MultimodalInputs,
@@ -87,6 +87,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
     # Set by the loader; scripts reach it through `get_vision_tower().image_processor`.
     image_processor: Any = None
     config_class = LlavaConfig
+    _chosen_merge_type: str | None = None
 
     def __init__(self, config: LlavaConfig):
         super().__init__(config)
@@ -95,6 +96,9 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
             depth = projector_depth(kind)
             widths = config.vision_config.hidden_size, config.text_config.hidden_size
             self.model.multi_modal_projector = Projector(*widths, depth)
+        if "unpad" in (getattr(config, "mm_patch_merge_type", None) or ""):
+            width = config.text_config.hidden_size
+            self.model.image_newline = nn.Parameter(torch.randn(width, dtype=self.dtype) * width**-0.5)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> LlavaLlamaForCausalLM:
@@ -131,6 +135,36 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         return getattr(self.get_decoder(), "pruning_run", None)
 
     # --- images ---
+
+    def merge_type(self) -> str:
+        """How crops are put together now: what was chosen by `set_patch_merge_type`; otherwise `spatial` while a
+        pruning method selects tokens, and the checkpoint's own where nothing is pruned.
+        """
+        if self._chosen_merge_type is not None:
+            return self._chosen_merge_type
+        if self.pruning_run is not None and self.pruning_run.selects:
+            return "spatial"
+        return getattr(self.config, "mm_patch_merge_type", None) or "flat"
+
+    def set_patch_merge_type(self, merge_type: str | None) -> None:
+        """Choose how crops are put together, for dense and pruned runs alike; None goes back to `merge_type`'s default.
+
+        The choice is written to `config.mm_patch_merge_type`, where scripts look for it. What the types are:
+        `llava.model.assemble.arrange_crops`.
+
+        Raises:
+            UserError: unknown, or newlines asked of a checkpoint that has none.
+        """
+        if merge_type is not None and merge_type not in MERGE_TYPES:
+            raise UserError(f"mm_patch_merge_type {merge_type!r}: expected one of {', '.join(MERGE_TYPES)}")
+        if merge_type == "spatial_unpad" and not hasattr(self.model, "image_newline"):
+            raise UserError(
+                "mm_patch_merge_type 'spatial_unpad' needs a checkpoint with image_newline (LLaVA-1.6); "
+                "choose 'flat' or 'spatial'"
+            )
+        self._chosen_merge_type = merge_type
+        if merge_type is not None:
+            self.config.mm_patch_merge_type = merge_type
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Projected features `[n, P, C]` of crops `[n, 3, S, S]`."""
@@ -170,8 +204,18 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         for name, values in (("image_sizes", sizes), ("image_masks", image_masks)):
             if values is not None and len(values) != len(per_image):
                 raise UserError(f"{name} has {len(values)} entries for {len(per_image)} image(s)")
-        grids = [
-            self._grid(image, None if sizes is None else sizes[i]) if image.ndim == 4 and len(image) > 1 else None
+        # LLaVA takes a tensor [n, 3, S, S] as it is and arranges everything else by the merge type.
+        merged = not isinstance(images, Tensor) or images.ndim == 5
+        merge_type, patches = self.merge_type(), self._features_per_crop()
+        arrangements = [
+            arrangement_of(
+                self.config,
+                merge_type,
+                len(image) if image.ndim == 4 else 1,
+                patches,
+                None if sizes is None else sizes[i],
+                merged,
+            )
             for i, image in enumerate(per_image)
         ]
         device = execution_device(self.model.vision_tower.embeddings.patch_embedding)
@@ -184,35 +228,26 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         counts = [len(stack) for stack in stacks]
         per_features = features.split(counts)
         per_attention = [None] * len(counts) if attention is None else attention.split(counts)
+        newline = getattr(self.model, "image_newline", None)
         tokens = []
-        for i, (crops, scores) in enumerate(zip(per_features, per_attention, strict=True)):
+        for i, (crops, scores, arrangement) in enumerate(zip(per_features, per_attention, arrangements, strict=True)):
             if scores is not None:
-                scores = assemble(scores, grids[i])
+                scores = arrangement.gather(scores)
                 if image_masks is not None:
                     scores = _mask_scores(scores, image_masks[i])
-                elif sizes is not None and grids[i] is None and self.config_pads_images():
+                elif sizes is not None and counts[i] == 1 and self.config_pads_images():
                     scores = _mask_scores(scores, padding_mask(sizes[i], self.get_vision_tower().num_patches_per_side))
-            tokens.append(VisualTokens(assemble(crops, grids[i]), scores))
+            features = arrangement.tokens(crops, newline)
+            tokens.append(VisualTokens(features, scores, arrangement.spans, arrangement.newlines, arrangement.crops))
         return tokens
+
+    def _features_per_crop(self) -> int:
+        tower = self.get_vision_tower()
+        return tower.num_patches + (tower.select_feature == "cls_patch")
 
     def config_pads_images(self) -> bool:
         """Whether the checkpoint wants images padded to a square."""
         return getattr(self.config, "image_aspect_ratio", None) == "pad"
-
-    def _grid(self, crops: Tensor, size_wh: tuple[int, int] | None) -> tuple[int, int]:
-        if size_wh is None:
-            raise UserError("images cut into several crops need image_sizes=[(width, height), ...] to be put together")
-        pinpoints = getattr(self.config, "image_grid_pinpoints", None)
-        if not pinpoints:
-            raise UserError("images cut into several crops need image_grid_pinpoints in the checkpoint's config.json")
-        rule = getattr(self.config, "anyres_resolution_rule", "fill")
-        grid = get_anyres_image_grid_shape(size_wh, pinpoints, self.config.vision_config.image_size, rule)
-        if 1 + grid[0] * grid[1] != len(crops):
-            raise UserError(
-                f"an image of size {tuple(size_wh)} makes {grid[0]} x {grid[1]} tiles and a whole view, but has "
-                f"{len(crops)} crops: pass in image_sizes the size of the image that was preprocessed"
-            )
-        return grid
 
     # --- prompts ---
 

@@ -8,8 +8,8 @@ Shapes: B rows, T ids per row, L tokens per row after splicing, C decoder width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,12 +21,21 @@ from llava.utils import UserError
 
 @dataclass(frozen=True)
 class VisualTokens:
-    """One image, ready for the decoder: features `[N, C]` and, if pruning needs it, CLS attention `[N]`
-    (float32).
+    """One image, ready for the decoder.
+
+    Attributes:
+        features: `[N, C]`, newline tokens included.
+        cls_attention: float32, one value per visual token (newlines have none); None unless pruning needs it.
+        spans: where the visual tokens are among the N; None: everywhere.
+        newlines: where the newline tokens are.
+        crops: the crop that each visual token comes from, 0 = the whole image; None: all from one.
     """
 
     features: Tensor
     cls_attention: Tensor | None = None
+    spans: tuple[tuple[int, int], ...] | None = None
+    newlines: tuple[tuple[int, int], ...] = ()
+    crops: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,8 @@ class MultimodalInputs:
         inputs_embeds: `[B, L, C]`, rows padded on the left with zeros.
         attention_mask: `[B, L]` int64, 1 = token; None if no row is padded.
         position_ids: `[B, L]`, counted from each row's first token; None if no row is padded.
-        layout: spans of visual tokens per row, in the padded sequence.
+        layout: per row, spans of visual tokens (patches) and of the newline tokens between them, in the padded
+            sequence.
         cls_attention: one float32 vector per row over all its visual tokens (empty without images), or None.
         labels: `[B, L]` with `IGNORE_INDEX` on visual tokens and padding, or None.
     """
@@ -111,12 +121,13 @@ def splice(
 
     images = iter(visual)
     rows: list[Tensor] = []
-    row_spans: list[list[tuple[int, int]]] = []
-    row_scores: list[list[Tensor]] = []
+    places: list[_Places] = []
+    row_scores: list[list[Tensor | None]] = []
     row_labels: list[Tensor] = []
     for b, ids_T in enumerate(ids_BT):
         keep = [t for t in range(len(ids_T)) if valid_BT is None or valid_BT[b][t]]
-        pieces, spans, scores, label_pieces = [], [], [], []
+        pieces, scores, label_pieces = [], [], []
+        place = _Places()
         length = start = 0
         for i in [*(i for i, t in enumerate(keep) if ids_T[t] == IMAGE_TOKEN_INDEX), len(keep)]:
             if i > start:
@@ -131,25 +142,52 @@ def splice(
             image = next(images)
             features = image.features.to(device=embeds_BTC.device, dtype=embeds_BTC.dtype)
             pieces.append(features)
-            spans.append((length, length + len(features)))
+            place.add(image, length)
             scores.append(image.cls_attention)
             if labels is not None:
                 label_pieces.append(labels.new_full((len(features),), IGNORE_INDEX))
             length += len(features)
         rows.append(torch.cat(pieces) if pieces else embeds_BTC[b, :0])
-        row_spans.append(spans)
+        places.append(place)
         row_scores.append(scores)
         row_labels.append(torch.cat(label_pieces) if label_pieces else torch.empty(0, dtype=torch.long))
     if max_length is not None:
         rows = [row[:max_length] for row in rows]
         row_labels = [row[:max_length] for row in row_labels]
-        row_spans = [[(s, min(e, max_length)) for s, e in spans if s < max_length] for spans in row_spans]
-    return _pad_left(rows, row_spans, row_scores, row_labels if labels is not None else None)
+        places = [place.cut(max_length) for place in places]
+    return _pad_left(rows, places, row_scores, row_labels if labels is not None else None)
+
+
+@dataclass
+class _Places:
+    """Where the images of one row are, before padding."""
+
+    spans: list[tuple[int, int]] = field(default_factory=list)
+    newlines: list[tuple[int, int]] = field(default_factory=list)
+    crops: list[tuple[int, ...]] = field(default_factory=list)
+
+    def add(self, image: VisualTokens, offset: int) -> None:
+        spans = ((0, len(image.features)),) if image.spans is None else image.spans
+        self.spans += moved(spans, offset)
+        self.newlines += moved(image.newlines, offset)
+        visual = sum(end - start for start, end in spans)
+        self.crops.append((0,) * visual if image.crops is None else image.crops)
+
+    def cut(self, length: int) -> _Places:
+        """What is left of the places when the row keeps its first `length` tokens."""
+        spans, newlines = (
+            [(start, min(end, length)) for start, end in part if start < length] for part in (self.spans, self.newlines)
+        )
+        crops, left = [], sum(end - start for start, end in spans)
+        for image in self.crops:
+            crops.append(image[:left])
+            left -= len(crops[-1])
+        return _Places(spans, newlines, [image for image in crops if image])
 
 
 def _pad_left(
     rows: list[Tensor],
-    row_spans: list[list[tuple[int, int]]],
+    places: list[_Places],
     row_scores: list[list[Tensor | None]],
     row_labels: list[Tensor] | None,
 ) -> MultimodalInputs:
@@ -165,8 +203,10 @@ def _pad_left(
         mask = (torch.arange(length, device=device)[None, :] >= pad_B[:, None]).long()
         positions = positions_from_mask(mask)
     layout = VisualLayout.from_spans(
-        [[(s + pad, e + pad) for s, e in spans] for spans, pad in zip(row_spans, pads, strict=True)],
+        [moved(place.spans, pad) for place, pad in zip(places, pads, strict=True)],
         lengths=[len(row) for row in rows],
+        structure=[moved(place.newlines, pad) for place, pad in zip(places, pads, strict=True)],
+        crops=[place.crops for place in places],
     )
     labels = None
     if row_labels is not None:
@@ -174,6 +214,11 @@ def _pad_left(
         for b, row in enumerate(row_labels):
             labels[b, pads[b] :] = row
     return MultimodalInputs(embeds, mask, positions, layout, _row_attention(row_scores, layout, device), labels)
+
+
+def moved(spans: Iterable[tuple[int, int]], offset: int) -> list[tuple[int, int]]:
+    """The same spans `offset` tokens further."""
+    return [(start + offset, end + offset) for start, end in spans]
 
 
 def _row_attention(row_scores: list[list[Tensor | None]], layout: VisualLayout, device: torch.device):

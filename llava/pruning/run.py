@@ -70,6 +70,11 @@ class PruningRun:
             self.decoder.forward = self._own_forward
 
     @property
+    def selects(self) -> bool:
+        """Whether the method drops or merges tokens anywhere; a dense run with a cap does not count."""
+        return bool(self._stages)
+
+    @property
     def needs_cls_attention(self) -> bool:
         """Whether the model has to provide CLS attention with :meth:`set_visual`."""
         return self.method.needs_cls or self.method.visual_token_num is not None

@@ -3,7 +3,13 @@
 import pytest
 
 from llava.eval import eval_gqa, eval_mme, eval_pope, eval_textvqa
-from llava.eval.arguments import GenerationOptions, check_budget, method_from_args, parse_method_args
+from llava.eval.arguments import (
+    GenerationOptions,
+    check_budget,
+    merge_type_from_args,
+    method_from_args,
+    parse_method_args,
+)
 from llava.eval.model_vqa_loader import build_parser
 from llava.utils import UserError
 
@@ -13,6 +19,7 @@ LOADER_FLAGS = """
     --image-folder --k0 --limit --max-new-tokens --max_new_tokens --method --method-args --model-base
     --model-path --no-resume --num-beams --num-chunks --num_beams --positions --question-file --resume --seed --strict
     --target-token-num --temperature --top-p --top_p --trace-file --visual-token-num --x0 -h
+    --mm-patch-merge-type --overwrite
 """.split()
 
 
@@ -128,3 +135,16 @@ def test_sampling_parameters_are_passed_only_when_sampling():
     assert "temperature" not in GenerationOptions().generate_kwargs()
     kwargs = GenerationOptions(temperature=0.7, top_p=0.9).generate_kwargs()
     assert (kwargs["do_sample"], kwargs["temperature"], kwargs["top_p"]) == (True, 0.7, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], "spatial"),
+        (["--method", "dense"], None),
+        (["--mm-patch-merge-type", "spatial_unpad"], "spatial_unpad"),
+        (["--method", "dense", "--mm-patch-merge-type", "flat"], "flat"),
+    ],
+)
+def test_merge_type_follows_the_flag_and_else_the_method(flags, expected):
+    assert merge_type_from_args(parse(*flags)) == expected

@@ -150,13 +150,39 @@ def test_from_pretrained_reads_the_original_layout(tmp_path, source):
     assert model.name_or_path == str(folder)
 
 
-def test_arrangements_of_tiles_that_are_not_followed_are_announced(tmp_path, source, caplog):
-    with caplog.at_level(logging.WARNING):
-        load(write_original(tmp_path, source, mm_patch_merge_type="spatial_unpad"))
-    assert "mm_patch_merge_type 'spatial_unpad': tiles are joined as 'spatial'" in caplog.text
+def test_the_newline_token_is_loaded_where_the_merge_type_uses_it(tmp_path):
+    source = tiny_model(mm_patch_merge_type="spatial_unpad")
+    model = load(write_original(tmp_path, source, mm_patch_merge_type="spatial_unpad"))[1]
+    assert_same(model, source)
+    assert model.model.image_newline.std() > 0 and model.config.mm_patch_merge_type == "spatial_unpad"
 
 
-def test_computed_buffers_and_the_newline_token_are_left_out(tmp_path, source):
+@pytest.mark.parametrize(
+    ("asked", "file_rule", "merge_type", "rule"),
+    [
+        (None, None, "spatial_unpad", "effective"),
+        ("spatial", None, "spatial", "fill"),
+        ("flat", None, "flat", "effective"),
+        ("spatial", "effective", "spatial", "effective"),
+    ],
+)
+def test_merge_type_is_an_option_of_loading(tmp_path, asked, file_rule, merge_type, rule):
+    source = tiny_model(mm_patch_merge_type="spatial_unpad")
+    fields = {"mm_patch_merge_type": "spatial_unpad"} | ({"anyres_resolution_rule": file_rule} if file_rule else {})
+    model = load(write_original(tmp_path, source, **fields), mm_patch_merge_type=asked)[1]
+    assert (model.merge_type(), model.config.anyres_resolution_rule) == (merge_type, rule)
+    assert model.config.mm_patch_merge_type == merge_type
+
+
+def test_merge_types_that_cannot_be_are_refused(tmp_path, source):
+    folder = write_original(tmp_path, source)
+    with pytest.raises(UserError, match="'spatial_unpad' needs a checkpoint with image_newline"):
+        load(folder, mm_patch_merge_type="spatial_unpad")
+    with pytest.raises(UserError, match="'diagonal': expected one of flat, spatial, spatial_unpad"):
+        load(folder, mm_patch_merge_type="diagonal")
+
+
+def test_computed_buffers_and_an_unused_newline_token_are_left_out(tmp_path, source):
     folder = write_original(tmp_path, source)
     weights = original_names(source.state_dict())
     weights["model.image_newline"] = torch.ones(32)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from llava.model.assemble import assemble, assemble_spatial
 from llava.model.vision import VisionTower, encode_crops, layers_to_run
 from tests.model.tiny import GRID, PATCHES, VISION_FIELDS, sharpen, tiny_images, tiny_model
 
@@ -114,28 +113,3 @@ def test_llavas_view_of_the_tower():
     one_by_one = view([tiny_images(2)[0], tiny_images(2)[1:]])
     torch.testing.assert_close(torch.cat(one_by_one), stack, atol=1e-5, rtol=1e-5)
     assert view.vision_tower is model.model.vision_tower and model.get_model() is model.model
-
-
-def test_spatial_assembly_is_one_global_raster():
-    # Write each patch's own coordinates into it: base view first, then reading the whole picture row by row.
-    grid_w, grid_h, p = 3, 2, 2
-    base = torch.full((p * p, 2), -1)
-    tiles = [
-        torch.tensor([[gy * p + y, gx * p + x] for y in range(p) for x in range(p)])
-        for gy in range(grid_h)
-        for gx in range(grid_w)
-    ]
-    joined = assemble_spatial(torch.stack([base, *tiles]), (grid_w, grid_h))
-    expected = [[y, x] for y in range(grid_h * p) for x in range(grid_w * p)]
-    assert joined[: p * p].eq(-1).all() and joined[p * p :].tolist() == expected
-    # Scores are arranged like features.
-    scores = torch.stack([base, *tiles])[..., 0] * 100 + torch.stack([base, *tiles])[..., 1]
-    assert assemble(scores, (grid_w, grid_h))[p * p :].tolist() == [100 * y + x for y, x in expected]
-
-
-def test_assembly_refuses_what_does_not_fit():
-    with pytest.raises(ValueError, match="4 crops do not make one image and 2 x 2 tiles"):
-        assemble_spatial(torch.zeros(4, 4, 1), (2, 2))
-    with pytest.raises(ValueError, match="not a square of patches"):
-        assemble_spatial(torch.zeros(5, 5, 1), (2, 2))
-    assert assemble(torch.arange(6).view(1, 6), None).tolist() == [0, 1, 2, 3, 4, 5]
