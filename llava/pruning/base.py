@@ -10,7 +10,6 @@ import dataclasses
 import enum
 import types
 import typing
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,9 +18,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from llava.pruning.budget import BUDGETS
 from llava.pruning.scores import received_attention
 from llava.pruning.selection import on_device
 from llava.pruning.sequence import Sequences
+from llava.pruning.vision import CLS_ATTENTION, Reduction, TowerMerge, TowerView, VisionFact, VisionView
 
 BEFORE_DECODER = -1
 """Stage number of a selection among the input embeddings, before decoder layer 0."""
@@ -33,6 +34,7 @@ class Rows(enum.Enum):
     NONE = "none"
     TEXT = "text"  # every token behind the last visual token
     LAST = "last"  # the last token of the prompt
+    NEXT_LAST = "next_last"  # the last token, as the next layer would attend: with that layer's norm and projections
 
 
 class OptionError(ValueError):
@@ -78,7 +80,7 @@ class LayerView:
             the padding; None if no rows were declared.
         sample_ids: running number of each sample within the run, the same whatever the batch size.
         sequences: the engine's state; methods use the properties below instead.
-        initial_cls_BN: CLS attention by original visual index.
+        initial_facts: what the vision tower said, by name and original visual index, ``[B, N, ...]``.
     """
 
     layer: int
@@ -88,7 +90,7 @@ class LayerView:
     attention_BHTV: Tensor | None
     sample_ids: tuple[int, ...]
     sequences: Sequences
-    initial_cls_BN: Tensor | None
+    initial_facts: Mapping[str, Tensor]
 
     @cached_property
     def hidden_BVC(self) -> Tensor:
@@ -105,10 +107,24 @@ class LayerView:
         return received_attention(self.attention_BHTV, on_device(self.query_rows, self.attention_BHTV.device))
 
     @cached_property
+    def text_BTC(self) -> Tensor:
+        """Hidden states of the text rows, ``[B, T, C]``, where row i is valid in its *last* ``query_rows[i]`` places.
+
+        Only in a stage with ``Rows.TEXT`` or ``Rows.NONE``: with ``Rows.LAST`` it is the last token alone.
+        """
+        return self.sequences.hidden_BNC[:, -max(self.query_rows) :]
+
+    @cached_property
     def cls_attention_BV(self) -> Tensor:
         """CLS attention of the current visual tokens, float32 ``[B, V]``; 0 for merged tokens."""
-        origins = self.sequences.visual_origins()
-        return self.initial_cls_BN.gather(1, origins.clamp_min(0)).masked_fill(origins < 0, 0)
+        return self.vision_fact(CLS_ATTENTION)
+
+    def vision_fact(self, name: str) -> Tensor:
+        """A declared fact of the vision tower for the current visual tokens, ``[B, V, ...]``; 0 for merged tokens."""
+        values, origins = self.initial_facts[name], self.sequences.visual_origins()
+        shape = (*origins.shape, *[1] * (values.ndim - 2))
+        index = origins.clamp_min(0).view(shape).expand(*origins.shape, *values.shape[2:])
+        return values.gather(1, index).masked_fill((origins < 0).view(shape), 0)
 
     @property
     def device(self) -> torch.device:
@@ -116,12 +132,15 @@ class LayerView:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruningMethod(ABC):
+class PruningMethod:
     """Base of all methods. Fields are the options: Python keyword = ``--method-args`` key.
 
     Attributes:
         target_tokens: budget, the mean number of visual tokens per decoder layer; None means no budget.
         positions: ``compact`` renumbers the survivors 0, 1, 2, ... in every layer; ``original`` keeps their positions.
+        budget: which mean meets the target. ``nominal``: as the method's paper counts it (for most the tokens leaving
+            the layers, for some those entering, see the method). ``processed``: the tokens that the layers compute on,
+            for every method, so that methods can be compared at equal cost.
         visual_token_num: before anything else keep at most this many visual tokens of each image, those with the
             highest CLS attention; an image of several crops keeps of each crop in proportion to its size.
     """
@@ -129,9 +148,13 @@ class PruningMethod(ABC):
     target_tokens: int | None = None
     positions: str = "original"
     visual_token_num: int | None = None
+    budget: str = "nominal"
 
     name: ClassVar[str]
     needs_cls: ClassVar[bool] = False
+    published_budget: ClassVar[str] = "nominal"  # what the paper's budget counts
+    reduces_vision: ClassVar[bool] = False  # whether `reduce` takes part
+    merges_in_tower: ClassVar[bool] = False  # whether `merge` takes part
 
     def __post_init__(self) -> None:
         for option in ("target_tokens", "visual_token_num"):
@@ -140,18 +163,50 @@ class PruningMethod(ABC):
                 raise OptionError(f"{option} must be an integer of at least 1, got {value!r}")
         if self.positions not in ("compact", "original"):
             raise OptionError(f"positions must be 'compact' or 'original', got {self.positions!r}")
+        if self.budget not in BUDGETS:
+            raise OptionError(f"budget must be 'nominal' or 'processed', got {self.budget!r}")
 
-    @abstractmethod
     def stages(self, num_layers: int) -> Mapping[int, Rows]:
         """Layers after which the method selects (or ``BEFORE_DECODER``), with the attention rows it needs there."""
+        return {}
 
-    @abstractmethod
     def select(self, view: LayerView, memory: types.SimpleNamespace) -> Selection | None:
         """Choose among ``view``'s visual tokens; None leaves them all.
 
         ``memory`` is new in every prefill and lives until its end: whatever the method has to remember from one layer
         to the next. What it leaves there under ``report`` (name -> one value per row) goes into the trace.
         """
+        raise NotImplementedError
+
+    def vision_facts(self, tower_layers: int) -> Mapping[str, VisionFact]:
+        """What the vision tower has to say about each patch, by names of the method's choice; nothing else is computed.
+
+        ``needs_cls`` is short for the one fact ``cls_attention`` of the layer whose output is used.
+        """
+        return {}
+
+    def reduce(self, view: VisionView) -> Reduction:
+        """Reduce crops to ``view.target`` tokens each, in front of the projector (if ``reduces_vision``)."""
+        raise NotImplementedError
+
+    def merge(self, view: TowerView) -> TowerMerge | None:
+        """Merge tokens inside a layer of the vision tower, between attention and MLP (if ``merges_in_tower``)."""
+        raise NotImplementedError
+
+    @property
+    def budget_kind(self) -> str:
+        """Which mean is to meet ``target_tokens``: ``nominal`` or ``processed``."""
+        return "processed" if self.budget == "processed" else self.published_budget
+
+    @property
+    def aim(self) -> int | None:
+        """The mean that the method tries to meet; None if other options decide how much is kept."""
+        return self.target_tokens
+
+    @property
+    def parts(self) -> tuple[PruningMethod, ...]:
+        """The methods that act one after another: one, except in a composition."""
+        return (self,)
 
     def attach(self, model: nn.Module):
         """Context manager (a ``PruningRun``) that prunes inside ``model`` and afterwards leaves it as it was."""

@@ -6,14 +6,16 @@ stock loop sizes one mask and one set of rotary tables by layer 0 and uses them 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
 from llava import compat
-from llava.pruning.base import BEFORE_DECODER, LayerView, PruningMethod, Rows
+from llava.pruning.base import BEFORE_DECODER, LayerView, PruningMethod, Rows, Selection
 from llava.pruning.cache import CacheRecord
 from llava.pruning.cap import capped_by_cls
 from llava.pruning.layout import VisualLayout
@@ -21,6 +23,7 @@ from llava.pruning.scores import attention_rows, rotate_rows
 from llava.pruning.selection import counts_to_mask, on_device
 from llava.pruning.sequence import Sequences, padding_mask
 from llava.pruning.trace import DecoderShape, Trace
+from llava.pruning.vision import ReducedRow
 
 
 @dataclass(frozen=True)
@@ -32,16 +35,18 @@ class Prompt:
         lengths: real tokens per row.
         positions_BN: rotary positions; None numbers the tokens of each row from 0.
         layout: where the visual tokens are.
-        cls_BN: CLS attention per original visual index, padded at the end; None if not needed.
+        facts: what the vision tower said, by name, per original visual index ``[B, N, ...]``, padded at the end.
         sample_ids: running number of each sample within the run.
+        reduced: per row what a reduction in front of the decoder left behind; None if there was none.
     """
 
     hidden_BNC: Tensor
     lengths: tuple[int, ...]
     positions_BN: Tensor | None
     layout: VisualLayout
-    cls_BN: Tensor | None
+    facts: Mapping[str, Tensor]
     sample_ids: tuple[int, ...]
+    reduced: Sequence[ReducedRow] | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,13 @@ class Prefill:
 
 
 def prefill(
-    decoder: nn.Module, method: PruningMethod, prompt: Prompt, cache, keep_states: bool = False, **layer_kwargs
+    decoder: nn.Module,
+    method: PruningMethod,
+    prompt: Prompt,
+    cache,
+    keep_states: bool = False,
+    timer: Callable[[], AbstractContextManager] = nullcontext,
+    **layer_kwargs,
 ) -> Prefill:
     """Run the prompt through all layers, letting the method select after the layers it declared.
 
@@ -64,27 +75,37 @@ def prefill(
         prompt: the batch.
         cache: empty cache to fill; it also serves the keys for the scores.
         keep_states: collect the hidden states entering each layer (of unequal length) and the final ones.
+        timer: context manager around everything that is selection: attention rows, the method, dropping tokens.
         layer_kwargs: passed on to every layer.
     """
     num_layers = len(decoder.layers)
-    stages = method.stages(num_layers)
     compact = method.positions == "compact"
-    sequences = Sequences.start(prompt.hidden_BNC, prompt.layout, prompt.lengths, prompt.positions_BN, compact)
-    recorder = _Recorder(decoder, sequences, prompt.layout.structure_counts)
-    memory = SimpleNamespace(report={})
+    sequences = Sequences.start(
+        prompt.hidden_BNC,
+        prompt.layout,
+        prompt.lengths,
+        prompt.positions_BN,
+        compact,
+        None if prompt.reduced is None else [row.origins for row in prompt.reduced],
+    )
+    recorder = _Recorder(decoder, sequences, prompt)
+    parts = [_Part(part, part.stages(num_layers)) for part in method.parts]
     query_rows = _text_rows(sequences, prompt.layout)
 
     def view(layer: int, rows: tuple[int, ...], attention: Tensor | None) -> LayerView:
         return LayerView(
-            layer, num_layers, sequences.counts, rows, attention, prompt.sample_ids, sequences, prompt.cls_BN
+            layer, num_layers, sequences.counts, rows, attention, prompt.sample_ids, sequences, prompt.facts
         )
 
-    if method.visual_token_num is not None and max(sequences.counts) > method.visual_token_num:
-        capped = capped_by_cls(view(BEFORE_DECODER, query_rows, None), prompt.layout, method.visual_token_num)
-        sequences = sequences if capped is None else sequences.apply(capped)
-    if BEFORE_DECODER in stages and max(sequences.counts) > 0:
-        selection = method.select(view(BEFORE_DECODER, query_rows, None), memory)
-        sequences = sequences if selection is None else sequences.apply(selection)
+    with timer():
+        cap = None if prompt.reduced is not None else method.visual_token_num
+        if cap is not None and max(sequences.counts) > cap:
+            capped = capped_by_cls(view(BEFORE_DECODER, query_rows, None), prompt.layout, cap)
+            sequences = sequences if capped is None else sequences.apply(capped)
+        for part in parts:
+            if BEFORE_DECODER in part.stages and max(sequences.counts) > 0:
+                selection = part.select(view(BEFORE_DECODER, query_rows, None))
+                sequences = sequences if selection is None else sequences.apply(selection)
 
     mask = rotary = None
     entered = None
@@ -97,8 +118,11 @@ def prefill(
         recorder.entering(sequences)
         if keep_states:
             states.append(sequences.hidden_BNC)
-        rows = stages.get(index) if max(sequences.counts) > 0 else None
-        wanted = {Rows.TEXT: query_rows, Rows.LAST: (1,) * len(query_rows)}.get(rows)
+        active = [part for part in parts if index in part.stages and max(sequences.counts) > 0]
+        # Of several methods at one place at most the first looks at attention, see Composition.stages.
+        rows = active[0].stages[index] if active else Rows.NONE
+        last = (1,) * len(query_rows)
+        wanted = {Rows.TEXT: query_rows, Rows.LAST: last}.get(rows)
         with _QueryTap(layer.self_attn, max(wanted) if wanted else 0) as tap:
             hidden = layer(
                 sequences.hidden_BNC,
@@ -114,21 +138,27 @@ def prefill(
         if advanced.origin_BN is not sequences.origin_BN:
             entered = None  # the layer lives on another device
         sequences = advanced
-        if rows is not None:
+        with timer() if active else nullcontext():
             attention = None
             if wanted is not None:
-                attention = _visual_attention(
-                    layer, tap.queries, compat.cached_keys(cache, index), rotary, sequences, wanted
-                )
+                keys = compat.cached_keys(cache, index)
+                attention = _visual_attention(layer.self_attn.scaling, tap.queries, keys, rotary, sequences, wanted)
+            elif rows is Rows.NEXT_LAST:
+                wanted = last
+                attention = _next_layer_attention(decoder.layers[index + 1], rotary, sequences)
+                recorder.projected_keys(sequences)
+            if attention is not None:
                 recorder.scored(wanted, sequences)
-            selection = method.select(view(index, wanted or query_rows, attention), memory)
-            if selection is not None:
-                sequences = sequences.apply(selection)
+            for part in active:
+                selection = part.select(view(index, wanted or query_rows, attention))
+                sequences = sequences if selection is None else sequences.apply(selection)
+                wanted = attention = None
         recorder.leaving(sequences)
 
     hidden = decoder.norm(sequences.hidden_BNC)
     recorder.cache_record(compact, prompt).attach_to(cache)
-    return Prefill(hidden, recorder.traces(memory.report), (*states, hidden) if keep_states else None)
+    traces = recorder.traces(_joined([part.memory.report for part in parts]), method)
+    return Prefill(hidden, traces, (*states, hidden) if keep_states else None)
 
 
 def decode(decoder: nn.Module, hidden_BQC: Tensor, cache, keep_states: bool = False, **layer_kwargs):
@@ -198,8 +228,42 @@ class _QueryTap:
             self.hook.remove()
 
 
+@dataclass
+class _Part:
+    """A method at work: where it selects, and what it remembers of this prefill."""
+
+    method: PruningMethod
+    stages: Mapping[int, Rows]
+    memory: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(report={}))
+
+    def select(self, view: LayerView) -> Selection | None:
+        return self.method.select(view, self.memory)
+
+
+def _joined(reports: Sequence[dict[str, list]]) -> dict[str, list]:
+    """One report of several methods: costs add up; of anything else that two methods say, the later one counts."""
+    joined: dict[str, list] = {}
+    for report in reports:
+        costs = joined.get("merge_flops")
+        joined.update(report)
+        if costs is not None and "merge_flops" in report:
+            joined["merge_flops"] = [a + b for a, b in zip(costs, report["merge_flops"], strict=True)]
+    return joined
+
+
+def _next_layer_attention(layer: nn.Module, rotary, sequences: Sequences) -> Tensor:
+    """What the last token will attend to in ``layer``, which has not run yet: ``[B, H, 1, V]``."""
+    attention, device = layer.self_attn, layer.input_layernorm.weight.device
+    normed = layer.input_layernorm(sequences.hidden_BNC.to(device))
+    heads = (-1, attention.head_dim)
+    queries = attention.q_proj(normed[:, -1:]).unflatten(-1, heads).transpose(1, 2)
+    keys = attention.k_proj(normed).unflatten(-1, heads).transpose(1, 2)
+    keys = rotate_rows(keys, *(table.to(device) for table in rotary))
+    return _visual_attention(attention.scaling, queries, keys, rotary, sequences, (1,) * len(queries))
+
+
 def _visual_attention(
-    layer: nn.Module, queries: Tensor, keys: Tensor, rotary, sequences: Sequences, rows: tuple[int, ...]
+    scaling: float, queries: Tensor, keys: Tensor, rotary, sequences: Sequences, rows: tuple[int, ...]
 ) -> Tensor:
     """Attention of each row's last ``rows[i]`` tokens to its visual tokens: float32 ``[B, H, T, V]``, padding zero."""
     most, width, device = max(rows), sequences.width, queries.device
@@ -211,7 +275,7 @@ def _visual_attention(
     else:
         allowed = torch.ones(most, width, dtype=torch.bool, device=device).tril(width - most)
         allowed = allowed & padding[:, None, None, :]
-    attention = sequences.gather_visual(attention_rows(queries, keys, layer.self_attn.scaling, allowed))
+    attention = sequences.gather_visual(attention_rows(queries, keys, scaling, allowed))
     if min(rows) < most:
         attention = attention * padding_mask(rows, most, device)[:, None, :, None]
     if min(sequences.counts) < max(sequences.counts):
@@ -230,10 +294,14 @@ def _text_rows(sequences: Sequences, layout: VisualLayout) -> tuple[int, ...]:
 class _Recorder:
     """Collects counts and origins layer by layer and turns them into traces and the cache record."""
 
-    def __init__(self, decoder: nn.Module, sequences: Sequences, structure_counts: tuple[int, ...]) -> None:
+    def __init__(self, decoder: nn.Module, sequences: Sequences, prompt: Prompt) -> None:
         # Not the sequences themselves: they would keep the embeddings alive until the end of the prefill.
         self.start_lengths, self.start_counts = sequences.lengths, sequences.counts
-        self.structure_counts = structure_counts
+        self.structure_counts = prompt.layout.structure_counts
+        self.visual_tokens = list(sequences.counts)
+        for row, reduced in enumerate(prompt.reduced or ()):
+            # The last patch of a prompt that ends in its image counts as text, see Sequences.start.
+            self.visual_tokens[row] += reduced.visual_tokens - prompt.layout.counts[row]
         self.counts_in: list[tuple[int, ...]] = []
         self.counts_out: list[tuple[int, ...]] = []
         self.lengths: list[tuple[int, ...]] = []
@@ -252,6 +320,10 @@ class _Recorder:
         for row, (wanted, length) in enumerate(zip(rows, sequences.lengths, strict=True)):
             self.scoring[row] += wanted * length * self.shape.hidden_size
 
+    def projected_keys(self, sequences: Sequences) -> None:
+        for row, length in enumerate(sequences.lengths):
+            self.scoring[row] += length * self.shape.hidden_size * self.shape.key_value_size
+
     def leaving(self, sequences: Sequences) -> None:
         self.counts_out.append(sequences.counts)
         if self._seen is not sequences.origin_BN:
@@ -259,18 +331,20 @@ class _Recorder:
             self._origins = sequences.visual_origins()
         self.origins.append(self._origins)
 
-    def traces(self, report: dict[str, list]) -> list[Trace]:
+    def traces(self, report: dict[str, list], method: PruningMethod) -> list[Trace]:
         return [
             Trace(
                 shape=self.shape,
                 # The last patch of a prompt that ends in its image stays in place as text, see Sequences.start.
                 text_tokens=self.start_lengths[row] - self.start_counts[row],
-                visual_tokens=self.start_counts[row],
+                visual_tokens=self.visual_tokens[row],
                 structure_tokens=self.structure_counts[row],
                 tokens_in=[counts[row] for counts in self.counts_in],
                 tokens_out=[counts[row] for counts in self.counts_out],
                 scoring_flops=self.scoring[row],
                 details={name: values[row] for name, values in report.items() if values is not None},
+                target_tokens=method.aim,
+                budget=method.budget_kind,
                 _origins=[
                     origins[row, : counts[row]] for origins, counts in zip(self.origins, self.counts_out, strict=True)
                 ],

@@ -12,8 +12,14 @@ _METHODS = {
     "divprune": "DivPrune",
     "fastervlm": "FasterVLM",
     "fastv": "FastV",
+    "hiprune": "HiPrune",
+    "pdrop": "PDrop",
+    "prumerge_plus": "PruMergePlus",
     "random": "Random",
+    "sparsevlm": "SparseVLM",
+    "tome": "ToMe",
     "uniform": "Uniform",
+    "visionzip": "VisionZip",
 }
 
 

@@ -63,27 +63,40 @@ def retention_curve(num_layers: int, slope: float, x0: float = 14.9, amplitude: 
 
 
 def fit_to_budget(
-    curve: np.ndarray, coarse_tokens: int, target_tokens: int, recycle_fraction: float = 0.3
+    curve: np.ndarray,
+    coarse_tokens: int,
+    target_tokens: int,
+    recycle_fraction: float = 0.3,
+    *,
+    held: int = 1,
+    entering: int | None = None,
 ) -> np.ndarray:
-    """Scale a retention curve so that the tokens leaving all layers add up to ``num_layers * target_tokens``.
+    """Scale a retention curve so that the tokens of all layers add up to ``num_layers * target_tokens``.
 
-    The total charges every layer, the first included, with the tokens that *leave* it (the nominal count of the paper).
+    The total charges every layer, the first included, with the tokens that *leave* it (the nominal count of the paper)
+    or, if ``entering`` is given, with those that enter it (the processed count).
 
     Args:
-        curve: shares after layers 1..L-1.
+        curve: shares after the last layers, by default after layers 1..L-1.
         coarse_tokens: visual tokens after layer 0.
         target_tokens: wanted mean per layer.
+        recycle_fraction: see :func:`prune_step`.
+        held: layers in front of those of the curve; ``coarse_tokens`` leave each of them.
+        entering: visual tokens entering layer 0, if the processed mean shall meet the target.
 
     Returns:
-        Scaled shares, float64 ``[L - 1]``; they are not clipped and may exceed 1. The scale stays within [0, 20], so a
-        steep curve with a large target can end below the budget, as in the published code.
+        Scaled shares, float64, as many as in ``curve``; they are not clipped and may exceed 1. The scale stays within
+        [0, 20], so a steep curve with a large target can end below the budget, as in the published code.
     """
-    num_layers = len(curve) + 1
-    target_total = num_layers * target_tokens
+    target_total = (len(curve) + held) * target_tokens
+    charged = held * coarse_tokens if entering is None else entering + held * coarse_tokens
+    last = 1 if entering is None else 0
     # An early exit of the published code: it estimates the total without recycling and without layer 0, so it fires
     # only by coincidence (a handful of tokens), but it decides the result when it does.
     unscaled = (np.float32(coarse_tokens) * curve.astype(np.float32)).astype(np.int64)
-    if len(unscaled) == 0 or abs(int(unscaled.sum()) + int(unscaled[-1]) - target_total) < 1:
+    if len(unscaled) == 0:
+        return curve
+    if held == 1 and entering is None and abs(int(unscaled.sum()) + int(unscaled[-1]) - target_total) < 1:
         return curve
 
     shares = curve.tolist()
@@ -91,7 +104,7 @@ def fit_to_budget(
     best_scale, best_error = 1.0, math.inf
     for _ in range(_MAX_STEPS):
         scale = (low + high) / 2
-        total = _total_tokens(shares, scale, coarse_tokens, recycle_fraction)
+        total = charged + _total_tokens(shares, scale, coarse_tokens, recycle_fraction, last)
         error = abs(total - target_total)
         if error < best_error:
             best_scale, best_error = scale, error
@@ -106,8 +119,9 @@ def fit_to_budget(
     return best_scale * curve
 
 
-def _total_tokens(shares: list[float], scale: float, coarse_tokens: int, recycle_fraction: float) -> int:
-    current = total = coarse_tokens
+def _total_tokens(shares: list[float], scale: float, coarse_tokens: int, recycle_fraction: float, last: int) -> int:
+    """Tokens leaving the layers of the curve; the last layer counts ``last`` times."""
+    current, total = coarse_tokens, 0
     for share in shares:
         keep = math.ceil((coarse_tokens - 1) * min(1.0, scale * share))
         dropped = current - keep
@@ -119,7 +133,7 @@ def _total_tokens(shares: list[float], scale: float, coarse_tokens: int, recycle
             recycled = int(recycle_fraction * dropped) + 1
             current = keep + min(recycled // 10 + 1, recycled)
         total += current
-    return total
+    return total - (1 - last) * current
 
 
 def tokens_to_keep(coarse_tokens: int, share: float) -> int:
@@ -132,7 +146,7 @@ def tokens_to_keep(coarse_tokens: int, share: float) -> int:
     return math.ceil(np.float32(coarse_tokens - 1) * np.float32(share))
 
 
-def coarse_token_count(visual_tokens: int, target_tokens: int, coarse_factor: float = 2.5) -> int:
+def coarse_token_count(visual_tokens: int, target_tokens: float, coarse_factor: float = 2.5) -> int:
     """Visual tokens kept after layer 0, ``min(int(2.5 * target), visual_tokens)``."""
     return min(int(coarse_factor * target_tokens), visual_tokens)
 

@@ -7,8 +7,10 @@ traces. On exit the decoder has its own forward again.
 from __future__ import annotations
 
 import functools
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +20,12 @@ from llava.pruning.base import PruningMethod
 from llava.pruning.cache import CacheRecord
 from llava.pruning.decoder import Prompt, decode, dense_traces, prefill
 from llava.pruning.layout import VisualLayout
+from llava.pruning.reduction import reduce_prompt
 from llava.pruning.trace import Trace
+from llava.pruning.vision import CLS_ATTENTION, ReducedRow, TowerValue, VisionFact
 
+_LOGGER = logging.getLogger(__name__)
+_ANY_DEPTH = 24  # names of facts do not depend on the depth of the tower
 _RUN_ATTRIBUTE = "pruning_run"
 
 
@@ -30,6 +36,7 @@ class PruningRun:
         method: the attached method.
         traces: one :class:`Trace` per sample per prefill, in order; may be cleared at any time.
         samples_seen: running number of the next sample; set it to continue an earlier run (seeded methods use it).
+        time_selection: measure :attr:`selection_seconds` too; off by default.
     """
 
     def __init__(self, method: PruningMethod, model: nn.Module) -> None:
@@ -38,9 +45,14 @@ class PruningRun:
         self.traces: list[Trace] = []
         self._stages = method.stages(len(self.decoder.layers))
         self._layout: VisualLayout | None = None
-        self._cls: list[Tensor] | None = None
+        self._facts: dict[str, list[Tensor]] = {}
+        self._reduced: list[ReducedRow] | None = None
+        self._sample_ids: tuple[int, ...] | None = None
         self.samples_seen = 0
-        self._given_ids: tuple[int, ...] | None = None
+        self.time_selection = False
+        self._selection: list[list[_Stopwatch]] = []
+        self._watches: list[_Stopwatch] = []
+        self._missed = False
         self._seconds: list[float] = []
         self._unread: list[_Stopwatch] = []
         self._model = model
@@ -80,6 +92,41 @@ class PruningRun:
         return self.method.needs_cls or self.method.visual_token_num is not None
 
     @property
+    def reduces_vision(self) -> bool:
+        """Whether the method works before the decoder, so that prompts must be encoded while it is attached."""
+        return self.method.reduces_vision or self.method.merges_in_tower
+
+    def vision_facts(self, tower_layers: int) -> dict[str, VisionFact]:
+        """What the vision tower has to compute for the method, by name."""
+        facts = dict(self.method.vision_facts(tower_layers))
+        if self.needs_cls_attention:
+            facts.setdefault(CLS_ATTENTION, VisionFact(TowerValue.CLS_ATTENTION))
+        return facts
+
+    def _needed_facts(self, reduced: bool) -> set[str]:
+        """Names of the facts that the prefill needs; those for a reduction that has taken place are done with."""
+        if not reduced:
+            return set(self.vision_facts(_ANY_DEPTH))
+        parts = [part for part in self.method.parts if not part.reduces_vision]
+        names = {name for part in parts for name in part.vision_facts(_ANY_DEPTH)}
+        return names | ({CLS_ATTENTION} if any(part.needs_cls for part in parts) else set())
+
+    @property
+    def selection_seconds(self) -> list[float]:
+        """Seconds of every prefill spent on selection, reductions in front of the decoder included.
+
+        Empty unless :attr:`time_selection` is set. Reading it waits for the device; measuring does not.
+        """
+        return [sum(watch.seconds() for watch in watches) for watches in self._selection]
+
+    def selection_timer(self, device: torch.device) -> AbstractContextManager:
+        """Times a block as selection of the next (or running) prefill, if that is wanted."""
+        if not self.time_selection:
+            return nullcontext()
+        self._watches.append(_Stopwatch(device))
+        return self._watches[-1]
+
+    @property
     def prefill_seconds(self) -> list[float]:
         """Wall-clock seconds of every decoder prefill, selection included; reading it waits for the device."""
         self._seconds.extend(watch.seconds() for watch in self._unread)
@@ -90,6 +137,9 @@ class PruningRun:
         self,
         layout: VisualLayout,
         cls_attention: Tensor | Sequence[Tensor | None] | None = None,
+        *,
+        facts: Mapping[str, Sequence[Tensor | None]] | None = None,
+        reduced: Sequence[ReducedRow] | None = None,
         sample_ids: Sequence[int] | None = None,
     ) -> None:
         """Say where the visual tokens of the next prompts are; holds until it is set again.
@@ -99,34 +149,51 @@ class PruningRun:
                 beams.
             cls_attention: one vector ``[N_i]`` per row (None for rows without visual tokens), or a tensor ``[N]`` or
                 ``[B, N]``. Needed if :attr:`needs_cls_attention`.
+            facts: further facts that the method declared, by name one tensor ``[N_i, ...]`` per row.
+            reduced: if the visual tokens were reduced already, what each row must say about it. N_i of all facts still
+                counts the visual tokens before the reduction.
             sample_ids: number of each row's sample, for seeded methods; default: counted on from :attr:`samples_seen`.
 
         Raises:
-            ValueError: CLS attention missing or of the wrong length.
+            ValueError: a fact is missing or of the wrong length.
         """
-        vectors = None
-        if self.needs_cls_attention:
-            if cls_attention is None:
-                if any(layout.counts):
-                    raise ValueError(f"method '{self.method.name}' needs cls_attention with set_visual")
-                cls_attention = [None] * layout.batch_size
-            if isinstance(cls_attention, Tensor) and cls_attention.ndim == 1:
-                cls_attention = cls_attention[None]
-            empty = torch.zeros(0)
-            vectors = [empty if vector is None else vector.detach().float() for vector in cls_attention]
-            if tuple(len(vector) for vector in vectors) != layout.counts:
+        given: dict[str, object] = dict(facts or {})
+        if cls_attention is not None:
+            one = isinstance(cls_attention, Tensor) and cls_attention.ndim == 1
+            given[CLS_ATTENTION] = cls_attention[None] if one else cls_attention
+        if reduced is not None and tuple(len(row.origins) for row in reduced) != layout.counts:
+            raise ValueError("the reduced rows and the layout differ in their numbers of visual tokens")
+        counts = layout.counts if reduced is None else tuple(row.visual_tokens for row in reduced)
+        needed = self._needed_facts(reduced is not None)
+        vectors: dict[str, list[Tensor]] = {}
+        for name in needed:
+            if name not in given:
+                if any(counts):
+                    what = name if name == CLS_ATTENTION else f"facts={{'{name}': ...}}"
+                    raise ValueError(f"method '{self.method.name}' needs {what} with set_visual")
+                given[name] = [None] * layout.batch_size
+        for name, rows in given.items():
+            if name not in needed:
+                continue
+            filled = [vector.detach() for vector in rows if vector is not None]
+            like = filled[0] if filled else torch.zeros(0)
+            vectors[name] = [like.new_zeros(0, *like.shape[1:]) if v is None else v.detach() for v in rows]
+            if name == CLS_ATTENTION:
+                vectors[name] = [vector.float() for vector in vectors[name]]
+            if tuple(map(len, vectors[name])) != counts:
                 raise ValueError(
-                    f"cls_attention has {[len(vector) for vector in vectors]} values, the layout has "
-                    f"{list(layout.counts)} visual tokens"
+                    f"{name} has {[len(vector) for vector in vectors[name]]} values, the layout has "
+                    f"{list(counts)} visual tokens"
                 )
         if sample_ids is not None and len(sample_ids) != layout.batch_size:
             raise ValueError(f"{len(sample_ids)} sample_ids for a layout of {layout.batch_size} rows")
-        self._layout, self._cls = layout, vectors
-        self._given_ids = None if sample_ids is None else tuple(sample_ids)
+        self._layout, self._facts = layout, vectors
+        self._reduced = None if reduced is None else list(reduced)
+        self._sample_ids = None if sample_ids is None else tuple(sample_ids)
 
     @property
     def _prunes(self) -> bool:
-        return bool(self._stages) or self.method.visual_token_num is not None
+        return bool(self._stages) or self.method.visual_token_num is not None or self.reduces_vision
 
     def _forward(
         self,
@@ -178,13 +245,17 @@ class PruningRun:
             else:
                 cache = compat.new_cache() if past_key_values is None else past_key_values
                 compat.check_cache(cache)
-                cls = self._padded_cls(given.device, repeats)
-                prompt = Prompt(embed(), lengths, position_ids, layout, cls, self._sample_ids(repeats))
-                pruned = prefill(self.decoder, self.method, prompt, cache, keep_states, **layer_kwargs)
+                prompt = self._prompt(embed(), lengths, position_ids, layout, repeats)
+                timer = functools.partial(self.selection_timer, given.device)
+                pruned = prefill(self.decoder, self.method, prompt, cache, keep_states, timer, **layer_kwargs)
                 traces = pruned.traces
                 cached = cache if use_cache or past_key_values is not None or use_cache is None else None
                 result = self._output(pruned.hidden_BNC, cached, pruned.hidden_states, own.get("return_dict"))
         self._unread.append(watch)
+        if self.time_selection:
+            self._selection.append(self._watches)
+            self._watches = []
+        self._report_missed(traces)
         self.samples_seen += layout.batch_size // repeats
         self.traces.extend(traces[::repeats])
         return result
@@ -212,16 +283,50 @@ class PruningRun:
         repeats = batch // self._layout.batch_size
         return self._layout.expand(repeats) if repeats > 1 else self._layout, repeats
 
-    def _padded_cls(self, device: torch.device, repeats: int) -> Tensor | None:
-        if self._cls is None:
-            return None
-        padded = nn.utils.rnn.pad_sequence([vector.to(device) for vector in self._cls], batch_first=True)
-        return padded.repeat_interleave(repeats, dim=0)
+    def _prompt(
+        self,
+        hidden: Tensor,
+        lengths: tuple[int, ...],
+        positions: Tensor | None,
+        layout: VisualLayout,
+        repeats: int,
+    ) -> Prompt:
+        facts = {name: [v for v in rows for _ in range(repeats)] for name, rows in self._facts.items()}
+        reduced = None if self._reduced is None else [row for row in self._reduced for _ in range(repeats)]
+        if self.method.reduces_vision and reduced is None:
+            with self.selection_timer(hidden.device):
+                short = reduce_prompt(self.method, hidden, lengths, layout, facts)
+            hidden, lengths, layout, reduced = short.hidden_BNC, short.lengths, short.layout, short.rows
+            positions = None
+        elif self.method.merges_in_tower and reduced is None:
+            raise ValueError(
+                f"method '{self.method.name}' merges inside the vision tower, but the prompt was prepared without it: "
+                "encode the images while the method is attached"
+            )
+        if reduced is not None and self.method.positions == "original":
+            rows = [row.positions.to(hidden.device) for row in reduced]
+            positions = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
+        padded = {
+            name: nn.utils.rnn.pad_sequence([vector.to(hidden.device) for vector in rows], batch_first=True)
+            for name, rows in facts.items()
+        }
+        return Prompt(hidden, lengths, positions, layout, padded, self._ids(repeats), reduced)
 
-    def _sample_ids(self, repeats: int) -> tuple[int, ...]:
-        first = self.samples_seen
-        ids = self._given_ids or range(first, first + self._layout.batch_size)
-        return tuple(number for number in ids for _ in range(repeats))
+    def _ids(self, repeats: int) -> tuple[int, ...]:
+        first, rows = self.samples_seen, self._layout.batch_size
+        ids = range(first, first + rows) if self._sample_ids is None else self._sample_ids
+        return tuple(sample for sample in ids for _ in range(repeats))
+
+    def _report_missed(self, traces: list[Trace]) -> None:
+        for trace in traces:
+            error = trace.budget_error
+            if error is not None and abs(error) > 1 and not self._missed:
+                self._missed = True  # once is enough: every trace has the figures
+                _LOGGER.warning(
+                    "%s cannot keep %d of %d visual tokens per layer with these options: the %s mean is %.1f",
+                    self.method.name, trace.target_tokens, trace.visual_tokens, trace.budget,
+                    trace.mean_tokens(trace.budget),
+                )  # fmt: skip
 
     @staticmethod
     def _output(hidden: Tensor, cache, states, return_dict: bool | None):

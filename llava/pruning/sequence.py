@@ -60,6 +60,7 @@ class Sequences:
         lengths: tuple[int, ...],
         positions_BN: Tensor | None,
         compact: bool,
+        origins: list[Tensor] | None = None,
     ) -> Sequences:
         """State before layer 0. Structure tokens are kept like text; so is the last token of a row, visual or not,
         because its output predicts the next token.
@@ -89,12 +90,16 @@ class Sequences:
             tails = tuple(width - 1 - where[-1] if where else 0 for where in slots)
         else:
             scattered = on_device([where + [width] * (max(counts) - len(where)) for where in slots], device)
+        origin_BN = on_device(origin, device)
+        for row, given in enumerate(origins or ()):
+            # Tokens that were reduced before the decoder say themselves which patch they are.
+            origin_BN[row, on_device(slots[row], device).long()] = given[: counts[row]].to(device)
         if positions_BN is None:
             positions_BN = _contiguous_positions(lengths, width, device)
         return cls(
             hidden_BNC,
             lengths,
-            on_device(origin, device),
+            origin_BN,
             positions_BN if compact else positions_BN.expand(batch, -1),
             counts,
             compact,

@@ -42,6 +42,8 @@ class Trace:
         tokens_out: visual tokens leaving each layer.
         scoring_flops: multiply-adds spent on attention rows for scores.
         details: what the method reported, by name.
+        target_tokens: mean that the method was to meet; None if it had no budget.
+        budget: how that mean counts, ``nominal`` or ``processed``.
         structure_tokens: how many of ``text_tokens`` are newline tokens of an image (LLaVA-1.6 with unpadding). They
             count in costs and cache, not in the means of visual tokens.
     """
@@ -54,6 +56,8 @@ class Trace:
     scoring_flops: int = 0
     details: dict[str, Any] = field(default_factory=dict)
     structure_tokens: int = 0
+    target_tokens: int | None = None
+    budget: str = "nominal"
     _origins: list[Tensor] = field(default_factory=list, repr=False)
 
     @property
@@ -82,6 +86,16 @@ class Trace:
         counts = self.tokens_out if kind == "nominal" else self.tokens_in
         return sum(counts) / len(counts)
 
+    @property
+    def budget_error(self) -> float | None:
+        """Mean visual tokens per layer above (or below) what was asked for; None without a budget.
+
+        A sample with fewer visual tokens than the budget is asked for all of them.
+        """
+        if self.target_tokens is None:
+            return None
+        return self.mean_tokens(self.budget) - min(self.target_tokens, self.visual_tokens)
+
     def flops(self) -> int:
         """Multiply-adds of the decoder layers in the prefill, from processed tokens; selection not included."""
         return sum(self.shape.layer_flops(self.text_tokens + tokens) for tokens in self.tokens_in)
@@ -109,6 +123,9 @@ class Trace:
             "tokens_out": self.tokens_out,
             "mean_nominal": self.mean_tokens("nominal"),
             "mean_processed": self.mean_tokens("processed"),
+            "target_tokens": self.target_tokens,
+            "budget": self.budget,
+            "budget_error": self.budget_error,
             "flops": self.flops(),
             "dense_flops": self.dense_flops(),
             "selection_flops": self.selection_flops(),

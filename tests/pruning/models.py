@@ -41,7 +41,7 @@ class Batch:
     def __init__(self, model, samples=SAMPLES, seed: int = 1) -> None:
         generator = torch.Generator().manual_seed(seed)
         width = model.config.hidden_size
-        self.embeds, self.spans, self.cls = [], [], []
+        self.embeds, self.spans, self.cls, self.facts = [], [], [], []
         for parts in samples:
             self.embeds.append(torch.randn(sum(parts), width, generator=generator))
             spans, start = [], 0
@@ -50,7 +50,15 @@ class Batch:
                     spans.append((start, start + length))
                 start += length
             self.spans.append(spans)
-            self.cls.append(torch.rand(sum(e - s for s, e in spans), generator=generator) / 50)
+            count = sum(e - s for s, e in spans)
+            self.cls.append(torch.rand(count, generator=generator) / 50)
+            # What vision methods ask for, under their names.
+            self.facts.append(
+                {
+                    "keys": torch.randn(count, 8, generator=generator),
+                    **{name: torch.rand(count, generator=generator) ** 4 for name in ("cls", "object", "deep")},
+                }
+            )
 
     def __len__(self) -> int:
         return len(self.embeds)
@@ -61,6 +69,7 @@ class Batch:
             "mask": None,
             "layout": VisualLayout.from_spans([self.spans[row]]),
             "cls": [self.cls[row]],
+            "facts": _by_name([self.facts[row]]),
         }
 
     def together(self, rows, tell_lengths: bool = False) -> dict:
@@ -79,13 +88,18 @@ class Batch:
             "mask": mask,
             "layout": VisualLayout.from_spans(spans, lengths),
             "cls": [self.cls[row] for row in rows],
+            "facts": _by_name([self.facts[row] for row in rows]),
         }
+
+
+def _by_name(rows: list[dict]) -> dict[str, list[torch.Tensor]]:
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def generate(model, method, inputs: dict, new_tokens: int = 6, **kwargs):
     """Run ``method`` on ``inputs``: returns ``(sequences, logits [B, new, vocab], traces)``."""
     with method.attach(model) as run, torch.no_grad():
-        run.set_visual(inputs["layout"], inputs["cls"] if run.needs_cls_attention else None)
+        run.set_visual(inputs["layout"], inputs["cls"], facts=inputs.get("facts"))
         mask = inputs["mask"]
         if mask is None:
             mask = torch.ones(inputs["embeds"].shape[:2], dtype=torch.long)

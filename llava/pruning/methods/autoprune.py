@@ -6,7 +6,9 @@ the budget; after every further layer the least attended tokens go, and the bett
 and appended as a few merged tokens. No training.
 
 Budget: ``target_tokens`` is the nominal mean, the tokens *leaving* the layers (layer 0 charged with what it leaves).
-The processed mean is about ``target_tokens + (N - tokens leaving the last layer) / layers``, always larger.
+The processed mean is about ``target_tokens + (N - tokens leaving the last layer) / layers``, always larger. With
+``budget="processed"`` the same curve is scaled for the processed mean; as layer 0 then takes ``N / layers`` of it, the
+coarse cut is computed from what is left, ``coarse_factor * (target_tokens - N / layers)``.
 
 Behaviors of the published code that affect the result are kept and marked "published" below. Deviations: merging is
 deterministic (no random tie-break), mutual information and scores are summed in float32, any batch size works, and with
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from llava.pruning.base import LayerView, OptionError, PruningMethod, Rows, Selection
 from llava.pruning.information import mutual_information
+from llava.pruning.recycling import keep_and_recycle
 from llava.pruning.retention import (
     coarse_token_count,
     dynamic_slope,
@@ -33,15 +36,9 @@ from llava.pruning.retention import (
     retention_curve,
     tokens_to_keep,
 )
-from llava.pruning.selection import (
-    counts_to_mask,
-    density_peaks,
-    descending_order,
-    first_in_sequence_order,
-    merge_clusters,
-    on_device,
-    top_k,
-)
+from llava.pruning.selection import descending_order, on_device, top_k
+
+_PUBLISHED_DEPTH = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +48,7 @@ class AutoPrune(PruningMethod):
     Attributes:
         target_tokens: nominal mean of visual tokens per layer.
         x0: inflection of the curve in layers, absolute: the same for 32 and 40 layers (published).
+        x0_relative: read ``x0`` on a scale of 32 layers, so that the curve bends at the same share of any depth.
         k0: slope of the curve at zero mutual information.
         gamma: how much a bit of mutual information flattens the curve.
         amplitude: height of the unscaled curve.
@@ -58,6 +56,10 @@ class AutoPrune(PruningMethod):
         text_weight: weight of the text term in the score of layer 0.
         recycle_fraction: share of the dropped tokens that is merged; 0 switches recycling off.
         eps: constant of the mutual information.
+        mi_layer: layer whose mutual information sets the slope; the curve starts after it.
+        slope: this slope for every sample; mutual information is then not looked at.
+        coarse_cut: whether layer 0 cuts at all; without it the curve starts from all tokens.
+        cls_weight: weight of the CLS term in the score of layer 0; 0 needs no CLS attention.
     """
 
     target_tokens: int | None = 64
@@ -70,9 +72,13 @@ class AutoPrune(PruningMethod):
     text_weight: float = 0.3
     recycle_fraction: float = 0.3
     eps: float = 1e-6
+    x0_relative: bool = False
+    mi_layer: int = 1
+    slope: float | None = None
+    coarse_cut: bool = True
+    cls_weight: float = 1.0
 
     name: ClassVar[str] = "autoprune"
-    needs_cls: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,16 +91,48 @@ class AutoPrune(PruningMethod):
                 raise OptionError(f"{option} must be above 0, got {getattr(self, option)}")
         if not 0 <= self.recycle_fraction <= 1:
             raise OptionError(f"recycle_fraction must lie in 0..1, got {self.recycle_fraction}")
+        if self.mi_layer < 0:
+            raise OptionError(f"mi_layer must be at least 0, got {self.mi_layer}")
+        if self.slope is not None and not self.slope >= 0:
+            raise OptionError(f"slope must be at least 0, got {self.slope}")
+        if self.coarse_cut and self.text_weight == 0 and self.cls_weight == 0:
+            raise OptionError(
+                "text_weight and cls_weight are both 0: the cut after layer 0 needs one (or coarse_cut=false)"
+            )
+
+    @property
+    def needs_cls(self) -> bool:
+        return self.coarse_cut and self.cls_weight != 0
 
     def stages(self, num_layers: int) -> Mapping[int, Rows]:
-        return {layer: Rows.TEXT for layer in range(num_layers)}
+        if self.mi_layer >= num_layers:
+            raise OptionError(f"mi_layer must be below the {num_layers} layers of the decoder, got {self.mi_layer}")
+        start = max(self.mi_layer, 1)
+        first = Rows.TEXT if self.mi_layer == 0 or (self.coarse_cut and self.text_weight) else Rows.NONE
+        return {0: first, **{layer: Rows.TEXT for layer in range(start, num_layers)}}
 
     def select(self, view: LayerView, memory: SimpleNamespace) -> Selection | None:
         if view.layer == 0:
-            return self._coarse_cut(view, memory)
-        if view.layer == 1:
+            memory.report = {"mutual_information": None, "slope": None, "merge_flops": [0] * len(view.counts)}
+            memory.entering = view.counts
+            memory.information, memory.text_rows = {}, view.query_rows
+        if view.layer in (0, self.mi_layer) and self.slope is None and view.attention_BHTV is not None:
+            memory.information[view.layer] = self._information(view)
+        selection = None
+        if view.layer == 0:
+            memory.coarse = tuple(self._coarse(count, view.num_layers) for count in view.counts)
+            selection = self._coarse_cut(view, memory) if self.coarse_cut else None
+        if view.layer == self.mi_layer:
             self._plan(view, memory)
-        return self._follow_curve(view, memory)
+        return self._follow_curve(view, memory) if view.layer >= max(self.mi_layer, 1) else selection
+
+    def _coarse(self, count: int, num_layers: int) -> int:
+        if not self.coarse_cut:
+            return count
+        target = self.target_tokens
+        if self.budget == "processed":
+            target = max(target - count / num_layers, 1)
+        return coarse_token_count(count, target, self.coarse_factor)
 
     def _information(self, view: LayerView) -> Tensor:
         """Mutual information per sample, summed (not averaged) over the heads (published)."""
@@ -102,33 +140,46 @@ class AutoPrune(PruningMethod):
         return mutual_information(view.attention_BHTV, self.eps, rows).sum(1)
 
     def _coarse_cut(self, view: LayerView, memory: SimpleNamespace) -> Selection:
-        # Published: only here the information is divided by the number of text tokens. It may be negative.
-        information = self._information(view) / on_device(view.query_rows, view.device)
-        scores = self.text_weight * information[:, None] * view.relevance_BV + view.cls_attention_BV
-        memory.information = information
-        memory.coarse = tuple(
-            coarse_token_count(count, self.target_tokens, self.coarse_factor) for count in view.counts
-        )
-        memory.report = {"mutual_information": None, "slope": None, "merge_flops": [0] * len(view.counts)}
+        scores = torch.zeros((), device=view.device)
+        if self.text_weight:
+            # Published: only here the information is divided by the number of text tokens. It may be negative.
+            total = memory.information[0] if self.slope is None else self._information(view)
+            information = total / on_device(view.query_rows, view.device)
+            scores = self.text_weight * information[:, None] * view.relevance_BV
+        if self.needs_cls:
+            cls = view.cls_attention_BV
+            scores = scores + (cls if self.cls_weight == 1 else self.cls_weight * cls)
         return Selection(top_k(scores, view.counts, memory.coarse), memory.coarse)
 
     def _plan(self, view: LayerView, memory: SimpleNamespace) -> None:
-        """Measure layer 1 and lay out the rest of the decoder: the one place where the host waits for the device."""
-        layer0, layer1 = torch.stack((memory.information, self._information(view))).tolist()
-        slopes = [dynamic_slope(information, self.k0, self.gamma) for information in layer1]
-        memory.shares = [
-            fit_to_budget(
-                retention_curve(view.num_layers, slope, self.x0, self.amplitude),
-                coarse,
-                self.target_tokens,
-                self.recycle_fraction,
-            )
-            for slope, coarse in zip(slopes, memory.coarse, strict=True)
-        ]
-        memory.report["mutual_information"] = [
-            {"layer0": first, "layer1": second} for first, second in zip(layer0, layer1, strict=True)
-        ]
+        """Lay out the rest of the decoder: the one place where the host waits for the device."""
+        slopes = [self.slope] * len(view.counts)
+        if self.slope is None:
+            names = {f"layer{layer}": values for layer, values in memory.information.items()}
+            if 0 in memory.information:
+                names["layer0"] = memory.information[0] / on_device(memory.text_rows, view.device)
+            measured = torch.stack((*names.values(), memory.information[self.mi_layer])).tolist()
+            slopes = [dynamic_slope(information, self.k0, self.gamma) for information in measured[-1]]
+            memory.report["mutual_information"] = [
+                dict(zip(names, values, strict=True)) for values in zip(*measured[:-1], strict=True)
+            ]
         memory.report["slope"] = slopes
+        x0 = self.x0 * view.num_layers / _PUBLISHED_DEPTH if self.x0_relative else self.x0
+        start = max(self.mi_layer, 1)
+        memory.shares = [
+            [0.0] * (start - 1)
+            + list(
+                fit_to_budget(
+                    retention_curve(view.num_layers, slope, x0, self.amplitude)[start - 1 :],
+                    coarse,
+                    self.target_tokens,
+                    self.recycle_fraction,
+                    held=start,
+                    entering=entering if self.budget == "processed" else None,
+                )
+            )
+            for slope, coarse, entering in zip(slopes, memory.coarse, memory.entering, strict=True)
+        ]
 
     def _follow_curve(self, view: LayerView, memory: SimpleNamespace) -> Selection | None:
         steps = [
@@ -136,32 +187,8 @@ class AutoPrune(PruningMethod):
             prune_step(count, tokens_to_keep(coarse, shares[view.layer - 1]), self.recycle_fraction)
             for count, coarse, shares in zip(view.counts, memory.coarse, memory.shares, strict=True)
         ]
-        keep = tuple(step.keep for step in steps)
-        if keep == view.counts:
+        if tuple(step.keep for step in steps) == view.counts:
             return None
-        order = descending_order(view.relevance_BV, view.counts)
-        kept = first_in_sequence_order(order, keep)
-        recycled = [step.recycled for step in steps]
-        if max(recycled) == 0:
-            return Selection(kept, keep)
-
-        # The recycled tokens follow the kept ones in the order; they are merged from the layer's output.
-        candidates = _behind(order, keep, max(recycled))
-        tokens = view.hidden_of(candidates)
-        clusters = [step.merged for step in steps]
-        peaks = density_peaks(tokens, clusters, recycled)
-        merged = merge_clusters(tokens, peaks.assignment_BM, max(clusters), recycled)
-        source = candidates.gather(1, peaks.centers_BK)
-        if min(clusters) < max(clusters):
-            source = source.masked_fill(~counts_to_mask(clusters, max(clusters), view.device), order.shape[1])
-        for row, step in enumerate(steps):
-            memory.report["merge_flops"][row] += (step.recycled + step.merged) * step.recycled * tokens.shape[2]
-        return Selection(kept, keep, merged, tuple(clusters), source)
-
-
-def _behind(order_BV: Tensor, keep: tuple[int, ...], width: int) -> Tensor:
-    """``width`` entries of each order behind the first ``keep[i]``, ``[B, width]``; past the end the last one again."""
-    if len(keep) == 1:
-        return order_BV[:, keep[0] : keep[0] + width]
-    ranks = on_device(keep, order_BV.device)[:, None] + torch.arange(width, device=order_BV.device)
-    return order_BV.gather(1, ranks.clamp_max(order_BV.shape[1] - 1))
+        selection, flops = keep_and_recycle(view, descending_order(view.relevance_BV, view.counts), steps)
+        memory.report["merge_flops"] = [a + b for a, b in zip(memory.report["merge_flops"], flops, strict=True)]
+        return selection

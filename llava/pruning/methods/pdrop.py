@@ -1,0 +1,121 @@
+"""PyramidDrop, "Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction" (CVPR 2025,
+arXiv 2410.17247).
+
+In front of decoder layers 8, 16 and 24 (of 32) a share of the visual tokens stays: those that the last token of the
+prompt is about to attend to in that layer, computed from the layer's own norm and projections for this one row.
+
+Budget: the paper gives layers and ratios (0.5, 0.25, 0.125 of the visual tokens: 270 of 576 in the mean), which is the
+*processed* mean; that is what ``target_tokens`` means. Ratios are powers of one number. Down to 0.5 that number is
+solved for the budget; for smaller budgets the stages first move forward (every 7, 6, ... layers instead of every
+8), then the number falls below 0.5; the last stage takes up the rounding. This rule is ours: the settings behind the
+literature's figures at 192, 128 and 64 tokens are not published. ``ratio`` and ``layers`` replace the rule.
+
+Deviations: several images of a prompt compete for the tokens of one budget instead of having a share each; the last
+token is that of the prompt (in training the paper uses the last token of each instruction).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import ClassVar
+
+from llava.pruning.base import LayerView, OptionError, PruningMethod, Rows, Selection
+from llava.pruning.budget import mean_tokens, nearest_plan, parse_layers
+from llava.pruning.selection import top_k
+
+_RATIO = 0.5
+_STAGES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class PDrop(PruningMethod):
+    """Pruning in stages by the attention of the last token.
+
+    Attributes:
+        layers: layers in front of which tokens are dropped, such as ``8/16/24``; None: from the budget.
+        ratio: share that each stage leaves of what the one before left; replaces ``target_tokens``.
+    """
+
+    target_tokens: int | None = 64
+    positions: str = "compact"
+    layers: str | None = None
+    ratio: float | None = None
+
+    name: ClassVar[str] = "pdrop"
+    published_budget: ClassVar[str] = "processed"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layers is not None and (parse_layers(self.layers) or (0,))[0] < 1:
+            raise OptionError(f"layers must be rising layer indices from 1 such as 8/16/24, got {self.layers!r}")
+        if self.ratio is not None and not 0 < self.ratio <= 1:
+            raise OptionError(f"ratio must lie in 0..1, 0 excluded, got {self.ratio}")
+        if self.target_tokens is None and self.ratio is None:
+            raise OptionError("pdrop needs target_tokens or ratio")
+
+    @property
+    def aim(self) -> int | None:
+        return None if self.ratio is not None else self.target_tokens
+
+    def stages(self, num_layers: int) -> Mapping[int, Rows]:
+        if self.layers is not None:
+            layers = parse_layers(self.layers)
+            if layers[-1] >= num_layers:
+                raise OptionError(f"layers must be below the {num_layers} layers of the decoder, got {self.layers}")
+            return dict.fromkeys([layer - 1 for layer in layers], Rows.NEXT_LAST)
+        # Which of these it will be depends on the number of visual tokens; with ``ratio`` the published ones.
+        most = max(num_layers // (_STAGES + 1), 1)
+        spacings = range(1, most + 1) if self.ratio is None else (most,)
+        layers = {spacing * stage for spacing in spacings for stage in range(1, _STAGES + 1)}
+        return dict.fromkeys(sorted(layer - 1 for layer in layers if layer < num_layers), Rows.NEXT_LAST)
+
+    def select(self, view: LayerView, memory: SimpleNamespace) -> Selection | None:
+        if not hasattr(memory, "plans"):
+            memory.plans = [self._plan(count, view.num_layers) for count in view.counts]
+        keep = tuple(
+            min(plan.get(view.layer + 1, count), count) for plan, count in zip(memory.plans, view.counts, strict=True)
+        )
+        return None if keep == view.counts else Selection(top_k(view.relevance_BV, view.counts, keep), keep)
+
+    def _plan(self, count: int, num_layers: int) -> Mapping[int, int]:
+        layers = None if self.layers is None else parse_layers(self.layers)
+        if self.ratio is not None:
+            layers = layers or _spaced(num_layers // (_STAGES + 1) or 1, num_layers)
+            return {layer: max(int(count * self.ratio**stage), 1) for stage, layer in enumerate(layers, 1)}
+        return plan_stages(count, num_layers, self.target_tokens, layers)
+
+
+def _spaced(spacing: int, num_layers: int) -> tuple[int, ...]:
+    return tuple(spacing * stage for stage in range(1, _STAGES + 1) if spacing * stage < num_layers)
+
+
+@lru_cache(maxsize=1024)
+def plan_stages(count: int, num_layers: int, target: int, layers: tuple[int, ...] | None) -> Mapping[int, int]:
+    """Tokens to keep in front of each stage's layer so that the processed mean meets ``target``."""
+
+    def leaving(layers: tuple[int, ...], keep: list[int]) -> list[int]:
+        wanted, current, counts = dict(zip(layers, keep, strict=True)), count, []
+        for layer in range(num_layers):
+            current = wanted.get(layer + 1, current)
+            counts.append(current)
+        return counts
+
+    def shares(layers: tuple[int, ...], ratio: float) -> list[int]:
+        return [max(round(count * ratio**stage), 1) for stage in range(1, len(layers) + 1)]
+
+    def mean(layers: tuple[int, ...], keep: list[int]) -> float:
+        return mean_tokens(count, leaving(layers, keep), "processed")
+
+    if layers is None:
+        spacing = max(num_layers // (_STAGES + 1), 1)
+        while spacing > 1 and mean(_spaced(spacing, num_layers), shares(_spaced(spacing, num_layers), _RATIO)) > target:
+            spacing -= 1
+        layers = _spaced(spacing, num_layers)
+    ratio = nearest_plan(lambda r: leaving(layers, shares(layers, r)), count, target, "processed")
+    keep = shares(layers, ratio)
+    missing = target - mean(layers, keep)
+    keep[-1] = min(max(keep[-1] + round(missing * num_layers / (num_layers - layers[-1])), 1), keep[-2:][0])
+    return dict(zip(layers, keep, strict=True))

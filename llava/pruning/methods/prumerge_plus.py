@@ -1,0 +1,95 @@
+"""PruMerge+, "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models" (ICCV 2025,
+arXiv 2403.15388).
+
+In front of the projector. *Important* patches are the outliers (above Q3 + 1.5 IQR) of the CLS attention in the last
+tower layer, taken as one wide head; evenly spaced patches complete them. To every kept patch the patches with the most
+similar keys of that layer are added, weighted with their CLS attention; what is dropped makes one more token, the
+weighted sum.
+
+Budget: ``target_tokens`` tokens enter the decoder and stay, so nominal and processed mean are both the target. The
+paper has no fixed budget: outliers (about 5%) decide, and three times as many evenly spaced patches follow (about
+25% of all tokens). Here outliers come first, the strongest ones if the budget is smaller, and evenly spaced patches
+fill the rest. Crops and images share the budget in proportion to their patches.
+
+Deviations: raster order (published: by attention, then the added ones); the spacing runs over the patches that are
+left, so that the budget is met exactly; padding patches have no CLS attention; with a budget of one token there is no
+extra one. The quartiles interpolate linearly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from llava.pruning.base import OptionError, PruningMethod
+from llava.pruning.selection import top_k
+from llava.pruning.vision import Reduction, TowerValue, VisionFact, VisionView, take
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruMergePlus(PruningMethod):
+    """Outliers and evenly spaced patches, merged with their neighbors in key space.
+
+    Attributes:
+        neighbors: patches that are added to each kept one.
+    """
+
+    target_tokens: int | None = 64
+    positions: str = "compact"
+    neighbors: int = 32
+
+    name: ClassVar[str] = "prumerge_plus"
+    reduces_vision: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.neighbors < 0:
+            raise OptionError(f"neighbors must be at least 0, got {self.neighbors}")
+
+    def vision_facts(self, tower_layers: int) -> Mapping[str, VisionFact]:
+        return {
+            "cls": VisionFact(TowerValue.WIDE_CLS_ATTENTION, -1),
+            "keys": VisionFact(TowerValue.WIDE_KEYS, -1),
+        }
+
+    def reduce(self, view: VisionView) -> Reduction:
+        tokens, attention = view.tokens_NPC.float(), view.facts["cls"]
+        crops, patches, _ = tokens.shape
+        extra = int(view.target > 1)
+        kept = outliers_and_grid(attention, view.target - extra)
+        keys = torch.nn.functional.normalize(view.facts["keys"].float(), dim=2)
+        similar = take(keys, kept) @ keys.transpose(1, 2)
+        # A patch is no neighbor of itself. Neighbors are added as one product: kept x patches weights.
+        similar = similar.scatter(2, kept[:, :, None], -torch.inf)
+        nearest = similar.argsort(dim=2, descending=True, stable=True)[:, :, : min(self.neighbors, patches - 1)]
+        chosen = torch.zeros_like(similar).scatter_(2, nearest, 1)
+        merged = take(tokens, kept) + (chosen * attention[:, None, :]) @ tokens
+        origin, source = kept, kept
+        if extra:
+            dropped = attention.scatter(1, kept, 0)
+            merged = torch.cat((merged, dropped[:, None, :] @ tokens), 1)
+            origin = torch.cat((origin, origin.new_full((crops, 1), -1)), 1)
+            source = torch.cat((source, source.new_full((crops, 1), patches - 1)), 1)
+        return Reduction(merged.to(view.tokens_NPC.dtype), origin, source)
+
+
+def outliers_and_grid(attention_NP: Tensor, keep: int) -> Tensor:
+    """Indices ``[N, keep]``: outliers first, the strongest if there are too many, then evenly spaced patches.
+
+    Their number differs from crop to crop but is never read back: everything follows from ranks.
+    """
+    crops, patches = attention_NP.shape
+    low, high = torch.quantile(attention_NP, torch.tensor([0.25, 0.75], device=attention_NP.device), dim=1)
+    outliers = (attention_NP > (high + 1.5 * (high - low))[:, None]).sum(1, keepdim=True).clamp_max(keep)
+    rank = attention_NP.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    important = rank < outliers
+    # The j-th of R other patches is chosen if j * u / R passes an integer there: u of them, evenly spaced.
+    rest, wanted = patches - outliers, keep - outliers
+    place = (~important).long().cumsum(1) - 1
+    spaced = ((place + 1) * wanted // rest > place * wanted // rest) & ~important
+    chosen = (important | spaced).float()
+    return top_k(chosen, [patches] * crops, [keep] * crops)

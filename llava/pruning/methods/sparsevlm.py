@@ -1,0 +1,139 @@
+"""SparseVLM, "Visual Token Sparsification for Efficient Vision-Language Model Inference" (ICML 2025, arXiv 2410.04417).
+
+Version 1.5. Text tokens that relate to the picture are chosen once, among the input embeddings: those that receive
+more than the average of a softmax over the text, averaged over the visual tokens ("raters"). After decoder layers 2, 6
+and 15 the visual tokens that the raters attend to most stay; of the dropped ones the better 30% are merged into a few
+tokens.
+
+Budget: the paper lists how many tokens stay after each of the three layers at 192, 128, 96 and 64 of 576 tokens. Those
+lists are the *nominal* mean (tokens leaving the layers, merged ones included) within one token on 32 layers, so that is
+what ``target_tokens`` means here. Other budgets, other token counts and other depths use lists in between, in
+proportion, that meet the mean. ``layers`` are scaled with the depth unless given.
+
+Deviations: the number of tokens per layer is the fixed list of version 1.5, not the rank estimate of the paper; merging
+is deterministic; attention is summed in float32; if no text token is above the average (a single one) all are raters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llava.pruning.base import BEFORE_DECODER, LayerView, OptionError, PruningMethod, Rows, Selection
+from llava.pruning.budget import nearest_plan, parse_layers, scaled_layers
+from llava.pruning.recycling import keep_and_recycle
+from llava.pruning.retention import prune_step
+from llava.pruning.scores import received_attention
+from llava.pruning.selection import descending_order, on_device
+
+_LAYERS, _DEPTH, _TOKENS = (2, 6, 15), 32, 576
+_LISTS = {64: (66, 30, 17), 96: (238, 48, 26), 128: (303, 110, 36), 192: (300, 200, 110)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseVLM(PruningMethod):
+    """Pruning by text raters in three layers.
+
+    Attributes:
+        layers: layers after which tokens are dropped, such as ``2/6/15``; None: the published ones, scaled.
+        recycle_fraction: share of the dropped tokens that is merged; 0 switches recycling off.
+    """
+
+    target_tokens: int | None = 64
+    positions: str = "compact"
+    layers: str | None = None
+    recycle_fraction: float = 0.3
+
+    name: ClassVar[str] = "sparsevlm"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target_tokens is None:
+            raise OptionError("sparsevlm needs target_tokens")
+        if self.layers is not None and parse_layers(self.layers) is None:
+            raise OptionError(f"layers must be rising layer indices such as 2/6/15, got {self.layers!r}")
+        if not 0 <= self.recycle_fraction <= 1:
+            raise OptionError(f"recycle_fraction must lie in 0..1, got {self.recycle_fraction}")
+
+    def _layers(self, num_layers: int) -> tuple[int, ...]:
+        if self.layers is None:
+            return scaled_layers(_LAYERS, _DEPTH, num_layers)
+        layers = parse_layers(self.layers)
+        if layers[-1] >= num_layers:
+            raise OptionError(f"layers must be below the {num_layers} layers of the decoder, got {self.layers}")
+        return layers
+
+    def stages(self, num_layers: int) -> Mapping[int, Rows]:
+        return {BEFORE_DECODER: Rows.NONE, **dict.fromkeys(self._layers(num_layers), Rows.TEXT)}
+
+    def select(self, view: LayerView, memory: SimpleNamespace) -> Selection | None:
+        layers = self._layers(view.num_layers)
+        if view.layer == BEFORE_DECODER:
+            memory.raters = text_raters(view.hidden_BVC, view.counts, view.text_BTC, view.query_rows)
+            memory.keep = [self._keep(count, view.num_layers, layers) for count in view.counts]
+            memory.report = {"merge_flops": [0] * len(view.counts)}
+            return None
+        stage = layers.index(view.layer)
+        scores = received_attention(view.attention_BHTV * memory.raters[:, None, :, None], memory.raters.sum(1))
+        steps = [
+            prune_step(count, min(keep[stage], count), self.recycle_fraction)
+            for count, keep in zip(view.counts, memory.keep, strict=True)
+        ]
+        selection, flops = keep_and_recycle(view, descending_order(scores, view.counts), steps)
+        memory.report["merge_flops"] = [a + b for a, b in zip(memory.report["merge_flops"], flops, strict=True)]
+        return selection
+
+    def _keep(self, count: int, num_layers: int, layers: tuple[int, ...]) -> tuple[int, ...]:
+        return keep_list(count, num_layers, layers, self.target_tokens, self.budget_kind, self.recycle_fraction)
+
+
+def text_raters(hidden_BVC: Tensor, counts: tuple[int, ...], text_BTC: Tensor, rows: tuple[int, ...]) -> Tensor:
+    """Bool ``[B, T]``: text tokens with an above-average mean over visual tokens of softmax over text of ``H_v H_t^T``.
+
+    Visual tokens are padded at the end, text at the front.
+    """
+    device = hidden_BVC.device
+    width = text_BTC.shape[1]
+    valid_BT = torch.arange(width, device=device) >= width - on_device(rows, device)[:, None]
+    valid_BV = torch.arange(hidden_BVC.shape[1], device=device) < on_device(counts, device)[:, None]
+    logits = hidden_BVC.float() @ text_BTC.float().transpose(1, 2)
+    shares = torch.softmax(logits.masked_fill(~valid_BT[:, None, :], -torch.inf), dim=2)
+    received = (shares * valid_BV[:, :, None]).sum(1)
+    # Comparing sums with mean of sums: the number of visual tokens cancels.
+    average = received.sum(1, keepdim=True) / on_device(rows, device)[:, None]
+    raters = (received > average) & valid_BT
+    return torch.where(raters.any(1, keepdim=True), raters, valid_BT)
+
+
+@lru_cache(maxsize=1024)
+def keep_list(
+    count: int, num_layers: int, layers: tuple[int, ...], target: int, kind: str, recycle_fraction: float
+) -> tuple[int, ...]:
+    """Tokens to keep after each of ``layers``: the published list where there is one, else one in between."""
+    if (count, num_layers, layers, kind) == (_TOKENS, _DEPTH, _LAYERS, "nominal") and target in _LISTS:
+        return _LISTS[target]
+    # A path through the published lists, from one token each to all tokens; its parameter is solved for the mean.
+    knots = np.array([(1, 1, 1), *_LISTS.values(), (_TOKENS,) * 3], dtype=float) / _TOKENS * count
+    stages = np.linspace(0, 2, len(layers)) if len(layers) != 3 else np.arange(3)
+
+    def keep(parameter: float) -> list[int]:
+        place = parameter * (len(knots) - 1)
+        row = [np.interp(place, np.arange(len(knots)), knots[:, stage]) for stage in range(3)]
+        return [max(1, min(round(np.interp(stage, np.arange(3), row)), count)) for stage in stages]
+
+    def plan(parameter: float) -> list[int]:
+        wanted, leaving, current = dict(zip(layers, keep(parameter), strict=True)), [], count
+        for layer in range(num_layers):
+            if layer in wanted:
+                current = prune_step(current, wanted[layer], recycle_fraction).total
+            leaving.append(current)
+        return leaving
+
+    return tuple(keep(nearest_plan(plan, count, target, kind)))

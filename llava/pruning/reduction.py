@@ -1,0 +1,204 @@
+"""Carries out what methods do before the decoder: stacks crops of equal size, asks the method, puts the rows together.
+
+The model calls :func:`reduce_crops` in front of its projector. Where nobody did (a bare decoder), the run calls
+:func:`reduce_prompt` on the input embeddings.
+
+Shapes: P patches of a crop, K tokens left, C channels, B rows, N tokens of a row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from llava.pruning.base import PruningMethod
+from llava.pruning.cap import crop_quotas
+from llava.pruning.layout import VisualLayout
+from llava.pruning.vision import ReducedRow, VisionView
+
+
+@dataclass(frozen=True)
+class Crop:
+    """One crop to reduce.
+
+    Attributes:
+        tokens_PC: features of the patches that are part of the prompt.
+        facts: by name, ``[P, ...]``.
+        patches_P: their indices in the raster of the crop; None: all patches, in order.
+        patches: number of patches of the whole crop.
+        cls_C: the CLS token, if any.
+    """
+
+    tokens_PC: Tensor
+    facts: Mapping[str, Tensor]
+    patches_P: Tensor | None = None
+    patches: int | None = None
+    cls_C: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ReducedCrop:
+    """What is left of a crop: tokens, their origin (-1: merged) and source, and which of them stand behind the rest."""
+
+    tokens_KC: Tensor
+    origin_K: Tensor
+    source_K: Tensor
+    behind_K: Tensor
+
+    def order(self, place_P: Tensor, end: int) -> Tensor:
+        """Sort keys, float64, if patch i stands at ``place_P[i]`` and the last patch of the image at ``end - 1``.
+
+        What stands behind gets fractions between ``end - 1`` and ``end``: the first such token of every crop, then the
+        second ones, and so on.
+        """
+        behind = end - 1 + self.behind_K.cumsum(0, dtype=torch.float64) / (len(self.behind_K) + 1)
+        return torch.where(self.behind_K, behind, place_P[self.source_K].double())
+
+
+def row_budget(method: PruningMethod, images: Sequence[Sequence[int]]) -> list[int]:
+    """Budget of each crop of a row, in proportion to their patches; the cap (per image) bounds the row's budget.
+
+    Args:
+        method: its ``target_tokens`` (None: no budget) and ``visual_token_num`` count.
+        images: patches per crop, for each image of the row.
+    """
+    counts = [count for image in images for count in image]
+    most = sum(min(method.visual_token_num or sum(image), sum(image)) for image in images)
+    return crop_quotas(counts, most if method.target_tokens is None else min(method.target_tokens, most))
+
+
+def unreduced(tokens_KC: Tensor) -> ReducedCrop:
+    """All tokens of a crop, as they are."""
+    index = torch.arange(len(tokens_KC), device=tokens_KC.device)
+    return ReducedCrop(tokens_KC, index, index, torch.zeros_like(index, dtype=torch.bool))
+
+
+def reduce_crops(method: PruningMethod, crops: Sequence[Crop], targets: Sequence[int]) -> list[ReducedCrop]:
+    """Let a method reduce crops to their budgets; crops that need not shrink are left alone."""
+    stacks: dict[tuple[int, int, bool], list[int]] = {}
+    results: list[ReducedCrop | None] = [None] * len(crops)
+    for i, (crop, target) in enumerate(zip(crops, targets, strict=True)):
+        if target >= len(crop.tokens_PC):
+            results[i] = unreduced(crop.tokens_PC)
+        elif target == 0:
+            results[i] = unreduced(crop.tokens_PC[:0])
+        else:
+            stacks.setdefault((len(crop.tokens_PC), target, crop.cls_C is None), []).append(i)
+    for (count, target, without_cls), members in stacks.items():
+        chosen = [crops[i] for i in members]
+        device = chosen[0].tokens_PC.device
+        patches = chosen[0].patches or count
+        raster = torch.arange(count, device=device)
+        width = math.isqrt(patches)
+        view = VisionView(
+            torch.stack([crop.tokens_PC for crop in chosen]),
+            {name: torch.stack([crop.facts[name] for crop in chosen]) for name in chosen[0].facts},
+            target,
+            torch.stack([raster if crop.patches_P is None else crop.patches_P for crop in chosen]),
+            (width, width) if width * width == patches else (patches, 1),
+            None if without_cls else torch.stack([crop.cls_C for crop in chosen]),
+        )
+        reduction = method.reduce(view)
+        behind = torch.zeros_like(reduction.origin_NK, dtype=torch.bool)
+        if not reduction.in_place:
+            behind = reduction.origin_NK < 0
+        for place, i in enumerate(members):
+            results[i] = ReducedCrop(
+                reduction.tokens_NKC[place], reduction.origin_NK[place], reduction.source_NK[place], behind[place]
+            )
+    return results
+
+
+@dataclass(frozen=True)
+class ReducedPrompt:
+    """A prompt whose visual tokens were reduced: embeddings ``[B, N, C]`` padded on the left, layout, rows."""
+
+    hidden_BNC: Tensor
+    layout: VisualLayout
+    lengths: tuple[int, ...]
+    rows: list[ReducedRow]
+
+
+def reduce_prompt(
+    method: PruningMethod,
+    hidden_BNC: Tensor,
+    lengths: Sequence[int],
+    layout: VisualLayout,
+    facts: Mapping[str, Sequence[Tensor]],
+) -> ReducedPrompt:
+    """Reduce the visual tokens among the input embeddings, crop by crop.
+
+    Args:
+        method: what reduces.
+        hidden_BNC: embeddings, left padded.
+        lengths: real tokens per row.
+        layout: where the visual tokens are, and which of them belong to one crop.
+        facts: by name one tensor per row, ``[visual tokens, ...]``.
+    """
+    width, device = hidden_BNC.shape[1], hidden_BNC.device
+    newlines = layout.structure or ((),) * len(lengths)
+    embeds, spans, structure, rows = [], [], [], []
+    for row, length in enumerate(lengths):
+        start = width - length
+        slots = [slot for first, last in layout.spans[row] for slot in range(first, last)]
+        between = [slot for first, last in newlines[row] for slot in range(first, last)]
+        crops, places, ends = [], [], []
+        first, sizes = 0, []
+        for image in layout.image_crops(row):
+            end = slots[first + len(image) - 1] + 1
+            sizes.append([image.count(crop) for crop in dict.fromkeys(image)])
+            for crop in dict.fromkeys(image):
+                members = torch.tensor([first + i for i, own in enumerate(image) if own == crop], device=device)
+                place = torch.tensor(slots, device=device)[members]
+                own_facts = {name: values[row].to(device)[members] for name, values in facts.items()}
+                crops.append(Crop(hidden_BNC[row, place], own_facts))
+                places.append((members, place))
+                ends.append(end)
+            first += len(image)
+        reduced = reduce_crops(method, crops, row_budget(method, sizes))
+        visual = set(slots)
+        others = torch.tensor([s for s in range(start, width) if s not in visual], dtype=torch.long, device=device)
+        keys = [others.double()]
+        tokens, origins, positions = [hidden_BNC[row, others]], [torch.full_like(others, -2)], [others - start]
+        for crop, (members, place), end in zip(reduced, places, ends, strict=True):
+            keys.append(crop.order(place, end))
+            tokens.append(crop.tokens_KC)
+            origins.append(torch.where(crop.origin_K < 0, -1, members[crop.origin_K.clamp_min(0)]))
+            positions.append(place[crop.source_K] - start)
+        order = torch.cat(keys).argsort(stable=True)
+        origin = torch.cat(origins)[order]
+        embeds.append(torch.cat([part.to(hidden_BNC.dtype) for part in tokens])[order])
+        position = torch.cat(positions)[order]
+        visible = origin > -2
+        newline = ~visible & torch.isin(position + start, torch.tensor(between, dtype=torch.long, device=device))
+        kinds = (visible.long() + 2 * newline).tolist()
+        spans.append(runs(kinds, 1))
+        structure.append(runs(kinds, 2))
+        rows.append(ReducedRow(origin[visible], len(slots), position))
+    lengths = tuple(map(len, embeds))
+    most = max(lengths)
+    hidden = nn.utils.rnn.pad_sequence(embeds, batch_first=True, padding_side="left")
+    shifted = [
+        [[(a + most - length, b + most - length) for a, b in own] for own, length in zip(part, lengths, strict=True)]
+        for part in (spans, structure)
+    ]
+    return ReducedPrompt(
+        hidden,
+        VisualLayout.from_spans(shifted[0], lengths, None if layout.structure is None else shifted[1]),
+        lengths,
+        rows,
+    )
+
+
+def runs(kinds: Sequence[int], kind: int) -> list[tuple[int, int]]:
+    """Half-open intervals of equal ``kind``."""
+    found: list[tuple[int, int]] = []
+    for i, own in enumerate(kinds):
+        if own == kind:
+            start = found.pop()[0] if found and found[-1][1] == i else i
+            found.append((start, i + 1))
+    return found
