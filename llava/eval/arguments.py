@@ -20,6 +20,7 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 _METHOD_FLAGS = {
     "--target-token-num": "target_tokens",
     "--visual-token-num": "visual_token_num",
+    "--budget": "budget",
     "--positions": "positions",
     "--x0": "x0",
     "--k0": "k0",
@@ -96,6 +97,13 @@ def add_pruning_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=None,
         help=f"budget: mean number of visual tokens per decoder layer; {DEFAULT_TARGET_TOKENS} if not given",
+    )
+    group.add_argument(
+        "--budget",
+        choices=("nominal", "processed"),
+        default=None,
+        help="which mean meets the budget: nominal, as the method's paper counts, or processed, the visual tokens "
+        "that the layers compute on, alike for all methods; default: nominal",
     )
     group.add_argument(
         "--visual-token-num",

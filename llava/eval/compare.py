@@ -284,6 +284,7 @@ def measure_memory(answerer: Any, questions: Sequence[Question], cells: Sequence
     """Peak memory of each cell's setting on one batch, by label; untimed, so that it also warms up."""
     from llava.eval.memory import PeakMemory
     from llava.eval.runner import SampleError
+    from llava.eval.turns import Encodings
 
     samples = []
     for question in questions:
@@ -294,11 +295,13 @@ def measure_memory(answerer: Any, questions: Sequence[Question], cells: Sequence
     peaks: dict[str, int | None] = {}
     if not samples or not cells:
         return peaks
-    encoded = answerer.encode(samples, with_cls_attention=True)
+    encodings = Encodings(answerer)
     # The very first pass pays for what the libraries set up; its figure is overwritten.
     for cell in [cells[0], *cells]:
-        with PeakMemory(answerer.model.device) as peak, cell.method.attach(answerer.model) as run:
-            answerer.generate(encoded, run)
+        with cell.method.attach(answerer.model) as run:
+            encoded = encodings.of(samples, run)
+            with PeakMemory(answerer.model.device) as peak:
+                answerer.generate(encoded, run)
         peaks[cell.setting.label] = peak.bytes
     return peaks
 

@@ -220,7 +220,7 @@ class Answerer:
         with torch.inference_mode():
             # Methods that draw at random draw by sample: the same in resumed and chunked runs and in any order.
             ids = [sample.question.index for sample in encoded.samples]
-            run.set_visual(inputs.layout, cls_attention=inputs.cls_attention, sample_ids=ids)
+            inputs.tell(run, sample_ids=ids)
             output = self.model.generate(
                 inputs_embeds=inputs.inputs_embeds,
                 attention_mask=inputs.generation_mask(),

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from llava.eval.questions import Question
-from llava.eval.runner import Answered, Answerer, SampleError
+from llava.eval.runner import Answered, Answerer, Encoded, Sample, SampleError
 
 
 class Contender(Protocol):
@@ -33,6 +33,28 @@ def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
         yield items[start : start + size]
 
 
+class Encodings:
+    """What comes before the decoder, computed once for all settings that see the same prompts.
+
+    Methods that work in front of the decoder have prompts of their own; so may dense runs of LLaVA-1.6, which arrange
+    crops differently.
+    """
+
+    def __init__(self, answerer: Answerer) -> None:
+        self._answerer = answerer
+        self._encoded: dict[Any, Encoded] = {}
+
+    def of(self, samples: Sequence[Sample], run: Any) -> Encoded:
+        """The encoded batch; `run` must be attached."""
+        own = run.method if run.shapes_prompt else None
+        key = (tuple(sample.question.index for sample in samples), self._answerer.model.merge_type(), own)
+        if key not in self._encoded:
+            self._encoded[key] = self._answerer.encode(
+                samples, with_cls_attention=own is None or run.needs_cls_attention
+            )
+        return self._encoded[key]
+
+
 def take_turns(
     answerer: Answerer,
     questions: Sequence[Question],
@@ -44,7 +66,7 @@ def take_turns(
     """Has every contender answer every question it wants.
 
     The contenders take turns on each batch, in an order that rotates, so that whatever else the machine does meets all
-    of them alike. What comes before the decoder is the same for all and done once; prefill times do not include it.
+    of them alike. What comes before the decoder is shared where it can be; prefill times do not include it.
     Batches are cut from all questions, so a resumed run forms the batches that the interrupted one formed.
 
     on_skip: called with a question whose image cannot be read and the reason; without it the `SampleError` is raised.
@@ -53,7 +75,7 @@ def take_turns(
     # Prompts of one length share a batch: less padding, and the attention kernels run without a mask.
     ordered = sorted(questions, key=lambda question: len(answerer.prompt_ids(question)))
     for number, chunk in enumerate(batches(ordered, batch_size)):
-        encoded: dict[tuple[int, ...], Any] = {}
+        encodings = Encodings(answerer)
         samples: dict[int, Any] | None = None
         for turn in range(len(contenders)):
             contender = contenders[(number + turn) % len(contenders)]
@@ -62,12 +84,10 @@ def take_turns(
                 continue
             if samples is None:
                 samples = _prepare(answerer, chunk, on_skip)
-            key = tuple(question.index for question in wanted if question.index in samples)
-            if key and key not in encoded:
-                encoded[key] = answerer.encode([samples[index] for index in key], with_cls_attention=True)
-            if key:
+            batch = [samples[question.index] for question in wanted if question.index in samples]
+            if batch:
                 with contender.method.attach(answerer.model) as run:
-                    contender.add(answerer.generate(encoded[key], run))
+                    contender.add(answerer.generate(encodings.of(batch, run), run))
             if bar is not None:
                 bar.update(len(wanted))
 

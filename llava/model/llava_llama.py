@@ -28,6 +28,7 @@ from llava.model.multimodal import (
 )
 from llava.model.projector import DEFAULT_PROJECTOR, Projector, projector_depth, projector_dtype
 from llava.model.vision import VisionTower, encode_crops, execution_device
+from llava.model.visual_tokens import encode_images
 from llava.pruning.layout import VisualLayout
 from llava.utils import UserError
 
@@ -65,15 +66,6 @@ def _size_list(image_sizes: Any) -> list[tuple[int, int]] | None:
     if len(sizes) == 2 and all(isinstance(x, int) for x in sizes):
         sizes = [sizes]  # a single (width, height)
     return [(int(w), int(h)) for w, h in sizes]
-
-
-def _mask_scores(scores: Tensor, mask: Tensor) -> Tensor:
-    """`scores` `[N]` with 0 where `mask` (N entries, raster order) is True; a CLS entry in front is left alone."""
-    hidden = torch.as_tensor(mask, device=scores.device).bool().flatten()
-    extra = len(scores) - len(hidden)
-    if extra not in (0, 1):
-        raise UserError(f"an image mask has {len(hidden)} entries for {len(scores)} visual tokens")
-    return torch.cat((scores[:extra], scores[extra:].masked_fill(hidden, 0.0)))
 
 
 class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
@@ -168,14 +160,9 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Projected features `[n, P, C]` of crops `[n, 3, S, S]`."""
-        return self._project_crops(images, with_cls_attention=False)[0]
-
-    def _project_crops(self, crops: Tensor, with_cls_attention: bool) -> tuple[Tensor, Tensor | None]:
-        tower = self.get_vision_tower()
-        encoded = encode_crops(tower.vision_tower, crops, tower.select_layer, tower.select_feature, with_cls_attention)
-        projector = self.model.multi_modal_projector
-        features = encoded.features_NPC.to(projector_dtype(projector, encoded.features_NPC.dtype))
-        return projector(features), encoded.cls_attention_NP
+        tower, projector = self.get_vision_tower(), self.model.multi_modal_projector
+        encoded = encode_crops(tower.vision_tower, images, tower.select_layer, tower.select_feature)
+        return projector(encoded.features_NPC.to(projector_dtype(projector, encoded.features_NPC.dtype)))
 
     def encode_visual_tokens(
         self,
@@ -183,8 +170,9 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         image_sizes: Sequence[tuple[int, int]] | None = None,
         image_masks: Sequence[Tensor] | None = None,
         with_cls_attention: bool = False,
+        images_per_row: Sequence[int] | None = None,
     ) -> list[VisualTokens]:
-        """Visual tokens of every image, in order.
+        """Visual tokens of every image, in order; reduced, if a pruning run is attached that works before the decoder.
 
         Args:
             images: see `split_images`; an image of several crops is a base view and tiles row by row ("anyres").
@@ -193,6 +181,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
             image_masks: bool per image, one entry per visual token (`[grid, grid]` for one crop), True = padding;
                 overrides what `image_sizes` says.
             with_cls_attention: compute the CLS attention of each token too.
+            images_per_row: images of each prompt, which share a pruning budget; default: every image has its own.
 
         Raises:
             UserError: sizes, masks and images do not fit together.
@@ -206,7 +195,9 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
                 raise UserError(f"{name} has {len(values)} entries for {len(per_image)} image(s)")
         # LLaVA takes a tensor [n, 3, S, S] as it is and arranges everything else by the merge type.
         merged = not isinstance(images, Tensor) or images.ndim == 5
-        merge_type, patches = self.merge_type(), self._features_per_crop()
+        run, merge_type, patches = self.pruning_run, self.merge_type(), self._features_per_crop()
+        if run is not None and run.method.merges_in_tower and merge_type == "spatial_unpad":
+            merge_type = "spatial"  # what stands for several patches cannot be cut at the border of the picture
         arrangements = [
             arrangement_of(
                 self.config,
@@ -223,23 +214,23 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         if len({stack.shape[1:] for stack in stacks}) > 1:
             shapes = ", ".join(str(list(stack.shape[1:])) for stack in stacks)
             raise UserError(f"images must have one size, the vision tower's, found {shapes}: use process_images first")
-        # All crops of the batch go through the tower together.
-        features, attention = self._project_crops(torch.cat(stacks), with_cls_attention)
-        counts = [len(stack) for stack in stacks]
-        per_features = features.split(counts)
-        per_attention = [None] * len(counts) if attention is None else attention.split(counts)
-        newline = getattr(self.model, "image_newline", None)
-        tokens = []
-        for i, (crops, scores, arrangement) in enumerate(zip(per_features, per_attention, arrangements, strict=True)):
-            if scores is not None:
-                scores = arrangement.gather(scores)
-                if image_masks is not None:
-                    scores = _mask_scores(scores, image_masks[i])
-                elif sizes is not None and counts[i] == 1 and self.config_pads_images():
-                    scores = _mask_scores(scores, padding_mask(sizes[i], self.get_vision_tower().num_patches_per_side))
-            features = arrangement.tokens(crops, newline)
-            tokens.append(VisualTokens(features, scores, arrangement.spans, arrangement.newlines, arrangement.crops))
-        return tokens
+        masks: list[Tensor | None] = list(image_masks) if image_masks is not None else [None] * len(stacks)
+        if image_masks is None and sizes is not None and self.config_pads_images():
+            side = self.get_vision_tower().num_patches_per_side
+            masks = [
+                padding_mask(size, side) if len(stack) == 1 else None for size, stack in zip(sizes, stacks, strict=True)
+            ]
+        return encode_images(
+            self.get_vision_tower(),
+            self.model.multi_modal_projector,
+            getattr(self.model, "image_newline", None),
+            stacks,
+            arrangements,
+            masks,
+            [1] * len(stacks) if images_per_row is None else images_per_row,
+            with_cls_attention,
+            run,
+        )
 
     def _features_per_crop(self) -> int:
         tower = self.get_vision_tower()
@@ -286,8 +277,9 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
             with_cls_attention = run is not None and bool(run.needs_cls_attention)
         embeddings = self.get_input_embeddings()
         input_ids = input_ids.to(execution_device(embeddings))
-        check_image_count(count_placeholders(input_ids, attention_mask), len(split_images(images)))
-        visual = self.encode_visual_tokens(images, image_sizes, image_masks, with_cls_attention)
+        placeholders = count_placeholders(input_ids, attention_mask)
+        check_image_count(placeholders, len(split_images(images)))
+        visual = self.encode_visual_tokens(images, image_sizes, image_masks, with_cls_attention, placeholders)
         max_length = getattr(self.config, "tokenizer_model_max_length", None)
         return splice(embeddings, input_ids, visual, attention_mask, labels, max_length)
 
@@ -321,7 +313,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
                 inputs_embeds, input_ids, labels = prepared.inputs_embeds, None, prepared.labels
                 attention_mask, position_ids = prepared.attention_mask, prepared.position_ids
                 if run is not None:
-                    run.set_visual(prepared.layout, cls_attention=prepared.cls_attention)
+                    prepared.tell(run)
             elif run is not None:
                 _set_text_only(run, input_ids)
         elif images is not None:
@@ -378,7 +370,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         prepared = self.prepare_multimodal_inputs(ids, images, image_sizes, attention_mask, image_masks=image_masks)
         run = self.pruning_run
         if run is not None:
-            run.set_visual(prepared.layout, cls_attention=prepared.cls_attention)
+            prepared.tell(run)
         # A prompt given as embeddings is not part of generate's output.
         return super().generate(
             inputs_embeds=prepared.inputs_embeds, attention_mask=prepared.generation_mask(), **kwargs
@@ -415,9 +407,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
 
 def _set_text_only(run: Any, input_ids: Tensor) -> None:
     # Without this the run would look for the visual tokens of the previous prompt.
-    rows = len(input_ids)
-    nothing = [torch.zeros(0, device=input_ids.device)] * rows if run.needs_cls_attention else None
-    run.set_visual(VisualLayout.from_spans([[] for _ in range(rows)]), cls_attention=nothing)
+    run.set_visual(VisualLayout.from_spans([[] for _ in range(len(input_ids))]))
 
 
 __all__ = ["LlavaLlamaForCausalLM", "positions_from_mask", "split_images"]

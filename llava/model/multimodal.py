@@ -8,14 +8,17 @@ Shapes: B rows, T ids per row, L tokens per row after splicing, C decoder width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.model.reduction import Place
 from llava.pruning.layout import VisualLayout
+from llava.pruning.vision import ReducedRow
 from llava.utils import UserError
 
 
@@ -29,6 +32,8 @@ class VisualTokens:
         spans: where the visual tokens are among the N; None: everywhere.
         newlines: where the newline tokens are.
         crops: the crop that each visual token comes from, 0 = the whole image; None: all from one.
+        facts: further values of the vision tower that an attached pruning method declared, `[visual tokens, ...]`.
+        place: where the tokens stood, if they were reduced; facts and CLS attention then are of the tokens before.
     """
 
     features: Tensor
@@ -36,6 +41,8 @@ class VisualTokens:
     spans: tuple[tuple[int, int], ...] | None = None
     newlines: tuple[tuple[int, int], ...] = ()
     crops: tuple[int, ...] | None = None
+    facts: Mapping[str, Tensor] = field(default_factory=dict)
+    place: Place | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,8 @@ class MultimodalInputs:
             sequence.
         cls_attention: one float32 vector per row over all its visual tokens (empty without images), or None.
         labels: `[B, L]` with `IGNORE_INDEX` on visual tokens and padding, or None.
+        facts: per name one tensor per row, see `VisualTokens`.
+        reduced: what each row says about a reduction of its visual tokens; None if there was none.
     """
 
     inputs_embeds: Tensor
@@ -58,6 +67,12 @@ class MultimodalInputs:
     layout: VisualLayout
     cls_attention: list[Tensor] | None = None
     labels: Tensor | None = None
+    facts: Mapping[str, list[Tensor]] = field(default_factory=dict)
+    reduced: list[ReducedRow] | None = None
+
+    def tell(self, run: Any, **kwargs: Any) -> None:
+        """Tell a pruning run where the visual tokens are and what the vision tower said about them."""
+        run.set_visual(self.layout, self.cls_attention, facts=self.facts, reduced=self.reduced, **kwargs)
 
     def generation_mask(self) -> Tensor:
         """`attention_mask`, or ones `[B, L]` where no row is padded."""
@@ -122,11 +137,12 @@ def splice(
     images = iter(visual)
     rows: list[Tensor] = []
     places: list[_Places] = []
-    row_scores: list[list[Tensor | None]] = []
+    row_images: list[list[VisualTokens]] = []
     row_labels: list[Tensor] = []
     for b, ids_T in enumerate(ids_BT):
         keep = [t for t in range(len(ids_T)) if valid_BT is None or valid_BT[b][t]]
-        pieces, scores, label_pieces = [], [], []
+        pieces, label_pieces = [], []
+        row_images.append([])
         place = _Places()
         length = start = 0
         for i in [*(i for i, t in enumerate(keep) if ids_T[t] == IMAGE_TOKEN_INDEX), len(keep)]:
@@ -143,19 +159,27 @@ def splice(
             features = image.features.to(device=embeds_BTC.device, dtype=embeds_BTC.dtype)
             pieces.append(features)
             place.add(image, length)
-            scores.append(image.cls_attention)
+            row_images[-1].append(image)
             if labels is not None:
                 label_pieces.append(labels.new_full((len(features),), IGNORE_INDEX))
             length += len(features)
         rows.append(torch.cat(pieces) if pieces else embeds_BTC[b, :0])
         places.append(place)
-        row_scores.append(scores)
         row_labels.append(torch.cat(label_pieces) if label_pieces else torch.empty(0, dtype=torch.long))
     if max_length is not None:
         rows = [row[:max_length] for row in rows]
         row_labels = [row[:max_length] for row in row_labels]
         places = [place.cut(max_length) for place in places]
-    return _pad_left(rows, places, row_scores, row_labels if labels is not None else None)
+    inputs = _pad_left(rows, places, row_labels if labels is not None else None)
+    names = dict.fromkeys(name for image in visual for name in image.facts)
+    return replace(
+        inputs,
+        cls_attention=_row_values(row_images, inputs, lambda image: image.cls_attention),
+        facts={name: _row_values(row_images, inputs, lambda image, name=name: image.facts[name]) for name in names},
+        reduced=[place.reduced_row(row) for place, row in zip(places, rows, strict=True)]
+        if any(image.place is not None for image in visual)
+        else None,
+    )
 
 
 @dataclass
@@ -165,8 +189,10 @@ class _Places:
     spans: list[tuple[int, int]] = field(default_factory=list)
     newlines: list[tuple[int, int]] = field(default_factory=list)
     crops: list[tuple[int, ...]] = field(default_factory=list)
+    images: list[tuple[int, VisualTokens]] = field(default_factory=list)
 
     def add(self, image: VisualTokens, offset: int) -> None:
+        self.images.append((offset, image))
         spans = ((0, len(image.features)),) if image.spans is None else image.spans
         self.spans += moved(spans, offset)
         self.newlines += moved(image.newlines, offset)
@@ -182,13 +208,37 @@ class _Places:
         for image in self.crops:
             crops.append(image[:left])
             left -= len(crops[-1])
-        return _Places(spans, newlines, [image for image in crops if image])
+        return _Places(spans, newlines, [image for image in crops if image], self.images)
+
+    def reduced_row(self, row: Tensor) -> ReducedRow:
+        """Origins and positions of a row `[N, C]` with reduced images, as if nothing had been reduced."""
+        origins, positions = [], []
+        done = visual = before = 0  # tokens of the row; visual tokens and tokens that there would have been
+        for offset, image in self.images:
+            place = image.place or _in_full(image, row.device)
+            positions += [torch.arange(before, before + offset - done, device=row.device)]
+            before += offset - done
+            origins.append(torch.where(place.origins_K < 0, -1, place.origins_K + visual).to(row.device))
+            positions.append(before + place.places_N.to(row.device))
+            done, visual, before = offset + len(image.features), visual + place.visual_tokens, before + place.length
+        positions.append(torch.arange(before, before + max(len(row) - done, 0), device=row.device))
+        kept = sum(end - start for start, end in self.spans)
+        return ReducedRow(
+            torch.cat([*origins, torch.zeros(0, dtype=torch.long, device=row.device)])[:kept],
+            visual,
+            torch.cat(positions)[: len(row)],
+        )
+
+
+def _in_full(image: VisualTokens, device: torch.device) -> Place:
+    count = sum(end - start for start, end in image.spans or ((0, len(image.features)),))
+    everything = torch.arange(len(image.features), device=device)
+    return Place(torch.arange(count, device=device), everything, count, len(everything))
 
 
 def _pad_left(
     rows: list[Tensor],
     places: list[_Places],
-    row_scores: list[list[Tensor | None]],
     row_labels: list[Tensor] | None,
 ) -> MultimodalInputs:
     length = max(len(row) for row in rows)
@@ -213,7 +263,7 @@ def _pad_left(
         labels = row_labels[0].new_full((len(rows), length), IGNORE_INDEX)
         for b, row in enumerate(row_labels):
             labels[b, pads[b] :] = row
-    return MultimodalInputs(embeds, mask, positions, layout, _row_attention(row_scores, layout, device), labels)
+    return MultimodalInputs(embeds, mask, positions, layout, labels=labels)
 
 
 def moved(spans: Iterable[tuple[int, int]], offset: int) -> list[tuple[int, int]]:
@@ -221,11 +271,20 @@ def moved(spans: Iterable[tuple[int, int]], offset: int) -> list[tuple[int, int]
     return [(start + offset, end + offset) for start, end in spans]
 
 
-def _row_attention(row_scores: list[list[Tensor | None]], layout: VisualLayout, device: torch.device):
-    if any(score is None for scores in row_scores for score in scores):
+def _row_values(
+    row_images: list[list[VisualTokens]], inputs: MultimodalInputs, value: Callable[[VisualTokens], Tensor | None]
+) -> list[Tensor] | None:
+    """A value per visual token, the images of each row one behind the other; None where an image has none."""
+    values = [[value(image) for image in images] for images in row_images]
+    if any(one is None for row in values for one in row):
         return None
-    # Truncation can cut visual tokens at the end of a row; their scores go with them.
+    device = inputs.inputs_embeds.device
+    example = next((one for row in values for one in row), torch.zeros(0))
     return [
-        (torch.cat([score.to(device) for score in scores]) if scores else torch.zeros(0, device=device))[:count]
-        for scores, count in zip(row_scores, layout.counts, strict=True)
+        # Truncation can cut visual tokens at the end of a row; their values go with them. Those of reduced images are
+        # about the tokens before the reduction.
+        (torch.cat([one.to(device) for one in row]) if row else example.new_zeros(0, *example.shape[1:]).to(device))[
+            : None if any(image.place is not None for image in images) else count
+        ]
+        for row, images, count in zip(values, row_images, inputs.layout.counts, strict=True)
     ]

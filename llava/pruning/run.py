@@ -84,7 +84,7 @@ class PruningRun:
     @property
     def selects(self) -> bool:
         """Whether the method drops or merges tokens anywhere; a dense run with a cap does not count."""
-        return bool(self._stages)
+        return bool(self._stages) or self.reduces_vision
 
     @property
     def needs_cls_attention(self) -> bool:
@@ -96,6 +96,11 @@ class PruningRun:
         """Whether the method works before the decoder, so that prompts must be encoded while it is attached."""
         return self.method.reduces_vision or self.method.merges_in_tower
 
+    @property
+    def shapes_prompt(self) -> bool:
+        """Whether what is computed in front of the decoder is the method's own, CLS attention aside."""
+        return self.reduces_vision or bool(set(self.vision_facts(_ANY_DEPTH)) - {CLS_ATTENTION})
+
     def vision_facts(self, tower_layers: int) -> dict[str, VisionFact]:
         """What the vision tower has to compute for the method, by name."""
         facts = dict(self.method.vision_facts(tower_layers))
@@ -103,13 +108,13 @@ class PruningRun:
             facts.setdefault(CLS_ATTENTION, VisionFact(TowerValue.CLS_ATTENTION))
         return facts
 
-    def _needed_facts(self, reduced: bool) -> set[str]:
+    def _needed_facts(self, reduced: bool) -> list[str]:
         """Names of the facts that the prefill needs; those for a reduction that has taken place are done with."""
         if not reduced:
-            return set(self.vision_facts(_ANY_DEPTH))
+            return list(self.vision_facts(_ANY_DEPTH))
         parts = [part for part in self.method.parts if not part.reduces_vision]
-        names = {name for part in parts for name in part.vision_facts(_ANY_DEPTH)}
-        return names | ({CLS_ATTENTION} if any(part.needs_cls for part in parts) else set())
+        names = [name for part in parts for name in part.vision_facts(_ANY_DEPTH)]
+        return names + [CLS_ATTENTION] * any(part.needs_cls for part in parts)
 
     @property
     def selection_seconds(self) -> list[float]:

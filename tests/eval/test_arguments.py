@@ -15,7 +15,7 @@ from llava.utils import UserError
 
 # Scripts, other people's tools and habits depend on these. Add to the list; remove nothing from it.
 LOADER_FLAGS = """
-    --answers-file --attn-implementation --batch-size --chunk-idx --conv-mode --device --dtype --gamma --help
+    --answers-file --attn-implementation --batch-size --budget --chunk-idx --conv-mode --device --dtype --gamma --help
     --image-folder --k0 --limit --max-new-tokens --max_new_tokens --method --method-args --model-base
     --model-path --no-resume --num-beams --num-chunks --num_beams --positions --question-file --resume --seed --strict
     --target-token-num --temperature --top-p --top_p --trace-file --visual-token-num --x0 -h

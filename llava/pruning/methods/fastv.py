@@ -36,6 +36,7 @@ class FastV(PruningMethod):
     ratio: float | None = None
 
     name: ClassVar[str] = "fastv"
+    published_budget: ClassVar[str] = "processed"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,6 +44,10 @@ class FastV(PruningMethod):
             raise OptionError(f"layer must be at least 1, got {self.layer}")
         if self.ratio is not None and not 0 <= self.ratio < 1:
             raise OptionError(f"ratio must lie in 0..1, 1 excluded, got {self.ratio}")
+
+    @property
+    def aim(self) -> int | None:
+        return None if self.ratio is not None else self.target_tokens
 
     def stages(self, num_layers: int) -> Mapping[int, Rows]:
         if self.layer >= num_layers:

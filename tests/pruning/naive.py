@@ -1,0 +1,124 @@
+"""Peer methods one number at a time, in float64: written from their descriptions, not from the code under test.
+
+Every function takes plain tensors of one crop or one sample and returns lists. Ties go to the lower index.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def ranked(scores, among=None) -> list[int]:
+    """Indices by falling score."""
+    among = range(len(scores)) if among is None else among
+    return sorted(among, key=lambda i: (-float(scores[i]), i))
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    return float(a.double() @ b.double() / (a.double().norm() * b.double().norm()))
+
+
+def visionzip(tokens: Tensor, cls: Tensor, keys: Tensor, dominant: int, contextual: int):
+    """Kept patches, and the contextual tokens."""
+    kept = sorted(ranked(cls)[:dominant])
+    rest = [i for i in range(len(tokens)) if i not in kept]
+    step = max(1, len(rest) // max(contextual, 1))
+    targets = rest[::step][:contextual]
+    groups: dict[int, list[int]] = {target: [] for target in targets}
+    for i in rest:
+        if i not in targets and targets:
+            groups[max(targets, key=lambda t: (cosine(keys[i], keys[t]), -t))].append(i)
+    merged = []
+    for target in targets:
+        token = tokens[target].double().clone()
+        if groups[target]:
+            token += sum(tokens[i].double() for i in groups[target]) / len(groups[target])
+        merged.append(token)
+    return kept, merged
+
+
+def prumerge_plus(tokens: Tensor, cls: Tensor, keys: Tensor, target: int, neighbors: int):
+    """Kept patches (important ones first come from the outliers), their merged features, and the token of the rest."""
+    count = len(tokens)
+    values = sorted(cls.double().tolist())
+
+    def quantile(q: float) -> float:
+        place = q * (count - 1)
+        low = math.floor(place)
+        high = min(low + 1, count - 1)
+        return values[low] + (place - low) * (values[high] - values[low])
+
+    limit = quantile(0.75) + 1.5 * (quantile(0.75) - quantile(0.25))
+    wanted = target - 1 if target > 1 else 1
+    important = [i for i in ranked(cls) if float(cls[i]) > limit][:wanted]
+    rest = [i for i in range(count) if i not in important]
+    fill = wanted - len(important)
+    spaced = [i for j, i in enumerate(rest) if (j + 1) * fill // len(rest) > j * fill // len(rest)]
+    kept = sorted(important + spaced)
+    merged = []
+    for i in kept:
+        nearest = sorted((j for j in range(count) if j != i), key=lambda j: (-cosine(keys[i], keys[j]), j))[:neighbors]
+        merged.append(tokens[i].double() + sum(float(cls[j]) * tokens[j].double() for j in nearest))
+    dropped = [i for i in range(count) if i not in kept]
+    extra = sum((float(cls[i]) * tokens[i].double() for i in dropped), torch.zeros(tokens.shape[1]).double())
+    return kept, merged, extra
+
+
+def hiprune(middle: Tensor, deep: Tensor, width: int, target: int, alpha: float) -> list[int]:
+    anchors = ranked(middle)[: round(target * alpha / 5)]
+    chosen = list(anchors)
+    last = len(middle) - 1
+    around = {min(max(a + step, 0), last) for a in anchors for step in (1, -1, width, -width)} - set(anchors)
+    chosen += ranked(deep, sorted(around))
+    chosen += ranked(deep, [i for i in range(len(deep)) if i not in chosen])
+    return sorted(chosen[:target])
+
+
+def tome_step(tokens: list[Tensor], keys: list[Tensor], sizes: list[float], places: list[int], count: int, cls: bool):
+    """One bipartite merge; lists of tokens, keys, sizes and places of what is left, even ones first."""
+    evens, odds = range(0, len(tokens), 2), range(1, len(tokens), 2)
+    links = {}
+    for i in evens:
+        if not (cls and i == 0):
+            links[i] = max(odds, key=lambda j: (cosine(keys[i], keys[j]), -j))
+    strongest = sorted(links, key=lambda i: (-cosine(keys[i], keys[links[i]]), i))[:count]
+    staying = [i for i in evens if i not in strongest]
+    groups = [[i] for i in staying] + [[j, *(i for i in strongest if links[i] == j)] for j in odds]
+
+    def mean(values, group):
+        return sum(sizes[i] * values[i].double() for i in group) / sum(sizes[i] for i in group)
+
+    return (
+        [mean(tokens, group) for group in groups],
+        [mean(keys, group) for group in groups],
+        [sum(sizes[i] for i in group) for group in groups],
+        [places[group[0]] for group in groups],
+    )
+
+
+def tome_schedule(patches: int, target: int, layers: int) -> list[int]:
+    """Tokens left after each layer: the same number merged everywhere, as few as possible."""
+    for each in range(patches + 1):
+        left, counts = patches, []
+        for _ in range(layers):
+            left = max(left - min(each, left // 2), target) if left > target else left
+            counts.append(left)
+        if left <= target or each == patches:
+            return counts
+    return []
+
+
+def raters(visual: Tensor, text: Tensor) -> list[bool]:
+    received = [0.0] * len(text)
+    for v in visual.double():
+        logits = [float(v @ t) for t in text.double()]
+        top = max(logits)
+        weights = [math.exp(x - top) for x in logits]
+        for j, weight in enumerate(weights):
+            received[j] += weight / sum(weights) / len(visual)
+    average = sum(received) / len(received)
+    chosen = [value > average for value in received]
+    return chosen if any(chosen) else [True] * len(text)

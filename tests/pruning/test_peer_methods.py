@@ -1,0 +1,265 @@
+"""Peer methods against naive loops on random tensors, and what all methods promise about budgets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llava.pruning import OptionError, get_method
+from llava.pruning.methods.sparsevlm import keep_list, text_raters
+from llava.pruning.methods.tome import bipartite_merge, merges_now
+from llava.pruning.reduction import Crop, reduce_crops
+from llava.pruning.vision import merge_tokens
+from tests.pruning import naive
+from tests.pruning.models import Batch, generate, random_llama
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_llama()
+
+
+def crop(patches: int, seed: int, with_cls: bool = True) -> Crop:
+    generator = torch.Generator().manual_seed(seed)
+    facts = {name: torch.rand(patches, generator=generator) ** 6 for name in ("cls_attention", "cls", "object", "deep")}
+    facts["keys"] = torch.randn(patches, 6, generator=generator)
+    cls = torch.randn(12, generator=generator) if with_cls else None
+    return Crop(torch.randn(patches, 12, generator=generator), facts, cls_C=cls)
+
+
+def reduce(method, crops, target):
+    return reduce_crops(method, crops, [target] * len(crops))
+
+
+@pytest.mark.parametrize("target", [1, 2, 9, 20, 35])
+def test_visionzip_equals_a_naive_loop(target):
+    crops = [crop(36, seed) for seed in range(3)]
+    contextual = round(target * 10 / 64)
+    for one, got in zip(crops, reduce(get_method("visionzip")(), crops, target), strict=True):
+        kept, merged = naive.visionzip(
+            one.tokens_PC, one.facts["cls_attention"], one.facts["keys"], target - contextual - 1, contextual
+        )
+        assert got.origin_K.tolist() == [*kept, -1, *[-1] * contextual]
+        expected = torch.stack([*one.tokens_PC[kept].double(), one.cls_C.double(), *merged])
+        torch.testing.assert_close(got.tokens_KC.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("total", "contextual"), [(192, 30), (128, 20), (64, 10), (32, 5)])
+def test_visionzip_splits_as_published(total, contextual):
+    (got,) = reduce(get_method("visionzip")(), [crop(576, 0)], total)
+    assert (got.origin_K >= 0).sum() == total - contextual - 1  # and the CLS token
+
+
+def test_visionzip_without_a_cls_token_keeps_a_patch_instead():
+    (got,) = reduce(get_method("visionzip")(), [crop(36, 0, with_cls=False)], 20)
+    assert (got.origin_K >= 0).sum() == 17 and len(got.origin_K) == 20
+
+
+@pytest.mark.parametrize("target", [1, 2, 5, 12, 35])
+def test_prumerge_plus_equals_a_naive_loop(target):
+    crops = [crop(36, seed) for seed in range(3)]
+    for one, got in zip(crops, reduce(get_method("prumerge_plus")(neighbors=7), crops, target), strict=True):
+        kept, merged, extra = naive.prumerge_plus(one.tokens_PC, one.facts["cls"], one.facts["keys"], target, 7)
+        parts = [*merged, extra] if target > 1 else merged
+        assert got.origin_K.tolist() == [*kept, *[-1] * (len(parts) - len(kept))]
+        torch.testing.assert_close(got.tokens_KC.double(), torch.stack(parts), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("target", "alpha"), [(1, 0.1), (9, 0.6), (20, 1.0), (3, 1.0), (35, 0.1)])
+def test_hiprune_equals_a_naive_loop(target, alpha):
+    crops = [crop(36, seed) for seed in range(3)]
+    for one, got in zip(crops, reduce(get_method("hiprune")(alpha=alpha), crops, target), strict=True):
+        expected = naive.hiprune(one.facts["object"], one.facts["deep"], 6, target, alpha)
+        assert got.origin_K.tolist() == got.source_K.tolist() == expected
+        assert torch.equal(got.tokens_KC, one.tokens_PC[expected])
+
+
+@pytest.mark.parametrize(("tokens", "count", "has_cls"), [(13, 4, True), (12, 6, False), (9, 1, True), (2, 1, False)])
+def test_bipartite_merge_equals_a_naive_loop(tokens, count, has_cls):
+    generator = torch.Generator().manual_seed(tokens)
+    keys, values = torch.randn(2, tokens, 5, generator=generator), torch.randn(2, tokens, 4, generator=generator)
+    sizes = torch.randint(1, 4, (2, tokens), generator=generator).float()
+    merge = bipartite_merge(keys, count, has_cls)
+    merged, new_sizes = merge_tokens(values, sizes, merge)
+    for row in range(2):
+        expected, _, left, places = naive.tome_step(
+            list(values[row]), list(keys[row]), sizes[row].tolist(), list(range(tokens)), count, has_cls
+        )
+        assert merge.leader_NK[row].tolist() == places and new_sizes[row].tolist() == left
+        torch.testing.assert_close(merged[row].double(), torch.stack(expected), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("target", [1, 5, 17, 35])
+def test_tome_behind_the_tower_equals_a_naive_loop(target):
+    one = crop(36, 5)
+    (got,) = reduce(get_method("tome")(inside=False), [one], target)
+    tokens, keys, sizes, places = list(one.tokens_PC), list(one.facts["keys"]), [1.0] * 36, list(range(36))
+    while len(tokens) > target:
+        count = min(len(tokens) // 2, len(tokens) - target)
+        tokens, keys, sizes, places = naive.tome_step(tokens, keys, sizes, places, count, False)
+    order = sorted(range(target), key=lambda i: places[i])
+    assert got.source_K.tolist() == [places[i] for i in order]
+    assert got.origin_K.tolist() == [places[i] if sizes[i] == 1 else -1 for i in order]
+    torch.testing.assert_close(got.tokens_KC.double(), torch.stack([tokens[i].double() for i in order]))
+
+
+@pytest.mark.parametrize(("target", "layers"), [(64, 23), (128, 23), (1, 23), (17, 6), (3, 4), (576, 5)])
+def test_tome_meets_its_budget_by_merging_alike_in_all_layers(target, layers):
+    left, counts = 576, []
+    for layer in range(layers):
+        left -= merges_now(left, target, layers - layer)
+        counts.append(left)
+    expected = naive.tome_schedule(576, target, layers)
+    assert counts[-1] == expected[-1] == max(target, 576 // 2**layers)
+    assert max(a - b for a, b in zip([576, *counts], counts, strict=False)) <= 576 - expected[0]
+
+
+def test_text_raters_equal_a_naive_loop_in_every_row():
+    generator = torch.Generator().manual_seed(0)
+    visual, text = torch.randn(3, 9, 4, generator=generator), torch.randn(3, 6, 4, generator=generator)
+    counts, rows = (9, 4, 7), (6, 3, 1)
+    mask = text_raters(visual, counts, text, rows)
+    for row in range(3):
+        expected = naive.raters(visual[row, : counts[row]], text[row, 6 - rows[row] :])
+        assert mask[row].tolist() == [False] * (6 - rows[row]) + expected
+    assert 0 < mask[0].sum() < 6 and mask[2].tolist() == [False] * 5 + [True]
+
+
+def eager_states(batch, row):
+    """Hidden states entering each layer and attention maps, by transformers."""
+    with torch.no_grad():
+        output = random_llama("eager").model(
+            inputs_embeds=batch.embeds[row][None], output_attentions=True, output_hidden_states=True
+        )
+    return output.hidden_states, output.attentions
+
+
+def test_sparsevlm_ranks_by_the_raters_and_recycles(model):
+    batch = Batch(model)
+    method = get_method("sparsevlm")(target_tokens=20, layers="1/3", positions="original")
+    _, _, (trace,) = generate(model, method, batch.alone(0), new_tokens=1)
+    keep = keep_list(48, 6, (1, 3), 20, "nominal", 0.3)
+    _, maps = eager_states(batch, 0)
+    chosen = naive.raters(batch.embeds[0][4:52], batch.embeds[0][52:])
+    rows = [52 + i for i, rater in enumerate(chosen) if rater]
+    score = maps[1][0][:, rows, 4:52].double().mean(0).mean(0)
+    survivors = sorted(naive.ranked(score)[: keep[0]])
+    assert 0 < len(rows) < 7 and trace.kept[1].tolist()[: keep[0]] == survivors
+    dropped = 48 - keep[0]
+    merged = min((int(0.3 * dropped) + 1) // 10 + 1, int(0.3 * dropped) + 1)
+    assert trace.kept[1].tolist()[keep[0] :] == [-1] * merged and trace.tokens_out[1] == keep[0] + merged
+
+
+@pytest.mark.parametrize(("target", "keep"), [(192, (300, 200, 110)), (128, (303, 110, 36)), (64, (66, 30, 17))])
+def test_sparsevlm_uses_the_published_lists(target, keep):
+    assert keep_list(576, 32, (2, 6, 15), target, "nominal", 0.3) == keep
+
+
+def test_pdrop_asks_the_next_layer(model):
+    """Row of the last token, from the norm and projections of the layer that has not run yet."""
+    batch = Batch(model)
+    method = get_method("pdrop")(layers="2/4", ratio=0.5, positions="original")
+    _, _, (trace,) = generate(model, method, batch.alone(0), new_tokens=1)
+    _, maps = eager_states(batch, 0)
+    assert trace.kept[1].tolist() == sorted(naive.ranked(maps[2][0, :, -1, 4:52].double().mean(0))[:24])
+    assert trace.tokens_in == [48, 48, 24, 24, 12, 12] and set(trace.kept[3].tolist()) <= set(trace.kept[1].tolist())
+    assert trace.target_tokens is None and trace.budget_error is None
+
+
+def test_pdrop_with_published_settings():
+    from llava.pruning.methods.pdrop import PDrop, plan_stages
+
+    assert PDrop(ratio=0.5)._plan(576, 32) == {8: 288, 16: 144, 24: 72}
+    assert plan_stages(576, 32, 270, None) == {8: 288, 16: 144, 24: 72}
+    with pytest.raises(OptionError, match="8/16/24"):
+        PDrop(layers="16/8")
+
+
+COUNTED = ["fastv", "sparsevlm", "pdrop", "autoprune", "random", "uniform", "fastervlm", "divprune", "visionzip"]
+COUNTED += ["prumerge_plus", "hiprune", "tome"]
+
+
+@pytest.mark.parametrize("budget", ["nominal", "processed"])
+@pytest.mark.parametrize("name", COUNTED)
+def test_budgets_are_met_or_the_nearest_is_reported(name, budget):
+    """48 visual tokens, 12 layers; every target from 1 to 48 in one batch per method would be slow: some of them."""
+    model = random_llama(layers=12)
+    batch = Batch(model, samples=((4, 48, 7),))
+    options = {"inside": False} if name == "tome" else {"x0_relative": True} if name == "autoprune" else {}
+    reached = {}
+    for target in (1, 2, 6, 9, 13, 20, 31, 40, 47, 48, 60):
+        method = get_method(name)(target_tokens=target, budget=budget, **options)
+        _, _, (trace,) = generate(model, method, batch.alone(0), new_tokens=1)
+        counts = [trace.tokens_in[0], *trace.tokens_out]
+        if name not in ("sparsevlm", "autoprune"):  # merged tokens may outnumber the dropped ones there
+            assert all(a >= b for a, b in zip(counts, counts[1:], strict=False)), counts
+        for before, after in zip(trace.kept, trace.kept[1:], strict=False):
+            assert set(after.tolist()) - {-1} <= set(before.tolist())
+        assert trace.budget_error == trace.mean_tokens(method.budget_kind) - min(target, 48)
+        reached[target] = trace.mean_tokens(method.budget_kind)
+    # What cannot be avoided: full layers in front of the first selection, one token behind it.
+    full = {"fastv": 2, "pdrop": 1, "sparsevlm": 2, "autoprune": 1}.get(name, 0)
+    if budget == "nominal" and name in ("sparsevlm", "autoprune"):
+        full -= 1
+    floor = (48 * full + 12 - full) / 12
+    for target, mean in reached.items():
+        slack = 2.0 if name in ("autoprune", "sparsevlm") else 1.0
+        if target > floor + 2:
+            assert abs(mean - min(target, 48)) <= slack, (target, mean, floor)
+        else:
+            assert mean <= floor + 3 or abs(mean - target) <= slack, (target, mean, floor)
+
+
+def test_an_unreachable_budget_is_said_once(model, caplog):
+    generate(model, get_method("fastv")(target_tokens=3), Batch(model).together([0, 1]), new_tokens=1)
+    (record,) = caplog.records
+    assert record.message == (
+        "fastv cannot keep 3 of 48 visual tokens per layer with these options: the processed mean is 16.7"
+    )
+
+
+def test_selection_time_is_measured_on_request(model):
+    batch = Batch(model)
+    for wanted in (False, True):
+        with get_method("fastv")().attach(model) as run, torch.no_grad():
+            run.time_selection = wanted
+            for _ in range(2):
+                run.set_visual(batch.alone(0)["layout"])
+                model(inputs_embeds=batch.embeds[0][None])
+        assert len(run.selection_seconds) == (2 if wanted else 0)
+        if wanted:
+            pairs = zip(run.selection_seconds, run.prefill_seconds, strict=True)
+            assert all(0 < selection < prefill for selection, prefill in pairs)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("sparsevlm", {"layers": "3/2"}, "2/6/15"),
+        ("sparsevlm", {"target_tokens": None}, "needs target_tokens"),
+        ("sparsevlm", {"layers": "3/9"}, "6 layers"),
+        ("pdrop", {"layers": "0/2"}, "from 1"),
+        ("pdrop", {"layers": "2/6"}, "6 layers"),
+        ("pdrop", {"ratio": 0.0}, "0 excluded"),
+        ("visionzip", {"contextual_ratio": 1.0}, "contextual_ratio"),
+        ("prumerge_plus", {"neighbors": -1}, "neighbors"),
+        ("hiprune", {"alpha": 2.0}, "alpha"),
+        ("hiprune", {"object_layer": 0}, "object_layer"),
+        ("random", {"budget": "paper"}, "'nominal' or 'processed'"),
+        ("autoprune", {"mi_layer": 6}, "6 layers"),
+        ("autoprune", {"slope": -1.0}, "slope"),
+        ("autoprune", {"cls_weight": 0.0, "text_weight": 0.0}, "both 0"),
+    ],
+)
+def test_bad_options(model, name, options, message):
+    with pytest.raises(OptionError, match=message):
+        get_method(name)(**options).attach(model)
+
+
+def test_missing_facts_are_named(model):
+    layout = Batch(model).alone(0)["layout"]
+    with get_method("hiprune")().attach(model) as run, pytest.raises(ValueError, match=r"facts=\{'object'"):
+        run.set_visual(layout)
+    with get_method("tome")().attach(model) as run, pytest.raises(ValueError, match="inside the vision tower"):
+        run.set_visual(layout)
+        model(inputs_embeds=Batch(model).embeds[0][None])
