@@ -241,3 +241,34 @@ def test_as_a_process(tmp_path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert (result.returncode, result.stderr) == (0, "")
     assert json.loads((tmp_path / "o.json").read_text()) == {"v1_0": "x"}
+
+
+def test_science_problems_become_conversations(tmp_path, capsys):
+    problems = {
+        "4": {"question": "Which?", "choices": ["a", "b"], "answer": 1, "hint": "Look.", "image": "image.png",
+              "lecture": "Long.", "solution": "Because."},
+        "9": {"question": "What?", "choices": ["x", "y", "z"], "answer": 0, "hint": "", "image": None},
+    }  # fmt: skip
+    write_json(tmp_path / "problems.json", problems)
+    write_json(tmp_path / "pid_splits.json", {"test": ["9", "4"], "train": []})
+    main = script("sqa_to_llava")
+    main(["convert_to_llava", "--base-dir", str(tmp_path), "--split", "test", "--prompt-format", "CQM-A"])
+    assert read_json(tmp_path / "llava_test_CQM-A.json") == [
+        {"id": "9", "conversations": [{"from": "human", "value": "What?\nA. x\nB. y\nC. z"},
+                                      {"from": "gpt", "value": "The answer is A."}]},
+        {"id": "4", "image": "4/image.png",
+         "conversations": [{"from": "human", "value": "Context: Look.\nWhich?\nA. a\nB. b\n<image>"},
+                           {"from": "gpt", "value": "The answer is B."}]},
+    ]  # fmt: skip
+    main(["--base-dir", str(tmp_path)])
+    second = read_json(tmp_path / "llava_test_QCM-LEA.json")[1]["conversations"]
+    assert [turn["value"] for turn in second] == [
+        "Which?\nContext: Look.\nA. a\nB. b\n<image>",
+        "Long.\nBecause.\nThe answer is B.",
+    ]
+    capsys.readouterr()
+    fails_with_one_line(main, ["--base-dir", tmp_path, "--prompt-format", "QX-A"], capsys, "--prompt-format")
+    # The answering tool reads it, and it fits the problems.
+    from llava.eval.model_vqa_science import read_conversations
+
+    assert [q.image for q in read_conversations(str(tmp_path / "llava_test_CQM-A.json"))] == [None, "4/image.png"]
