@@ -11,6 +11,7 @@ from playground.tiny import questions as q
 from playground.tiny.building import Build, Item, distinct, dumps_lines, eval_scene, stream
 from playground.tiny.scenes import WORDS, Scene
 
+Draw = Callable[..., Scene]
 YES_NO = "Please answer yes or no."
 GQA_KINDS: dict[str, tuple[Callable, str, str, str]] = {  # generator, structural, semantic, detailed
     "color": (q.color_of, "query", "attr", "categoryAttr"),
@@ -38,12 +39,13 @@ GQA_ORDER = (
 )
 
 
-def build_textvqa(pictures: int = 130) -> Build:
-    """Which word is on which object; ten answers per question, of which at least eight agree."""
+def build_textvqa(pictures: int = 130, name_of_stream: str = "textvqa", draw: Draw = eval_scene) -> Build:
+    """Which word is on which object; ten answers per question, of which at least eight agree. `draw`: where scenes
+    come from."""
     build, lines, data = Build(), [], []
     for index in range(pictures):
-        rng = stream("textvqa", index)
-        scene = eval_scene(rng, word_share=0.9)
+        rng = stream(name_of_stream, index)
+        scene = draw(rng, word_share=0.9)
         name = f"{int(rng.integers(1 << 62)):016x}"
         seen: set[str] = set()
         for _ in range(4):
@@ -147,12 +149,12 @@ def gqa_entry(identity: str, image: str, asked: q.Question, scene: Scene) -> dic
     }
 
 
-def build_gqa(pictures: int = 90) -> Build:
+def build_gqa(pictures: int = 90, name_of_stream: str = "gqa", draw: Draw = eval_scene) -> Build:
     """Six questions per picture: attributes, categories, relations, places, existence; open and binary."""
     build, lines, entries = Build(), [], {}
     for index in range(pictures):
-        rng = stream("gqa", index)
-        scene, name, seen = eval_scene(rng), f"n{100000 + 7 * index}", set()
+        rng = stream(name_of_stream, index)
+        scene, name, seen = draw(rng), f"n{100000 + 7 * index}", set()
         for place in range(6):
             kinds = [GQA_ORDER[(6 * index + place) % len(GQA_ORDER)], "relation"]
             for kind in kinds:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from llava.utils import UserError, cli_main
 from playground.tiny import scenes, text
 from playground.tiny.common import RUNS
 from playground.tiny.joint import TinyLlava
+from playground.tiny.wide import PINPOINTS
 
 TOWER = "model.vision_tower.vision_tower.vision_model."
 
@@ -27,8 +29,9 @@ def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def export(model: TinyLlava, folder: Path = text.CHECKPOINT) -> None:
-    """Write config, weights, tower folder and generation config; the tokenizer's files are there already."""
+def export(model: TinyLlava, folder: Path = text.CHECKPOINT, newline: torch.Tensor | None = None) -> None:
+    """Write config, weights, tower folder and generation config; the tokenizer's files are copied from the 1.5
+    checkpoint. newline: [D], what makes it a LLaVA-1.6 (anyres) checkpoint."""
     decoder, tower = model.decoder.config, model.tower.config
     write_json(
         folder / "config.json",
@@ -40,8 +43,9 @@ def export(model: TinyLlava, folder: Path = text.CHECKPOINT) -> None:
             "mm_projector_type": "mlp2x_gelu",
             "mm_vision_select_layer": -2,
             "mm_vision_select_feature": "patch",
-            "mm_patch_merge_type": "flat",
-            "image_aspect_ratio": "pad",
+            "mm_patch_merge_type": "flat" if newline is None else "spatial_unpad",
+            "image_aspect_ratio": "pad" if newline is None else "anyres",
+            **({} if newline is None else {"image_grid_pinpoints": [list(size) for size in PINPOINTS]}),
             "mm_use_im_start_end": False,
             "mm_use_im_patch_token": False,
             "use_mm_proj": True,
@@ -114,12 +118,17 @@ def export(model: TinyLlava, folder: Path = text.CHECKPOINT) -> None:
     weights |= {f"model.mm_projector.{name}": value for name, value in model.projector.state_dict().items()}
     weights |= dict(model.decoder.state_dict())
     weights["lm_head.weight"] = model.decoder.lm_head.weight.detach().clone()
+    if newline is not None:
+        weights["model.image_newline"] = newline
     save_file(
         {k: v.detach().to(torch.float16).contiguous().clone() for k, v in weights.items()},
         str(folder / "model.safetensors"),
         metadata={"format": "pt"},
     )
     text.tokenizer().backend_tokenizer.save(str(folder / "tokenizer.json"))
+    if folder != text.CHECKPOINT:
+        for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
+            shutil.copyfile(text.CHECKPOINT / name, folder / name)
 
 
 def load(folder: Path = text.CHECKPOINT) -> TinyLlava:
@@ -129,6 +138,8 @@ def load(folder: Path = text.CHECKPOINT) -> TinyLlava:
     for name, value in load_file(folder / "model.safetensors").items():
         if name.startswith(TOWER):
             parts["tower"][name.removeprefix(TOWER)] = value.float()
+        elif name == "model.image_newline":
+            continue  # see `load_newline`
         elif name.startswith("model.mm_projector."):
             parts["projector"][name.removeprefix("model.mm_projector.")] = value.float()
         else:
@@ -138,6 +149,11 @@ def load(folder: Path = text.CHECKPOINT) -> TinyLlava:
     for part, state in parts.items():
         getattr(model, part).load_state_dict(state)
     return model.eval()
+
+
+def load_newline(folder: Path) -> torch.Tensor:
+    """The newline embedding of an anyres checkpoint, [D] in fp32."""
+    return load_file(folder / "model.safetensors")["model.image_newline"].float()
 
 
 @cli_main
@@ -151,7 +167,10 @@ def main() -> None:
     state = torch.load(path)
     model = TinyLlava(state["layers"])
     model.load_state_dict(state["model"])
-    export(model)
+    if "newline" in state:
+        export(model, text.CHECKPOINT_16, state["newline"]["embedding"])
+    else:
+        export(model)
 
 
 if __name__ == "__main__":

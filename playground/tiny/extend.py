@@ -42,16 +42,16 @@ def _hinted(make: Generator, share: float, label: str = "") -> Generator:
 
 
 def mixture() -> list[tuple[Generator, float]]:
-    """Generators and weights of the stage: about 45% old kinds, 30% lettered, 11% Chinese, 7% VizWiz, 7% sentences."""
+    """Generators and weights of the stage: about 33% old kinds, 40% lettered, 13% Chinese, 7% VizWiz, 7% sentences."""
     groups: list[tuple[float, dict[Generator, float]]] = []
     old = {make: weight for name, (make, weight) in q.KINDS.items() if name != "choice"}
     old[q.count] += 1.5
     old[q.verify_count] += 1.0
-    groups.append((45, old))
+    groups.append((33, old))
     lettered = dict(zip(formats.CHOICES.values(), (1.0, 1.0, 1.5, 1.5, 1.3, 0.6, 0.6), strict=True))
-    groups.append((30, {_hinted(make, 0.25, "Context: "): weight for make, weight in lettered.items()}))
+    groups.append((40, {_hinted(make, 0.25, "Context: "): weight for make, weight in lettered.items()}))
     lettered = dict(zip(chinese.CHOICES.values(), (1.0, 1.0, 1.0, 1.2, 1.2, 0.8, 1.0), strict=True))
-    groups.append((11, {_hinted(make, 0.2): weight for make, weight in lettered.items()}))
+    groups.append((13, {_hinted(make, 0.2): weight for make, weight in lettered.items()}))
     groups.append((7, {formats.vizwiz: 1.0, formats.unanswerable: 1.0}))
     weights = (1, 1, 1.2, 1.5, 1, 1, 1, 0.7, 0.35)
     groups.append((7, {make: w for (make, _), w in zip(formats.OPEN.values(), weights, strict=True)}))
@@ -99,10 +99,15 @@ def draw_batch(
     picked.append(picked[0])
     tables.append(tables[0])
     patches.append(np.arange(0))
-    questions.append([_labelled(formats.text_only(rng), rng) for _ in range(tokens // 45)])
+    questions.append(without_picture(rng, tokens // 45))
     marks.append([np.zeros(GRID**2, dtype=bool)] * len(questions[-1]))
     data = packing.pack(patches, questions, rng.random(size) < 0.5, marks)
     return normalize(np.stack(pictures)), guidance.guide(data, patches, picked, tables, questions)
+
+
+def without_picture(rng: np.random.Generator, count: int) -> list[Question]:
+    """Questions of the training half that need no picture."""
+    return [_labelled(formats.text_only(rng), rng) for _ in range(count)]
 
 
 def _labelled(question: Question, rng: np.random.Generator) -> Question:
@@ -113,7 +118,7 @@ def train_extend(
     model: TinyLlava,
     folder: Path,
     minutes: float,
-    batch: int = 12,
+    batch: int = 7,
     tokens: int = 300,
     rate: float = 0.3,
     full_share: float = 0.12,
@@ -143,7 +148,7 @@ def train_extend(
 
     while (progress := (time.time() - start) / (60 * minutes)) < 1:
         full = progress > 1 - full_share
-        pixels, data = draw_batch(rng, batch // 2 if full else batch, tokens, full, kinds)
+        pixels, data = draw_batch(rng, 4 if full else batch, tokens, full, kinds)
         scale = rate * min(1.0, (step + 1) / 60) * max(0.02, 1 - progress)
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             optimizer.param_groups[0]["lr"] = peak * scale

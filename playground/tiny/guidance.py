@@ -104,6 +104,8 @@ def guide(
             if question.options:
                 places = [(base + ends[last], base + ends[letter]) for last, letter in option_ends(question)]
                 letters += places
+                # The letters of options are other tokens than those that answer with them.
+                meanings += [[place, first_token(c)] for (_, place), c in zip(places, "ABCD", strict=False)]
                 lettered += [[place, first_token(c)] for (place, _), c in zip(places, "ABCD", strict=False)]
                 chosen_options.append([row_index, places["ABCD".index(question.answer)][0]])
             meanings += [[base + ends[end], first_token(english)] for end, english in words_of(question)]
@@ -133,7 +135,8 @@ def forward(
     `watch`: layers whose attention is guided with `weight` (`looking_loss`): in the first, names look at the
     objects they name; in the second too, and the place of the answer looks at the objects asked about; in the third,
     it looks back at both names (`comparing_loss`). Behind the fourth, it must say on which side the first object is.
-    `options`: behind the first of these layers Chinese words mean English ones, in the second options look at their
+    `options`: behind the first of these layers Chinese words mean English ones and letters the tokens that answer
+    with them, in the second options look at their
     letters and behind it they know them, in the third the answering place looks at the right option.
 
     Args:

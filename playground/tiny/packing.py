@@ -40,7 +40,8 @@ class Pack:
         lettered: [n, 2], the last token of every option and the token that answers with its letter.
         chosen: [n, 2], for every lettered question the flat indices of the answering place and of the last token of the
             right option.
-        meanings: [n, 2], flat index of the last token of a Chinese word and the token of the English one.
+        meanings: [n, 2], flat index of the last token of a Chinese word and the token of the English one; of the letter
+            of an option and the token that answers with it.
         rows: per question the flat index of the place that predicts its answer; asked: bool [questions, L], the visual
             places that show what it asks about (none: nothing can be said).
     """
@@ -103,13 +104,15 @@ def pack(
     questions: list[list[Question]],
     original: np.ndarray,
     asked: list[list[np.ndarray]] | None = None,
+    totals: list[int] | None = None,
 ) -> Pack:
-    """Build a batch; `original[b]` tells that visual tokens keep the positions they have among all 576.
+    """Build a batch; `original[b]` tells that visual tokens keep the positions they have among all.
 
-    asked: per picture and question the patches it asks about, bool [576].
+    asked: per picture and question the visual tokens it asks about, bool; totals: visual tokens of each whole picture,
+    576 if not given.
     """
     tails = [[(*text.tail_ids(q.text, q.answer, q.picture), q.kind) for q in row] for row in questions]
-    return pack_ids(patches, tails, original, asked, [text.head_ids(row[0].picture) for row in questions])
+    return pack_ids(patches, tails, original, asked, [text.head_ids(row[0].picture) for row in questions], totals)
 
 
 def pack_ids(
@@ -118,10 +121,12 @@ def pack_ids(
     original: np.ndarray,
     asked: list[list[np.ndarray]] | None = None,
     heads: list[tuple[int, ...]] | None = None,
+    totals: list[int] | None = None,
 ) -> Pack:
     """`pack` for ready ids: per picture and question the ids behind the picture, the length of the answer, the kind;
     `heads`: the ids before the picture where they are not the usual ones."""
     heads = heads or [text.head_ids()] * len(patches)
+    totals = totals or [GRID * GRID] * len(patches)
     lengths = [
         len(head) + len(p) + sum(len(t) for t, _, _ in row) for head, p, row in zip(heads, patches, tails, strict=True)
     ]
@@ -136,7 +141,7 @@ def pack_ids(
         ids[b, :start], visual[b, start:end], segment[b, :end] = head, chosen, 0
         positions[b, :start] = np.arange(start)
         positions[b, start:end] = start + (chosen if original[b] else np.arange(len(chosen)))
-        behind = start + (GRID * GRID if original[b] and len(chosen) else len(chosen))
+        behind = start + (totals[b] if original[b] and len(chosen) else len(chosen))
         for k, (tail, answer, kind) in enumerate(row):
             stop = end + len(tail)
             ids[b, end:stop], segment[b, end:stop] = tail, k + 1

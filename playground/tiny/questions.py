@@ -272,10 +272,11 @@ def where(scene: Scene, rng: np.random.Generator) -> Question | None:
     row, col = scene.bins(scene.things[index])
     vertical = bool(rng.integers(2))
     place = row if vertical else col
-    if place == 3:
+    middle = scene.side - 1
+    if place == middle:
         return None
     pair = ("top", "bottom") if vertical else ("left", "right")
-    answer = pair[int(place > 3)]
+    answer = pair[int(place > middle)]
     order = pair if rng.integers(2) else pair[::-1]
     name = refer(scene, index, rng)
     return Question(

@@ -34,6 +34,7 @@ RGB = np.array(
 IMAGE, PATCH, CELL, GRID = 192, 8, 48, 24
 JITTER = (-8, -4, 0, 4, 8)
 SIZES = (15, 16)
+LAYOUTS = ((4, 4), (4, 4), (4, 4), (3, 4), (4, 3))
 ON_OBJECT = 0.2
 """A patch lies on an object when at least this share of its pixels does."""
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -100,15 +101,28 @@ class Scene:
         key = sorted((t.row, t.col, t.color, t.shape) for t in self.things)
         return zlib.crc32(repr((self.rows, self.cols, key)).encode()) % 16 == 0
 
+    @property
+    def side(self) -> int:
+        """Cells along the side of the padded square."""
+        return max(4, self.rows, self.cols)
+
     def bins(self, thing: Thing) -> tuple[int, int]:
-        """Row and column of the object on the padded square in half cells, 0..6."""
-        return 2 * thing.row + 4 - self.rows, 2 * thing.col + 4 - self.cols
+        """Row and column of the object on the padded square in half cells, 0..6 for a square of 4 cells."""
+        return 2 * thing.row + self.side - self.rows, 2 * thing.col + self.side - self.cols
 
 
-def sample_scene(rng: np.random.Generator, low: int, high: int, held_out: bool, word_share: float = 0.6) -> Scene:
-    """Draw a scene of low..high objects (no two equal in both color and shape), in the wanted half of the split."""
+def sample_scene(
+    rng: np.random.Generator,
+    low: int,
+    high: int,
+    held_out: bool,
+    word_share: float = 0.6,
+    layouts: tuple[tuple[int, int], ...] = LAYOUTS,
+) -> Scene:
+    """Draw a scene of low..high objects (no two equal in both color and shape), in the wanted half of the split, on
+    one of the `layouts` (rows and columns of cells)."""
     while True:
-        rows, cols = ((4, 4), (4, 4), (4, 4), (3, 4), (4, 3))[rng.integers(5)]
+        rows, cols = layouts[rng.integers(len(layouts))]
         count = int(rng.integers(low, high + 1))
         cells = rng.permutation(rows * cols)[:count]
         # Few colors and shapes per scene: references must be resolved and absent pairs are plausible.
@@ -190,10 +204,15 @@ def coverage(scene: Scene) -> np.ndarray:
     return out
 
 
+def center_cell(thing: Thing) -> tuple[int, int]:
+    """The patch of the picture that holds the center of the object: (row, column)."""
+    return 6 * thing.row + (CELL // 2 + thing.dy) // PATCH, 6 * thing.col + (CELL // 2 + thing.dx) // PATCH
+
+
 def center_patch(scene: Scene, thing: Thing) -> tuple[int, int]:
     """The patch of the padded square that holds the center of the object: (row, column)."""
-    top, left = scene.offset
-    return top + 6 * thing.row + (CELL // 2 + thing.dy) // PATCH, left + 6 * thing.col + (CELL // 2 + thing.dx) // PATCH
+    (top, left), (row, col) = scene.offset, center_cell(thing)
+    return top + row, left + col
 
 
 def _background(texture: int, height: int, width: int) -> np.ndarray:

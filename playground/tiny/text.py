@@ -18,6 +18,7 @@ from playground.tiny.scenes import COLORS, SHAPES, WORDS, sample_scene
 
 HERE = Path(__file__).resolve().parent
 CHECKPOINT = HERE / "models" / "tiny-llava-v1.5"
+CHECKPOINT_16 = HERE / "models" / "tiny-llava-v1.6"
 TEMPLATE = "vicuna_v1"
 VOCABULARY = 640
 

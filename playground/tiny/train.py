@@ -8,6 +8,8 @@
     python -m playground.tiny.export && python -m playground.tiny.arena
     python -m playground.tiny.train --stage extend --minutes 48
     python -m playground.tiny.export --state extend.pt && python -m playground.tiny.arena
+    python -m playground.tiny.train --stage anyres --minutes 20
+    python -m playground.tiny.export --state anyres.pt
 
 Every stage saves its weights to `playground/tiny/runs/` as it goes, so a run can be stopped at any time; `--resume`
 continues from there (with scenes not drawn before and fresh optimizers).
@@ -21,6 +23,7 @@ import torch
 
 from llava.utils import UserError, cli_main
 from playground.tiny import text
+from playground.tiny.anyres import train_anyres
 from playground.tiny.common import RUNS
 from playground.tiny.export import load
 from playground.tiny.extend import train_extend
@@ -35,6 +38,7 @@ STAGES = {
     "align": ("vision.pt", "language.pt"),
     "joint": ("joint.pt",),
     "extend": (),
+    "anyres": (),
 }
 
 
@@ -49,9 +53,9 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--rate", type=float, default=None, help="factor on the learning rates of language and joint")
-    parser.add_argument("--resume", action="store_true", help="language, extend: continue the saved run")
+    parser.add_argument("--resume", action="store_true", help="language, extend, anyres: continue the saved run")
     parser.add_argument(
-        "--run", type=int, default=0, help="joint, extend: number of the restart, chooses its random stream"
+        "--run", type=int, default=0, help="joint, extend, anyres: number of the restart, chooses its random stream"
     )
     parser.add_argument("--deepen", action="store_true", help="joint: grow the decoder from six to twelve layers first")
     parser.add_argument(
@@ -75,6 +79,8 @@ def main() -> None:
         align(RUNS, args.minutes)
     elif args.stage == "extend":
         train_extend(load(), RUNS, args.minutes, rate=args.rate or 0.3, run=args.run, resume=args.resume)
+    elif args.stage == "anyres":
+        train_anyres(load(), RUNS, args.minutes, rate=args.rate or 0.2, run=args.run, resume=args.resume)
     else:
         train_joint(
             RUNS, args.minutes, rate=args.rate or 0.3, run=args.run, full_share=args.full_share, deepen=args.deepen
