@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", metavar="PATH", help="write the accuracies as JSON (percent)")
     args = parser.parse_args(argv)
     questions, names = load_seed(args.annotation_file)
-    texts, coverage = join(questions, load_answers(args.result_file), args.result_file)
+    texts, coverage = join(questions, load_answers(args.result_file, keep_torn=True), args.result_file)
     counts = seed_accuracy(questions, texts, names)
     accuracies = {name: right / count * 100 for name, (right, count) in counts.items()}
     for name, percent in accuracies.items():

@@ -15,7 +15,7 @@ from typing import Any
 
 from llava.eval.arguments import Parser
 from llava.eval.jsonio import read_json, require_file, require_keys, write_json
-from llava.eval.scoring import join_answers, load_answers
+from llava.eval.scoring import check_same_questions, join_answers, load_answers
 from llava.utils import UserError, cli_main
 
 
@@ -80,7 +80,7 @@ def load_predictions(path: str) -> list[dict[str, Any]]:
     with open(file, "rb") as stream:
         start = stream.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
     if not start.startswith(b"["):
-        return [{**answer, "text": to_prediction(answer["text"])} for answer in load_answers(path)]
+        return [{**answer, "text": to_prediction(answer["text"])} for answer in load_answers(path, keep_torn=True)]
     entries = read_json(path, "prediction file")
     result = []
     for index, entry in enumerate(entries):
@@ -94,7 +94,10 @@ def load_predictions(path: str) -> list[dict[str, Any]]:
 
 def score_files(annotation_file: str, result_file: str) -> dict[str, Any]:
     """`gqa_accuracy` on files; raises `UserError` when no answer belongs to a question."""
-    result = gqa_accuracy(load_questions(annotation_file), load_predictions(result_file))
+    questions, answers = load_questions(annotation_file), load_predictions(result_file)
+    texts = {key: str(question.get("question") or "") for key, question in questions.items()}
+    check_same_questions(result_file, texts, answers)
+    result = gqa_accuracy(questions, answers)
     if result["samples"] == 0:
         raise UserError(f"{result_file}: no answer belongs to a question of {Path(annotation_file).name}")
     return result

@@ -23,7 +23,7 @@ from llava.eval.mmbench_data import (
     read_workbook,
     row_index,
 )
-from llava.eval.scoring import join_answers, load_answers, warn
+from llava.eval.scoring import check_same_questions, join_answers, load_answers, warn
 from llava.utils import UserError, cli_main
 
 # The wide marks are those of Chinese text.
@@ -161,7 +161,7 @@ def load_rows(path: str) -> dict[int, dict[str, str]]:
 def load_results(path: str) -> list[dict[str, Any]]:
     """Answers with `question_id` as a number and `text`, from a LLaVA answer file or an upload workbook."""
     if not is_workbook(path):
-        answers = load_answers(path)
+        answers = load_answers(path, keep_torn=True)
         for answer in answers:
             answer["question_id"] = _index_or_text(answer["question_id"])
             if not isinstance(answer.get("round_id") or 0, int):
@@ -193,7 +193,10 @@ def _index_or_text(value: Any) -> Any:
 
 def score_files(annotation_file: str, result_file: str) -> dict[str, Any]:
     """`evaluate_mmbench` on files; raises `UserError` when no answer belongs to a row."""
-    result = evaluate_mmbench(load_rows(annotation_file), load_results(result_file))
+    rows, answers = load_rows(annotation_file), load_results(result_file)
+    texts = {str(index): row.get("question", "") for index, row in rows.items()}
+    check_same_questions(result_file, texts, answers)
+    result = evaluate_mmbench(rows, answers)
     if result["coverage"].scored == 0:
         raise UserError(f"{result_file}: no answer belongs to a row of {annotation_file} that has an answer")
     return result

@@ -9,6 +9,8 @@ questions + 100 x accuracy over images (both questions of an image right).
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -200,7 +202,8 @@ def load_questions(path: str) -> list[dict[str, Any]]:
 
 def score_files(annotation_dir: str, question_file: str, result_file: str) -> dict[str, Any]:
     """`evaluate_mme` on files; raises `UserError` when no answer belongs to a question."""
-    result = evaluate_mme(load_truth(annotation_dir), load_questions(question_file), load_answers(result_file))
+    answers = load_answers(result_file, keep_torn=True)
+    result = evaluate_mme(load_truth(annotation_dir), load_questions(question_file), answers)
     if not result["subtasks"]:
         raise UserError(f"{result_file}: no answer belongs to a question of {Path(question_file).name}")
     return result
@@ -208,9 +211,9 @@ def score_files(annotation_dir: str, question_file: str, result_file: str) -> di
 
 def write_tool_files(folder: str, annotation_dir: str, question_file: str, result_file: str) -> None:
     """`tool_files` into `folder`/<subtask>.txt; says how many images were left out."""
-    content, left_out = tool_files(
-        load_release(annotation_dir), load_questions(question_file), load_answers(result_file)
-    )
+    with contextlib.redirect_stderr(io.StringIO()):  # what there is to say of the answers has been said by the scorer
+        answers = load_answers(result_file, keep_torn=True)
+    content, left_out = tool_files(load_release(annotation_dir), load_questions(question_file), answers)
     for category, text in content.items():
         write_text_atomic(Path(folder) / f"{category}.txt", text)
     if left_out:

@@ -14,7 +14,7 @@ from typing import Any
 
 from llava.eval.arguments import Parser
 from llava.eval.jsonio import read_records, require_folder, write_json
-from llava.eval.scoring import join_answers, load_answers
+from llava.eval.scoring import check_same_questions, join_answers, load_answers
 from llava.utils import UserError, cli_main
 
 _PREFIX = "coco_pope_"
@@ -141,7 +141,10 @@ def load_questions(path: str) -> list[dict[str, Any]]:
 
 def score_files(annotation_dir: str, question_file: str, result_file: str) -> dict[str, Any]:
     """`evaluate_pope` on files; raises `UserError` when no answer belongs to a question."""
-    result = evaluate_pope(load_labels(annotation_dir), load_questions(question_file), load_answers(result_file))
+    questions, answers = load_questions(question_file), load_answers(result_file, keep_torn=True)
+    texts = {str(question["question_id"]): question["text"].split("\n")[0] for question in questions}
+    check_same_questions(result_file, texts, answers)
+    result = evaluate_pope(load_labels(annotation_dir), questions, answers)
     if not result["categories"]:
         raise UserError(f"{result_file}: no answer belongs to a question of {Path(question_file).name}")
     return result

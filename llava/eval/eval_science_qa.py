@@ -16,7 +16,7 @@ from typing import Any
 
 from llava.eval.arguments import Parser
 from llava.eval.jsonio import read_json, require_folder, write_json, write_text_atomic
-from llava.eval.scoring import Coverage, join_answers, load_answers, warn
+from llava.eval.scoring import Coverage, check_same_questions, join_answers, load_answers, warn
 from llava.utils import UserError, cli_main
 
 OPTIONS = ("A", "B", "C", "D", "E")
@@ -157,7 +157,10 @@ def score_files(
 ) -> dict[str, Any]:
     """`evaluate_science_qa` on files; raises `UserError` when no answer belongs to a problem."""
     problems, ids = load_problems(base_dir, split, options)
-    result = evaluate_science_qa(problems, ids, load_answers(result_file), options)
+    answers = load_answers(result_file, keep_torn=True)
+    texts = {key: str(problem.get("question") or "") for key, problem in problems.items()}
+    check_same_questions(result_file, texts, answers)
+    result = evaluate_science_qa(problems, ids, answers, options)
     if result["coverage"].scored == 0:
         raise UserError(f"{result_file}: no answer belongs to a problem of split {split!r} of {base_dir}")
     return result

@@ -69,7 +69,7 @@ def load_annotations(path: str) -> list[dict[str, Any]]:
 
 def score_file(annotations: Sequence[dict[str, Any]], result_file: str) -> dict[str, Any]:
     """Scores one answer file; raises `UserError` when none of its answers belongs to the annotations."""
-    result = textvqa_accuracy(annotations, load_answers(result_file))
+    result = textvqa_accuracy(annotations, load_answers(result_file, keep_torn=True))
     if result["samples"] == 0:
         raise UserError(f"{result_file}: no answer belongs to a question of the annotation file")
     return result

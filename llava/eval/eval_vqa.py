@@ -67,7 +67,7 @@ def load_results(path: str) -> list[dict[str, Any]]:
     with open(require_file(path, "result file"), "rb") as stream:
         start = stream.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
     if not start.startswith(b"["):
-        return load_answers(path)
+        return load_answers(path, keep_torn=True)
     result = []
     for index, entry in enumerate(read_json(path, "upload file")):
         key = next((name for name in ("question_id", "image") if isinstance(entry, dict) and name in entry), None)

@@ -5,12 +5,14 @@ Knows the answer-file format; nothing of any benchmark's metric.
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from llava.eval.jsonio import iter_jsonl, require_keys
+from llava.eval.jsonio import iter_jsonl, require_file, require_keys
+from llava.utils import UserError
 
 Key = TypeVar("Key", bound=Hashable)
 MAX_EXAMPLES = 3
@@ -77,17 +79,59 @@ class Coverage:
             warn(line)
 
 
-def load_answers(path: str) -> list[dict[str, Any]]:
+def load_answers(path: str, keep_torn: bool = False) -> list[dict[str, Any]]:
     """All answers of a LLaVA answer file; each has at least `question_id` and `text` (a string).
 
     A number or null as `text` is read as its string form, as json round trips of spreadsheets produce them.
+    keep_torn: a last line that was cut off (a kill, a full disk) is left out with a warning instead of being an error;
+    for scorers, which count the question as missing.
     """
+    limit = _whole_bytes(path) if keep_torn else None
     answers = []
-    for number, record in iter_jsonl(path, "answer file"):
+    for number, record in iter_jsonl(path, "answer file", limit_bytes=limit):
         require_keys(record, ("question_id", "text"), f"{path}:{number}")
         text = record["text"]
         answers.append({**record, "text": text if isinstance(text, str) else "" if text is None else str(text)})
+    if limit is not None:
+        warn(f"{path}: the last line is cut off and left out; the run is not finished")
     return answers
+
+
+def _whole_bytes(path: str) -> int | None:
+    """Size of the whole lines before a last line that is cut off; None if the last line is whole, or the only one."""
+    data = require_file(path, "answer file").read_bytes()
+    end = data.rfind(b"\n") + 1
+    if end in (0, len(data)):
+        return None
+    try:
+        return None if isinstance(json.loads(data[end:].decode("utf-8")), dict) else end
+    except (ValueError, RecursionError):
+        return end
+
+
+def check_same_questions(result_file: str, texts: Mapping[str, str], answers: Sequence[dict[str, Any]]) -> None:
+    """Ids can be the same in several benchmarks; what was asked is not.
+
+    texts: id (as a string) -> text of the question; answers: `question_id` and, if they have one, `prompt`. Warns if
+    prompts do not hold the question of the same id.
+
+    Raises:
+        UserError: no prompt does, and the ids do not fit well either (a tenth of them on one side has no partner).
+    """
+    pairs = [(texts[str(a["question_id"])], a.get("prompt")) for a in answers if str(a["question_id"]) in texts]
+    known = [(_plain(text), _plain(prompt)) for text, prompt in pairs if isinstance(prompt, str)]
+    known = [pair for pair in known if all(pair)]
+    strange = sum(text not in prompt for text, prompt in known)
+    if known and strange == len(known) and len(pairs) < 0.9 * max(len(answers), len(texts)):
+        raise UserError(
+            f"{result_file}: none of its prompts holds the question with the same id; answers of another benchmark?"
+        )
+    if strange:
+        warn(f"{strange} of {len(known)} answers have a prompt that does not hold the question with the same id")
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).casefold()
 
 
 def join_answers(

@@ -168,7 +168,7 @@ def test_bad_input(tsv, tmp_path, capsys):
     rounds = [{**record, "round_id": "two"} for record in answers({1: "A"})]
     fails("question 1: round_id", result=write_jsonl(tmp_path / "rounds.jsonl", rounds))
     torn = tmp_path / "torn.jsonl"
-    torn.write_text(good.read_text()[:-9])
+    torn.write_text(good.read_text()[:-9] + "\n" + good.read_text())
     fails("torn.jsonl:8", "malformed JSON", result=torn)
     fails("annotation file not found", annotation=tmp_path / "nowhere.tsv")
     fails("no row has an answer", annotation=write_tsv(tmp_path / "test.tsv", [ROWS[4]]))

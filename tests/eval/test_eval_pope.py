@@ -125,7 +125,7 @@ def test_bad_input(tmp_path, capsys):
     fails_with_one_line(eval_pope.main, ["--annotation-dir", tmp_path / "none", *argv[2:]], capsys, tmp_path / "none")
     write_jsonl(tmp_path / "a.jsonl", [answer(77, "Yes")])
     fails_with_one_line(eval_pope.main, argv, capsys, "no answer belongs")
-    (tmp_path / "a.jsonl").write_text('{"question_id": 1, "text": "Yes"}\n{"question_id": 2, "te')
+    (tmp_path / "a.jsonl").write_text('{"question_id": 1, "text": "Yes"}\n{"question_id": 2, "te\n{}\n')
     fails_with_one_line(eval_pope.main, argv, capsys, "a.jsonl:2", "malformed JSON")
     write_jsonl(tmp_path / "a.jsonl", [{"question_id": 1}])
     fails_with_one_line(eval_pope.main, argv, capsys, "a.jsonl:1", "'text'")

@@ -144,7 +144,7 @@ def test_bad_input(base, tmp_path, capsys):
     fails("base folder not found", base_dir=tmp_path / "nowhere")
     fails("problem file not found", base_dir=tmp_path)
     torn = tmp_path / "torn.jsonl"
-    torn.write_text(answers.read_text()[:-9])
+    torn.write_text(answers.read_text()[:-9] + "\n" + answers.read_text())
     fails("torn.jsonl:7", "malformed JSON", result=torn)
     write_json(base / "problems.json", {"1": {"choices": ["x"], "answer": 1}})
     fails("problems.json: problem 1", "none of its 1 choices")
