@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from PIL import Image
 
+from llava.eval.images import decode_image
 from llava.eval.questions import Question
-from llava.eval.runner import Answerer, decode_image
+from llava.eval.runner import Answerer
 
 
 def _text_of(question: Question) -> str:

@@ -76,6 +76,7 @@ class AnswerFile:
     Attributes:
         totals: tokens over all answers, those found included.
         failed: answers that are marked as failed, those found included.
+        appended: answers written by this process.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class AnswerFile:
         self.resume = resume
         self.totals = TokenTotals()
         self.failed = 0
+        self.appended = 0
         self._found = array("Q")
         self._file = RecordFile(path, "answers file")
         try:
@@ -168,13 +170,19 @@ class AnswerFile:
             **question.fields,
         }
         self._file.append(record)
+        self.appended += 1
         self._count(metadata)
 
+    def finish(self, questions: Sequence[Question] = ()) -> None:
+        """Stops writing. With `questions`, brings the lines into their order; answers to none of them stay behind."""
+        self._file.finish(question_hashes(questions) if len(questions) else None)
+
     def close(self, questions: Sequence[Question] = ()) -> None:
-        """Stops writing and lets other processes in. With `questions`, brings the lines into their order; answers to
-        none of them stay at the end.
-        """
-        self._file.close(question_hashes(questions) if len(questions) else None)
+        """`finish`, then lets other processes at the file."""
+        try:
+            self.finish(questions)
+        finally:
+            self._file.close()
 
 
 def question_hashes(questions: Sequence[Question]) -> array:

@@ -14,6 +14,8 @@ from llava.utils import UserError
 DEFAULT_METHOD = "autoprune"
 DEFAULT_TARGET_TOKENS = 64
 MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
+AUTO = "auto"  # of --batch-size
+MAX_IMAGE_PIXELS = 89_478_485  # PIL's own idea of a decompression bomb: a quarter of a gigabyte as RGB
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 # flag -> option of the method; x0, k0 and gamma exist only where the method declares them.
@@ -81,7 +83,22 @@ def add_generation_arguments(parser: argparse.ArgumentParser, single: bool = Fal
     group.add_argument("--max-new-tokens", "--max_new_tokens", type=int, default=128, help="tokens per answer at most")
     group.add_argument("--seed", type=int, default=0, help="seed of sampling")
     if not single:
-        group.add_argument("--batch-size", type=int, default=1, help="questions per forward pass")
+        group.add_argument(
+            "--batch-size", type=parse_batch_size, default=1, help=f"questions per forward pass; {AUTO}: finds a number"
+        )
+
+
+def parse_batch_size(text: str) -> int | str:
+    """A number of at least 1 or `auto`, for argparse."""
+    if text == AUTO:
+        return AUTO
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number or {AUTO}, got {text!r}") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1 or {AUTO}, got {value}")
+    return value
 
 
 def add_pruning_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from llava.eval.runner import open_image
+from llava.eval.images import open_image
 from llava.mm_utils import expand2square
 from llava.utils import UserError
 

@@ -76,21 +76,35 @@ def iter_jsonl(
     Every other line must be a JSON object; a `UserError` names file and line otherwise. Lines that start at
     byte `limit_bytes` or later are not read.
     """
+    for _, number, record in iter_jsonl_at(path, what, limit_bytes):
+        yield number, record
+
+
+def iter_jsonl_at(
+    path: str | os.PathLike[str], what: str, limit_bytes: int | None = None
+) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """The same with the byte at which the line starts in front: (start, number, object)."""
     path = require_file(path, what)
     consumed = 0
     with open(path, "rb") as file:
         for number, raw in enumerate(file, start=1):
             if limit_bytes is not None and consumed >= limit_bytes:
                 return
-            consumed += len(raw)
-            where = f"{path}:{number}"
-            line = _decode(raw, where).strip()
-            if not line:
-                continue
-            record = _parse(line, where, what, is_line=True)
-            if not isinstance(record, dict):
-                raise UserError(f"{where}: {what} needs one JSON object per line, found {type(record).__name__}")
-            yield number, record
+            start, consumed = consumed, consumed + len(raw)
+            record = parse_line(raw, f"{path}:{number}", what)
+            if record is not None:
+                yield start, number, record
+
+
+def parse_line(raw: bytes, where: str, what: str) -> dict[str, Any] | None:
+    """The object of one line; None if the line is blank. `UserError` begins with `where`."""
+    line = _decode(raw, where).strip()
+    if not line:
+        return None
+    record = _parse(line, where, what, is_line=True)
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: {what} needs one JSON object per line, found {type(record).__name__}")
+    return record
 
 
 def require_keys(record: dict[str, Any], keys: Iterable[str], where: str) -> None:

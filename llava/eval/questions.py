@@ -6,12 +6,13 @@ Knows the JSON-lines format (`question_id`, `text`, optional `image`); opens no 
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llava.eval.jsonio import iter_jsonl, require_keys
+from llava.eval.jsonio import iter_jsonl_at, parse_line, require_keys
 from llava.utils import UserError
 
 Item = TypeVar("Item")
@@ -58,24 +59,58 @@ class Selected(Sequence):
             yield self._items[int(position)]
 
 
-def read_questions(path: str | Path) -> list[Question]:
+class QuestionFile(Sequence):
+    """The questions of a JSON-lines file, read again from it where they are needed.
+
+    Memory is 16 bytes per question, whatever its text. All lines are checked once, at the start.
+
+    Raises:
+        UserError: a line is bad (names file and line), or the file holds no question.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = path
+        self._starts, self._lines = array("Q"), array("Q")
+        for start, number, record in iter_jsonl_at(path, "question file"):
+            _question(record, len(self._starts), f"{path}:{number}")
+            self._starts.append(start)
+            self._lines.append(number)
+        if not self._starts:
+            raise UserError(f"{path}: holds no question")
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return Selected(self, range(len(self))[index])
+        index = range(len(self))[index]
+        with open(self.path, "rb") as file:
+            file.seek(self._starts[index])
+            source = f"{self.path}:{self._lines[index]}"
+            return _question(parse_line(file.readline(), source, "question file"), index, source)
+
+    def __iter__(self) -> Iterator[Question]:
+        for index, (_, number, record) in enumerate(iter_jsonl_at(self.path, "question file")):
+            yield _question(record, index, f"{self.path}:{number}")
+
+
+def read_questions(path: str | Path) -> Sequence[Question]:
     """All questions of a file; `UserError` names file and line of the first bad one."""
-    questions = []
-    for number, record in iter_jsonl(path, "question file"):
-        source = f"{path}:{number}"
-        require_keys(record, ("question_id", "text"), source)
-        identity, text, image = record["question_id"], record["text"], record.get("image")
-        if isinstance(identity, bool) or not isinstance(identity, int | str):
-            raise UserError(f"{source}: question_id must be a number or a string, found {identity!r}")
-        if not isinstance(text, str):
-            raise UserError(f"{source}: text must be a string, found {type(text).__name__}")
-        if image is not None and not isinstance(image, str):
-            raise UserError(f"{source}: image must be a string, found {type(image).__name__}")
-        _require_encodable(source, str(identity), text, image or "")
-        questions.append(Question(len(questions), source, identity, text, image or None))
-    if not questions:
-        raise UserError(f"{path}: holds no question")
-    return questions
+    return QuestionFile(path)
+
+
+def _question(record: dict[str, Any], index: int, source: str) -> Question:
+    require_keys(record, ("question_id", "text"), source)
+    identity, text, image = record["question_id"], record["text"], record.get("image")
+    if isinstance(identity, bool) or not isinstance(identity, int | str):
+        raise UserError(f"{source}: question_id must be a number or a string, found {identity!r}")
+    if not isinstance(text, str):
+        raise UserError(f"{source}: text must be a string, found {type(text).__name__}")
+    if image is not None and not isinstance(image, str):
+        raise UserError(f"{source}: image must be a string, found {type(image).__name__}")
+    _require_encodable(source, str(identity), text, image or "")
+    return Question(index, source, identity, text, image or None)
 
 
 def _require_encodable(source: str, *texts: str) -> None:

@@ -29,6 +29,8 @@ def key_hash(identity: Any, prompt: str) -> int:
 
 
 def _as_hashes(values: Iterable[int]) -> np.ndarray:
+    if isinstance(values, np.ndarray):
+        return values
     if isinstance(values, array):
         return np.frombuffer(values, dtype=np.uint64) if len(values) else np.zeros(0, np.uint64)
     return np.fromiter(values, dtype=np.uint64)
@@ -137,24 +139,29 @@ class RecordFile:
             raise self._cannot_write(error, remedy) from None
         self._size += len(data)
 
-    def close(self, order: Iterable[int] | None = None, drop_others: bool = False) -> None:
-        """Stops writing, brings the lines into the `order` (key hashes of the questions) and releases the lock.
+    def finish(self, order: Iterable[int] | None = None, drop_repeats: bool = False) -> None:
+        """Stops writing and brings the lines into the `order` (key hashes of the questions); the lock stays.
 
-        Lines that belong to no question stay behind the others, or go with `drop_others`.
+        Lines that belong to no question stay behind the others, and so do further lines of a question, unless
+        `drop_repeats`.
         """
+        if self._descriptor is not None:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, self._size)
+                os.fsync(self._descriptor)
+            os.close(self._descriptor)
+            self._descriptor = None
+        if order is not None and self._size:
+            self._arrange(order, drop_repeats)
+
+    def close(self, order: Iterable[int] | None = None, drop_repeats: bool = False) -> None:
+        """`finish`, then lets other processes at the file."""
         try:
-            if self._descriptor is not None:
-                with contextlib.suppress(OSError):
-                    os.ftruncate(self._descriptor, self._size)
-                    os.fsync(self._descriptor)
-                os.close(self._descriptor)
-                self._descriptor = None
-            if order is not None and self._size:
-                self._arrange(order, drop_others)
+            self.finish(order, drop_repeats)
         finally:
             self.lock.release()
 
-    def _arrange(self, order: Iterable[int], drop_others: bool) -> None:
+    def _arrange(self, order: Iterable[int], drop_repeats: bool) -> None:
         hashes, starts, ends = array("Q"), array("Q"), array("Q")
         consumed = 0
         with open(self.path, "rb") as file:
@@ -162,19 +169,19 @@ class RecordFile:
                 if consumed >= self._size:
                     break
                 if raw.strip():
-                    record = json.loads(raw)
-                    hashes.append(key_hash(record["question_id"], record["prompt"]))
+                    hashes.append(_line_hash(raw))
                     starts.append(consumed)
                     ends.append(consumed + len(raw))
                 consumed += len(raw)
-        places = match(order, hashes)
+        asked, found = _as_hashes(order), _as_hashes(hashes)
+        places = match(asked, found)
         others = places < 0
-        if not others.any() and (np.diff(places) > 0).all():
-            return
-        ranks = np.where(others, np.iinfo(np.int64).max, places)
-        sequence = [i for i in np.argsort(ranks, kind="stable").tolist() if not (drop_others and others[i])]
-        if sequence != list(range(len(hashes))):
-            self._rewrite([(starts[i], ends[i]) for i in sequence])
+        sequence = np.argsort(np.where(others, np.iinfo(np.int64).max, places), kind="stable")
+        if drop_repeats:
+            repeats = others & np.isin(found, asked)
+            sequence = sequence[~repeats[sequence]]
+        if not np.array_equal(sequence, np.arange(len(hashes))):
+            self._rewrite((starts[i], ends[i]) for i in sequence)
 
     def _rewrite(self, pieces: Iterable[tuple[int, int]]) -> None:
         def lines() -> Iterator[bytes]:
@@ -188,6 +195,15 @@ class RecordFile:
         except UserError as error:
             remedy = "all lines are kept, in the order they came: make room and run the same command again"
             raise UserError(f"{error}; {remedy}") from None
+
+
+def _line_hash(raw: bytes) -> int:
+    """Key hash of a line; lines of another kind get one that no question has."""
+    try:
+        record = json.loads(raw)
+        return key_hash(record["question_id"], record["prompt"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return key_hash(None, "")
 
 
 def whole_lines(path: Path) -> int:

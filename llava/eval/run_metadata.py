@@ -156,7 +156,7 @@ class RunMetadata:
         pairs = [{**identity(meta), "dtype": None} for meta in (earlier, self.values)]
         self._refuse(first_difference(*pairs))
         self._earlier = dict(earlier)
-        for name in ("dtype", "device", "started"):
+        for name in ("dtype", "device", "versions", "started"):
             self.values[name] = earlier.get(name)
 
     def _refuse(self, difference: str | None) -> None:

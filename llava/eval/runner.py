@@ -5,15 +5,17 @@ Knows LLaVA's prompting and the model's `generate`; nothing of command lines, an
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from transformers import LogitsProcessorList
 
 from llava.constants import (
     DEFAULT_IM_END_TOKEN,
@@ -22,14 +24,16 @@ from llava.constants import (
     IMAGE_TOKEN_INDEX,
 )
 from llava.conversation import conv_templates
-from llava.eval.arguments import GenerationOptions
+from llava.eval.arguments import MAX_IMAGE_PIXELS, GenerationOptions
+from llava.eval.batching import Batcher, BatchSize
+from llava.eval.images import SampleError, decode_image, open_image
+from llava.eval.input_pipeline import prepared
+from llava.eval.numerics import FiniteWatch
 from llava.eval.questions import Question
-from llava.mm_utils import process_images, to_rgb, tokenizer_image_token
+from llava.mm_utils import process_images, tokenizer_image_token
 from llava.utils import UserError
 
-
-class SampleError(Exception):
-    """One sample cannot be answered (its image is missing or damaged); the others can."""
+__all__ = ["Answered", "Answerer", "Sample", "SampleError", "answer_questions", "decode_image", "open_image"]
 
 
 @dataclass(frozen=True)
@@ -53,13 +57,19 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Answered:
-    """An answer, the trace of its pruning and its share of the time of its batch, in seconds."""
+    """An answer, the trace of its pruning and its share of the time of its batch, in seconds: in all, of the vision
+    tower with prompt assembly, and of the decoder's prefill.
+
+    failed: why the text is worthless (the model's numbers were not finite), None for an answer.
+    """
 
     question: Question
     text: str
     trace: Any
     prefill_seconds: float
     seconds: float
+    encode_seconds: float = 0.0
+    failed: str | None = None
 
 
 @dataclass
@@ -122,39 +132,12 @@ def build_prompt(text: str, with_image: bool, conv_mode: str, mm_use_im_start_en
     return conversation.get_prompt()
 
 
-def decode_image(open_source: Callable[[], Any], name: str) -> Image.Image:
-    """Decodes an image fully, as RGB; raises `SampleError` with `name` and the reason.
-
-    open_source: gives what PIL can open (a path, a stream); what it raises is a reason too.
-    """
-    try:
-        with Image.open(open_source()) as image:
-            return to_rgb(image)
-    except Exception as error:  # decoders of damaged files raise nearly anything: OSError, SyntaxError, struct.error
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise SampleError(f"image {name} cannot be read ({reason})") from None
-
-
-def open_image(folder: Path, name: str) -> Image.Image:
-    """The image file `name` below `folder`, as RGB; raises `SampleError` with the reason."""
-    relative = PurePosixPath(name)
-    if relative.is_absolute() or ".." in relative.parts:
-        raise SampleError(f"image path {name!r} leaves the image folder")
-    path = folder / name
-
-    def existing() -> Path:
-        if not path.is_file():  # also: a pipe, which would block
-            raise FileNotFoundError("not a file" if path.exists() else "does not exist")
-        return path
-
-    return decode_image(existing, str(path))
-
-
 @dataclass
 class Answerer:
     """A loaded model with all that turns questions into answers.
 
-    image_cache: processed images kept for following questions about the same image.
+    image_cache: processed images kept for following questions about the same image. max_image_pixels: larger images
+    are refused unread.
     """
 
     tokenizer: Any
@@ -164,6 +147,7 @@ class Answerer:
     conv_mode: str = "vicuna_v1"
     generation: GenerationOptions = field(default_factory=GenerationOptions)
     image_cache: int = 8
+    max_image_pixels: int = MAX_IMAGE_PIXELS
     _cache: OrderedDict[str, tuple[torch.Tensor, tuple[int, int]]] = field(default_factory=OrderedDict)
 
     def prepare(self, question: Question) -> Sample:
@@ -216,6 +200,7 @@ class Answerer:
             torch.manual_seed(self.generation.seed + first.index)
         run.traces.clear()
         run.prefill_seconds.clear()
+        watch = FiniteWatch(count)
         started = time.perf_counter()
         with torch.inference_mode():
             # Methods that draw at random draw by sample: the same in resumed and chunked runs and in any order.
@@ -225,19 +210,21 @@ class Answerer:
                 inputs_embeds=inputs.inputs_embeds,
                 attention_mask=inputs.generation_mask(),
                 pad_token_id=self._pad_id(),
+                logits_processor=LogitsProcessorList([watch]),
                 **self.generation.generate_kwargs(),
             )
         texts = self.tokenizer.batch_decode(output, skip_special_tokens=True)
         seconds = (encoded.seconds + time.perf_counter() - started) / count
         prefill = sum(run.prefill_seconds) / count
+        failed = ["logits that are not finite" if bad else None for bad in watch.bad()]
         return [
-            Answered(sample.question, text.strip(), trace, prefill, seconds)
-            for sample, text, trace in zip(encoded.samples, texts, run.traces, strict=True)
+            Answered(sample.question, text.strip(), trace, prefill, seconds, encoded.seconds / count, failure)
+            for sample, text, trace, failure in zip(encoded.samples, texts, run.traces, failed, strict=True)
         ]
 
     def load_image(self, name: str) -> Image.Image:
         """The image of that name, RGB; for subclasses whose images are not files. Raises `SampleError`."""
-        return open_image(self.image_folder, name)
+        return open_image(self.image_folder, name, self.max_image_pixels)
 
     def answer(self, samples: Sequence[Sample], run: Any) -> list[Answered]:
         """Encodes and answers one batch."""
@@ -263,22 +250,30 @@ def answer_questions(
     answerer: Answerer,
     questions: Sequence[Question],
     run: Any,
-    batch_size: int = 1,
+    batch_size: int | BatchSize = 1,
     on_skip: Callable[[Question, str], None] | None = None,
+    on_fail: Callable[[Question, str], None] | None = None,
+    num_workers: int = 0,
 ) -> Iterator[Answered]:
-    """Yields answers in question order, batch by batch.
+    """Yields answers as they come: in question order for batch size 1, otherwise longer questions of a stretch first.
 
     A question whose image cannot be read goes to `on_skip(question, reason)` and costs nothing but itself;
-    without `on_skip` it is a `UserError`.
+    without `on_skip` it is a `UserError`. One whose numbers are not finite goes to `on_fail` likewise.
+    num_workers: processes that prepare samples ahead of the model.
     """
-    batch: list[Sample] = []
-    for position, question in enumerate(questions):
-        try:
-            batch.append(answerer.prepare(question))
-        except SampleError as error:
-            if on_skip is None:
-                raise UserError(f"{question.source}: {error}") from None
-            on_skip(question, str(error))
-        if batch and (len(batch) == batch_size or position == len(questions) - 1):
-            yield from answerer.answer(batch, run)
-            batch = []
+    size = batch_size if isinstance(batch_size, BatchSize) else BatchSize(batch_size)
+    batcher = Batcher(answerer, run, size, on_skip, on_fail)
+    with contextlib.closing(prepared(answerer, questions, num_workers, size.window)) as stream:
+        yield from batcher.answer_all(_readable(stream, on_skip))
+
+
+def _readable(
+    stream: Iterator[tuple[Question, Sample | SampleError]], on_skip: Callable[[Question, str], None] | None
+) -> Iterator[Sample]:
+    for question, sample in stream:
+        if not isinstance(sample, SampleError):
+            yield sample
+        elif on_skip is None:
+            raise UserError(f"{question.source}: {sample}")
+        else:
+            on_skip(question, str(sample))

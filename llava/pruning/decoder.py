@@ -342,7 +342,12 @@ class _Recorder:
                 tokens_in=[counts[row] for counts in self.counts_in],
                 tokens_out=[counts[row] for counts in self.counts_out],
                 scoring_flops=self.scoring[row],
-                details={name: values[row] for name, values in report.items() if values is not None},
+                # A prompt without image was not pruned, whatever was computed for its row beside others.
+                details={
+                    name: values[row]
+                    for name, values in report.items()
+                    if values is not None and self.start_counts[row]
+                },
                 target_tokens=method.aim,
                 budget=method.budget_kind,
                 _origins=[

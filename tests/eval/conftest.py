@@ -57,3 +57,34 @@ def data(tmp_path):
     questions.insert(4, {"question_id": 99, "text": "Is there no image?"})
     write_jsonl(tmp_path / "q.jsonl", questions)
     return tmp_path
+
+
+@pytest.fixture
+def argv(checkpoint, data):
+    """Builds a loader's command line on the random checkpoint; flags given later win."""
+
+    def build(*flags, answers="a.jsonl"):
+        return [
+            str(x)
+            for x in (
+                *("--model-path", checkpoint, "--question-file", data / "q.jsonl"),
+                *("--image-folder", data / "images", "--answers-file", data / answers),
+                *("--target-token-num", 4, "--max-new-tokens", 4, "--device", "cpu", *flags),
+            )
+        ]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def loaded(checkpoint):
+    """The random checkpoint, loaded once."""
+    from llava.model.builder import load_pretrained_model
+
+    return load_pretrained_model(str(checkpoint), None, checkpoint.name, device="cpu")
+
+
+@pytest.fixture
+def preloaded(loaded, monkeypatch):
+    """Runs use the loaded model instead of reading it again."""
+    monkeypatch.setattr("llava.eval.answering.load_model", lambda args: loaded)

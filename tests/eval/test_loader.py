@@ -11,23 +11,6 @@ from llava.eval.model_vqa_loader import main
 from tests.eval.helpers import ROOT, fails_with_one_line, read_jsonl, write_jsonl
 
 
-@pytest.fixture
-def argv(checkpoint, data):
-    """Builds the command line; flags given later win."""
-
-    def build(*flags, answers="a.jsonl"):
-        return [
-            str(x)
-            for x in (
-                *("--model-path", checkpoint, "--question-file", data / "q.jsonl"),
-                *("--image-folder", data / "images", "--answers-file", data / answers),
-                *("--target-token-num", 4, "--max-new-tokens", 4, "--device", "cpu", *flags),
-            )
-        ]
-
-    return build
-
-
 def texts(path):
     return [record["text"] for record in read_jsonl(path)]
 

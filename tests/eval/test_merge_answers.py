@@ -13,23 +13,6 @@ from tests.eval.helpers import fails_with_one_line, read_jsonl, write_jsonl
 
 
 @pytest.fixture
-def argv(checkpoint, data):
-    """Builds the command line; flags given later win."""
-
-    def build(*flags, answers="a.jsonl"):
-        return [
-            str(x)
-            for x in (
-                *("--model-path", checkpoint, "--question-file", data / "q.jsonl"),
-                *("--image-folder", data / "images", "--answers-file", data / answers),
-                *("--target-token-num", 4, "--max-new-tokens", 4, "--device", "cpu", *flags),
-            )
-        ]
-
-    return build
-
-
-@pytest.fixture
 def merge(data):
     def run(*parts, flags=(), answers="m.jsonl"):
         paths = [str(data / part) for part in parts]

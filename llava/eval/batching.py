@@ -1,0 +1,172 @@
+"""Which questions share a forward pass, and what happens when one pass fails.
+
+Knows prepared samples and how large a batch may be; nothing of files. Questions of similar length share a batch, a
+batch that does not fit into memory is halved, and a sample that fails is told from those that only shared its batch.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from llava.eval.arguments import AUTO
+from llava.eval.numerics import where_not_finite
+from llava.utils import UserError, is_user_error
+
+MAX_AUTO = 64
+# Samples that are looked at together to find those of similar length; bounded, since their pixels wait in memory.
+_WINDOW_BATCHES = 8
+_MAX_WINDOW = 128
+# A batch size has to be this much faster per sample than half of it to be kept.
+_GAIN = 0.95
+_TRIALS = 2
+
+
+class BatchSize:
+    """How many samples share a forward pass: a fixed number, or found while running.
+
+    `auto` doubles as long as a sample gets faster by at least 5%, up to 64. Both halve for good when memory runs out.
+    """
+
+    def __init__(self, value: int | str) -> None:
+        self.current = 1 if value == AUTO else int(value)
+        self._searching = value == AUTO
+        self._times: list[float] = []
+        self._previous: float | None = None
+
+    @property
+    def window(self) -> int:
+        """Samples among which batches are formed."""
+        return min(_WINDOW_BATCHES * self.current, max(_MAX_WINDOW, self.current)) if self.current > 1 else 1
+
+    def shrink(self, failed: int) -> None:
+        """Memory ran out with `failed` samples."""
+        self.current = max(min(self.current, failed // 2), 1)
+        self._searching = False
+
+    def tell(self, samples: int, seconds_per_sample: float) -> None:
+        """A batch was answered; grows if that is worth it."""
+        if not self._searching or samples < self.current:
+            return
+        self._times.append(seconds_per_sample)
+        if len(self._times) < _TRIALS:
+            return
+        best, self._times = min(self._times), []
+        if self._previous is not None and best > _GAIN * self._previous:
+            self.current, self._searching = self.current // 2, False
+        elif self.current >= MAX_AUTO:
+            self._searching = False
+        else:
+            self.current, self._previous = 2 * self.current, best
+
+
+def sample_length(sample: Any) -> tuple[int, int]:
+    """What the length of a sample's row grows with: views of the image, then tokens of the prompt."""
+    views = 0 if sample.pixels is None else sample.pixels.shape[0] if sample.pixels.ndim == 4 else 1
+    return views, len(sample.input_ids)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for what torch raises when the device or the host has no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
+def _release_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class Batcher:
+    """Answers prepared samples batch by batch.
+
+    answerer: an `Answerer`; run: what a method's `attach` returned. on_skip: told of a sample that found no memory even
+    alone, on_fail: of one whose numbers are not finite; without them these are `UserError`s.
+    """
+
+    def __init__(
+        self,
+        answerer: Any,
+        run: Any,
+        size: BatchSize,
+        on_skip: Callable[[Any, str], None] | None = None,
+        on_fail: Callable[[Any, str], None] | None = None,
+    ) -> None:
+        self.answerer, self.run, self.size = answerer, run, size
+        self.on_skip, self.on_fail = on_skip, on_fail
+
+    def answer_all(self, samples: Iterable[Any]) -> Iterator[Any]:
+        """Yields an `Answered` for every sample that has an answer, in the order of answering."""
+        window: list[Any] = []
+        for sample in samples:
+            window.append(sample)
+            if len(window) >= self.size.window:
+                yield from self._answer_window(window)
+                window = []
+        yield from self._answer_window(window)
+
+    def _answer_window(self, window: Sequence[Any]) -> Iterator[Any]:
+        # The longest first: where memory is short it shows at once. Sorting is stable, so equal ones keep their order.
+        waiting = sorted(window, key=sample_length, reverse=True)
+        while waiting:
+            batch, waiting = waiting[: self.size.current], waiting[self.size.current :]
+            yield from self._answer(batch)
+
+    def _answer(self, batch: Sequence[Any]) -> Iterator[Any]:
+        failure: Exception | None = None
+        try:
+            answered = self.answerer.answer(batch, self.run)
+        except Exception as error:
+            if is_user_error(error):
+                raise
+            # Not handled here: the traceback would keep the tensors of the failed pass alive.
+            failure = error.with_traceback(None)
+            failed_for_memory = is_out_of_memory(error)
+            original = error.__traceback__ if not failed_for_memory else None
+        if failure is None:
+            self.size.tell(len(batch), answered[0].seconds)
+            for item in answered:
+                if item.failed is None:
+                    yield item
+                else:
+                    self._fail(item.question, item.failed)
+        elif failed_for_memory:
+            yield from self._halve(batch)
+        elif len(batch) > 1:  # one of them, perhaps: the others must not suffer from it
+            for sample in batch:
+                yield from self._answer([sample])
+        else:
+            self._explain(batch[0], failure.with_traceback(original))
+
+    def _halve(self, batch: Sequence[Any]) -> Iterator[Any]:
+        _release_memory()
+        if len(batch) == 1:
+            self._report(self.on_skip, batch[0].question, "out of memory even alone")
+            return
+        self.size.shrink(len(batch))
+        half = len(batch) // 2
+        yield from self._answer(batch[:half])
+        yield from self._answer(batch[half:])
+
+    def _explain(self, sample: Any, failure: Exception) -> None:
+        """A pass over one sample raised: its numbers, or a defect of the program, which is raised again."""
+        inputs = self.answerer.encode([sample], self.run.needs_cls_attention).inputs
+        place = where_not_finite(self.answerer.model, inputs.inputs_embeds, inputs.attention_mask)
+        if place is None:
+            raise failure
+        self._fail(sample.question, f"numbers that are not finite, first in {place}")
+
+    def _fail(self, question: Any, reason: str) -> None:
+        self._report(self.on_fail, question, reason)
+
+    @staticmethod
+    def _report(tell: Callable[[Any, str], None] | None, question: Any, reason: str) -> None:
+        if tell is None:
+            raise UserError(f"{question.source} (question {question.id}): {reason}")
+        tell(question, reason)

@@ -1,0 +1,213 @@
+"""One run over a list of questions: its files, counts, times, progress and summary.
+
+Knows what is written when and what is kept when something goes wrong; nothing of command lines beyond the flags it is
+given, and nothing of models but their answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llava.eval.answers import AnswerFile
+from llava.eval.interrupts import Interrupts
+from llava.eval.progress import Progress
+from llava.eval.questions import Question
+from llava.eval.run_metadata import RunMetadata, describe_run, read_metadata
+from llava.eval.traces import TraceFile
+
+INCOMPLETE_STATUS = 3
+METADATA_INTERVAL = 30.0  # seconds between updates of the metadata while a run lasts
+
+
+class Evaluation:
+    """Use: construct (checks and locks), `run`, `close`, `summarize`.
+
+    answers_file, trace_file: where this process writes, which are parts where several share the work. process: (its
+    number, how many there are). extra: what else goes into the metadata.
+
+    Attributes:
+        pending: the questions without an answer.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        questions: Sequence[Question],
+        model_id: str,
+        options: Mapping[str, Any],
+        process: tuple[int, int] = (0, 1),
+    ) -> None:
+        from llava.eval.runner import Statistics
+
+        self.args, self.questions, self.process = args, questions, process
+        self.statistics = Statistics()
+        self.skipped = 0
+        self.seconds = 0.0
+        self._began: float | None = None
+        self._saved = 0.0
+        self._batch_size: Any = None
+        self.answers = AnswerFile(args.answers_file, model_id, options, args.resume)
+        try:
+            earlier = read_metadata(args.answers_file) if self.answers.has_answers else None
+            self.metadata = RunMetadata(args.answers_file, describe_run(args, model_id, options, len(questions)))
+            self.metadata.continue_from(earlier)
+            self.pending = self.answers.pending(questions)
+            self.traces = TraceFile(args.trace_file, args.resume, args.trace_kept)
+        except BaseException:
+            self.answers.close()
+            raise
+        self._needs_metadata = bool(self.pending) or earlier is None or not earlier.get("complete")
+        self.done = len(questions) - len(self.pending)
+        if self.done and not args.quiet:
+            print(f"{self.done} of {len(questions)} questions are already answered", file=sys.stderr)
+
+    def counts(self) -> dict[str, int]:
+        """Questions in all, answered (earlier ones included), skipped in this run, and failed."""
+        return {
+            "total": len(self.questions),
+            "answered": self.done + self.answers.appended - self.answers.failed,
+            "skipped": self.skipped,
+            "failed": self.answers.failed,
+        }
+
+    def run(self, answerer: Any, method: Any, interrupts: Interrupts) -> None:
+        """Answers what is pending."""
+        from llava.eval.batching import BatchSize
+        from llava.eval.input_pipeline import default_workers
+        from llava.eval.runner import answer_questions
+
+        args, model = self.args, answerer.model
+        self.metadata.set_model(describe_device(model.device), str(model.dtype).removeprefix("torch."))
+        self.answers.open()
+        self.traces.start()
+        self._began = time.perf_counter()
+        self.save_metadata()
+        self._batch_size = BatchSize(args.batch_size)
+        workers = default_workers(model.device) if args.num_workers is None else args.num_workers
+        with (
+            Progress(len(self.pending), args.method, args.quiet, self.process) as progress,
+            method.attach(model) as run,
+        ):
+
+            def skip(question: Question, reason: str) -> None:
+                progress.message(f"skipped {question.source}: {reason}")
+                self.skipped += 1
+                progress.advance()
+
+            def fail(question: Question, reason: str) -> None:
+                progress.message(f"failed {question.source} (question {question.id}): {reason}")
+                with interrupts.held():
+                    self.answers.append(question, "", failed=reason)
+                progress.advance()
+
+            reports = (None, None) if args.strict else (skip, fail)
+            stream = answer_questions(answerer, self.pending, run, self._batch_size, *reports, num_workers=workers)
+            with contextlib.closing(stream):  # whatever happens, worker processes end here
+                for answer in stream:
+                    with interrupts.held():
+                        self.traces.append(answer)
+                        self.answers.append(answer.question, answer.text, token_summary(answer.trace))
+                        self.statistics.add(answer)
+                    progress.advance(self.statistics.means()["nominal"] if self.statistics.with_image else None)
+                    if time.perf_counter() - self._saved > METADATA_INTERVAL:
+                        self.save_metadata()
+
+    def save_metadata(self, finished: bool = False) -> None:
+        """Writes what is known by now."""
+        self._saved = time.perf_counter()
+        if self._began is not None:
+            self.seconds = self._saved - self._began
+        self.metadata.save(
+            self.counts(),
+            self.answers.totals,
+            self.seconds,
+            self.statistics.samples,
+            self.statistics.prefill_seconds,
+            finished,
+        )
+
+    @property
+    def attempted(self) -> bool:
+        """Whether every question was tried."""
+        counts = self.counts()
+        return counts["total"] == sum(counts[kind] for kind in ("answered", "skipped", "failed"))
+
+    def close(self) -> None:
+        """Puts the lines in order, writes the metadata and lets other processes at the files."""
+        started = self._began is not None or not self.pending
+        questions = self.questions if started else ()
+        try:
+            if started and self._needs_metadata and self._began is None and not self.answers.has_answers:
+                self.answers.open()  # no question at all: an empty file says that this part is done
+            self.traces.close(questions)
+            self.answers.finish(questions)
+            if started and self._needs_metadata:
+                self.save_metadata(finished=self.attempted)
+        finally:
+            # The lock goes last: who waits for it finds everything written.
+            self.answers.close()
+
+    def explain_interruption(self, error: BaseException) -> None:
+        """Says on stderr what is kept."""
+        kept = self.done + self.answers.appended
+        print(
+            f"{error or 'interrupted'}: {kept} of {len(self.questions)} answers are in {self.answers.path}; "
+            "run the same command again to continue",
+            file=sys.stderr,
+        )
+
+    def summarize(self) -> int:
+        """Prints the summary; returns the exit status."""
+        batch_size = self.args.batch_size if self._batch_size is None else self._batch_size.current
+        lines = summary_lines(self.statistics, len(self.pending), self.seconds, batch_size)
+        if self.skipped:
+            status = f"(exit status {INCOMPLETE_STATUS})"
+            lines.append(f"{self.skipped} samples were skipped, see above; a rerun retries them {status}")
+        if self.answers.failed:
+            lines.append(
+                f"{self.answers.failed} samples failed; their answers are empty and marked in the metadata "
+                f"(exit status {INCOMPLETE_STATUS})"
+            )
+        if not self.args.quiet:
+            print("\n".join(lines), file=sys.stderr)
+        return INCOMPLETE_STATUS if self.skipped or self.answers.failed else 0
+
+
+def token_summary(trace: Any) -> dict[str, Any]:
+    """What an answer's metadata says about the tokens of its sample."""
+    return {
+        "visual": trace.visual_tokens,
+        "nominal": round(trace.mean_tokens("nominal"), 3),
+        "processed": round(trace.mean_tokens("processed"), 3),
+        "flops": trace.flops(),
+        "dense_flops": trace.dense_flops(),
+    }
+
+
+def describe_device(device: Any) -> str:
+    """The name of the GPU, or the kind of device."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def summary_lines(statistics: Any, total: int, seconds: float, batch_size: int) -> list[str]:
+    """Counts, time and tokens of the answers of this process."""
+    lines = [
+        f"answered {statistics.samples} of {total} questions in {seconds:.1f} s"
+        f" ({statistics.samples / max(seconds, 1e-9):.2f} questions/s, batch size {batch_size})"
+    ]
+    if statistics.samples:
+        means = statistics.means()
+        lines.append(f"prefill: {means['prefill_ms']:.1f} ms per sample (decoder, with selection)")
+        if statistics.with_image:
+            lines.append(
+                f"visual tokens per layer: nominal {means['nominal']:.1f}, processed {means['processed']:.1f}"
+                f" of {means['visual']:.0f}; decoder prefill FLOPs {100 * means['flops_ratio']:.1f}% of dense"
+            )
+    return lines
