@@ -20,13 +20,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava.eval.answering import SKIPPED_STATUS, load_model, max_visual_tokens, token_summary
+from llava.eval.answering import load_model, max_visual_tokens
 from llava.eval.answers import AnswerFile
 from llava.eval.arguments import GenerationOptions, Parser, add_model_arguments, check_budget
 from llava.eval.benchmarks import COMPARED, Asked, spread
 from llava.eval.bootstrap import LEVEL, RESAMPLES
 from llava.eval.compare_report import Grade, collect, csv_table, make_rows, markdown_report
 from llava.eval.demo import DEFAULT_BUDGETS, MAX_NEW_TOKENS, ROOT, describe_run, parse_budgets
+from llava.eval.evaluation import INCOMPLETE_STATUS, token_summary
 from llava.eval.jsonio import read_json, require_folder, write_json, write_text_atomic
 from llava.eval.questions import Question, read_questions
 from llava.eval.variants import Setting, Variant, ablation_variants, make_settings, read_variants
@@ -350,7 +351,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     write_results(result, output, args)
     print(f"took {time.perf_counter() - started:.0f} s", file=sys.stderr)
-    return SKIPPED_STATUS if skipped else 0
+    return INCOMPLETE_STATUS if skipped else 0
 
 
 def write_results(result: Mapping[str, Any], output: Path, args: argparse.Namespace) -> None:

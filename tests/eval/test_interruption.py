@@ -96,10 +96,13 @@ def test_signals_end_the_run_cleanly(argv, many, preloaded, number, status):
 
 
 def test_signal_while_the_model_is_loading(argv, many, monkeypatch):
-    monkeypatch.setattr(answering, "load_model", lambda args: time.sleep(60))
+    def load(args):
+        (many / "loading").touch()
+        time.sleep(60)
+
+    monkeypatch.setattr(answering, "load_model", load)
     child = Child(lambda: main(argv()), many / "log")
-    wait_until(lambda: (many / ".a.jsonl.lock").exists(), child)
-    time.sleep(0.05)
+    wait_until((many / "loading").exists, child)
     child.signal(signal.SIGTERM)
     assert child.wait(20) == 143 and "0 of 40 answers" in child.text()
 
