@@ -145,9 +145,7 @@ def parse_grid_pinpoints(grid_pinpoints: Sequence[Sequence[int]] | str) -> list[
         try:
             grid_pinpoints = ast.literal_eval(grid_pinpoints)
         except (ValueError, SyntaxError):
-            raise ValueError(
-                f"image_grid_pinpoints is not a list of [width, height]: {grid_pinpoints!r}"
-            ) from None
+            raise ValueError(f"image_grid_pinpoints is not a list of [width, height]: {grid_pinpoints!r}") from None
     return [(int(w), int(h)) for w, h in grid_pinpoints]
 
 
@@ -256,8 +254,7 @@ def process_images(
     elif aspect_ratio == "anyres":
         rule = resolution_rule(model_cfg)
         processed = [
-            process_anyres_image(image, image_processor, model_cfg.image_grid_pinpoints, rule)
-            for image in images
+            process_anyres_image(image, image_processor, model_cfg.image_grid_pinpoints, rule) for image in images
         ]
     elif str(aspect_ratio).startswith("anyres"):
         # LLaVA-1.6's code would silently take the whole image for these.

@@ -159,7 +159,7 @@ class Chat:
         self.conversation: Conversation = conv_templates[self.conv_mode].copy()
         limit = getattr(self.model.config, "tokenizer_model_max_length", None)
         self._limit = min(self.context_len, limit or self.context_len)
-        # How many tokens more than ids a prompt has: known after the first turn.
+        # How many tokens more than ids a prompt has, known after the first turn: the image's.
         self._image_tokens = 0
         self._pixels = None
         if self.images:
@@ -211,11 +211,7 @@ class Chat:
 
     def _generate(self, run: Any, streamer: Any) -> Reply:
         ids = tokenizer_image_token(self.prompt(), self.tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
-        if len(ids) + self._image_tokens > self._limit:
-            raise UserError(
-                f"the conversation has {len(ids) + self._image_tokens} tokens, more than the {self._limit} that this "
-                "model takes: ask something shorter or start again"
-            )
+        self._check_length(len(ids) + self._image_tokens)
         options = self.generation.generate_kwargs()
         if self.stop is not None:
             options["stopping_criteria"] = [KeywordsStoppingCriteria([self.stop], self.tokenizer, ids[None])]
@@ -229,10 +225,18 @@ class Chat:
                 **options,
             )
         trace = run.traces[-1]
-        self._image_tokens = trace.text_tokens + trace.visual_tokens - len(ids)
-        if trace.text_tokens + trace.visual_tokens >= self._limit:
-            print(f"[WARNING] the prompt fills the model's {self._limit} tokens: its end was cut", file=sys.stderr)
+        tokens = trace.text_tokens + trace.visual_tokens
+        # Of a first prompt that is too long the model has cut the end, the question, and answered what was left.
+        self._check_length(tokens)
+        self._image_tokens = tokens - len(ids)
         text = self.tokenizer.batch_decode(output, skip_special_tokens=True)[0]
         if self.stop is not None:
             text = text.split(self.stop)[0]
         return Reply(text.strip(), trace)
+
+    def _check_length(self, tokens: int) -> None:
+        if tokens >= self._limit:
+            raise UserError(
+                f"the conversation has {tokens} tokens or more, and this model takes {self._limit} with the answer: "
+                "ask something shorter or start again"
+            )

@@ -55,7 +55,7 @@ def whole_conversations(loaded, images, method):  # noqa: F811
     return turns
 
 
-@pytest.mark.parametrize("method", ["autoprune", "fastv", "dense"])
+@pytest.mark.parametrize("method", ["autoprune", "fastv", "visionzip", "dense"])
 def test_turns_equal_generate_on_the_whole_conversation(argv, data, loaded, capsys, type_in, method):  # noqa: F811
     path = data / "images" / "2.png"
     type_in("".join(f"{question}\n" for question in QUESTIONS))
@@ -124,7 +124,24 @@ def test_a_wrong_turn_is_told_and_forgotten(argv, data, loaded, capsys, type_in)
     assert given == ["", expected[0][0], "", "", expected[1][0]]
     errors = [line for line in printed.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 3 and "2 image placeholder(s)" in errors[0] and "0 image(s)" in errors[1]
-    assert "more than the 2048" in errors[2]
+    assert "this model takes 2048" in errors[2]
+
+
+def test_a_prompt_that_only_the_image_makes_too_long_is_refused(loaded):  # noqa: F811
+    # The model would cut the question away and answer what is left.
+    chat = chat_about(loaded, [Image.new("RGB", (40, 30), "red")])
+    ids = len(chat.tokenizer(f"{SYSTEM.format(who='user')} USER: \nWhat is it? ASSISTANT:").input_ids)
+    limit, loaded[1].config.tokenizer_model_max_length = ids + 10, ids + 10
+    chat._limit = limit
+    try:
+        with get_method("autoprune")(target_tokens=4).attach(chat.model) as run:
+            with pytest.raises(UserError, match=f"this model takes {limit}"):
+                chat.ask("What is it?", run)
+            assert chat.conversation.messages == []
+            chat._limit = loaded[1].config.tokenizer_model_max_length = ids + 18
+            assert chat.ask("What is it?", run).text
+    finally:
+        del loaded[1].config.tokenizer_model_max_length
 
 
 def test_as_a_program_on_the_trained_tiny_model():

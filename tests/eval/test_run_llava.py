@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import http.server
+import json
+import shutil
 import threading
 
 import pytest
@@ -83,6 +85,37 @@ def test_several_images(argv, data, loaded, capsys, query, message):
     assert capsys.readouterr().out == expected + "\n"
     main(argv("--image-file", "; ".join(map(str, paths)), "--sep", ";", "--conv-mode", "v1", query=query))
     assert capsys.readouterr().out == expected + "\n"
+
+
+@pytest.fixture(scope="module")
+def anyres_checkpoint(wordy_checkpoint, tmp_path_factory):
+    """The same weights with pictures cut into tiles, as LLaVA-1.6 has them."""
+    folder = tmp_path_factory.mktemp("anyres") / "llava-v1.6-wordy"
+    shutil.copytree(wordy_checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    pinpoints = [[28, 56], [56, 28], [56, 56]]
+    config |= {"image_aspect_ratio": "anyres", "image_grid_pinpoints": pinpoints, "mm_patch_merge_type": "spatial"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("method", ["autoprune", "dense"])
+def test_tiled_images_of_different_shapes(anyres_checkpoint, argv, data, capsys, method):
+    for name, size in (("wide", (60, 30)), ("large", (60, 60))):
+        Image.new("RGB", size, "green").save(data / f"{name}.png")
+    paths = [data / "wide.png", data / "large.png"]
+    flags = ("--image-file", ",".join(map(str, paths)), "--method", method)
+    main([*argv(*flags), "--model-path", str(anyres_checkpoint)])
+    printed = capsys.readouterr()
+    # A name with v1: LLaVA's template for it, without a warning. 1 + 2 and 1 + 4 crops of 16 patches.
+    prompt = f"{SYSTEM.format(who='human')} USER: <image>\n<image>\nWhat color is it? ASSISTANT:"
+    options = {} if method == "dense" else {"target_tokens": 4}
+    merge_type = None if method == "dense" else "spatial"
+    loaded = load_pretrained_model(str(anyres_checkpoint), None, "llava", device="cpu", mm_patch_merge_type=merge_type)
+    images = [Image.open(path).convert("RGB") for path in paths]
+    answer, trace = by_hand(loaded, prompt, images, get_method(method)(**options))
+    assert trace.visual_tokens == 8 * 16
+    assert printed.out == answer + "\n" and "WARNING" not in printed.err and "128 visual tokens" in printed.err
 
 
 def test_without_image(argv, loaded, capsys):
