@@ -9,6 +9,7 @@ visual tokens survive depends on the question, and those that the last question 
 
 from __future__ import annotations
 
+import math
 import sys
 import urllib.request
 from collections.abc import Sequence
@@ -29,7 +30,8 @@ from llava.constants import (
 )
 from llava.conversation import Conversation, SeparatorStyle, conv_templates, infer_conv_mode
 from llava.eval.arguments import GenerationOptions
-from llava.eval.runner import SampleError, check_conv_mode, decode_image
+from llava.eval.images import SampleError, decode_image
+from llava.eval.runner import check_conv_mode
 from llava.mm_utils import KeywordsStoppingCriteria, process_images, tokenizer_image_token
 from llava.utils import UserError
 
@@ -144,7 +146,6 @@ class Chat:
 
     Attributes:
         conversation: the turns so far.
-        context_len: tokens that prompt and images may have together.
     """
 
     tokenizer: Any
@@ -153,12 +154,13 @@ class Chat:
     images: Sequence[Image.Image]
     conv_mode: str
     generation: GenerationOptions = field(default_factory=GenerationOptions)
-    context_len: int = 2048
 
     def __post_init__(self) -> None:
         self.conversation: Conversation = conv_templates[self.conv_mode].copy()
-        limit = getattr(self.model.config, "tokenizer_model_max_length", None)
-        self._limit = min(self.context_len, limit or self.context_len)
+        config = self.model.config
+        # Not the loader's context_len: that is LLaVA's nominal 2048 also where one image of LLaVA-1.6 has 2880 tokens.
+        cut = getattr(config, "tokenizer_model_max_length", None)
+        self._limit = min(cut or math.inf, config.text_config.max_position_embeddings)
         # How many tokens more than ids a prompt has, known after the first turn: the image's.
         self._image_tokens = 0
         self._pixels = None

@@ -62,10 +62,10 @@ def open_chat(args: argparse.Namespace) -> tuple[Any, Any]:
 
     conv_mode = choose_conv_mode(args.conv_mode, get_model_name_from_path(args.model_path))
     images = load_images(args.image_file, args.sep)
-    tokenizer, model, image_processor, context_len = load_model(args)
+    tokenizer, model, image_processor, _ = load_model(args)
     if images:
         check_budget(method, max_visual_tokens(model) * len(images))
-    return Chat(tokenizer, model, image_processor, images, conv_mode, generation, context_len), method
+    return Chat(tokenizer, model, image_processor, images, conv_mode, generation), method
 
 
 def eval_model(args: Any) -> str:

@@ -124,7 +124,7 @@ def test_a_wrong_turn_is_told_and_forgotten(argv, data, loaded, capsys, type_in)
     assert given == ["", expected[0][0], "", "", expected[1][0]]
     errors = [line for line in printed.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 3 and "2 image placeholder(s)" in errors[0] and "0 image(s)" in errors[1]
-    assert "this model takes 2048" in errors[2]
+    assert "this model takes 512" in errors[2]
 
 
 def test_a_prompt_that_only_the_image_makes_too_long_is_refused(loaded):  # noqa: F811
@@ -174,8 +174,8 @@ class Words:
 def chat_about(loaded, images, conv_mode="vicuna_v1"):  # noqa: F811
     from llava.eval.arguments import GenerationOptions
 
-    tokenizer, model, image_processor, context_len = loaded
-    return Chat(tokenizer, model, image_processor, images, conv_mode, GenerationOptions(max_new_tokens=6), context_len)
+    tokenizer, model, image_processor, _ = loaded
+    return Chat(tokenizer, model, image_processor, images, conv_mode, GenerationOptions(max_new_tokens=6))
 
 
 def test_tokens_are_streamed_one_by_one(loaded):  # noqa: F811
