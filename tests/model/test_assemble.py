@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 from llava.mm_utils import resize_and_pad_image, select_best_resolution
 from llava.model.assemble import NEWLINE, arrange_crop, arrange_crops, arrangement_of, unpadded_window
 from llava.utils import UserError
+from tests.conftest import ROOT
 
 SIDE = 336
 GRID = 24
@@ -176,3 +178,19 @@ def test_per_patch_values_of_any_shape_follow_the_same_order():
     assert torch.equal(arranged.gather(keys)[:, 1, 2], arranged.gather(scores))
     assert len(arranged.gather(scores)) == len(arranged.crops) == sum(end - start for start, end in arranged.spans)
     assert arranged.gather(keys.half()).shape == (len(arranged.crops), 3, 5)
+
+
+def test_the_documented_token_counts():
+    text = (ROOT / "docs" / "llava_1_6.md").read_text()
+    pattern = r"^\| (\d+) x (\d+) \| ([^|]+) \| (\d+) \| (\d+) \+ (\d+)[^|]* \| ([^|]+) \| (\d+) \|$"
+    rows = re.findall(pattern, text, re.M)
+    assert len(rows) == 4
+    for width, height, effective, spatial, patches, newlines, fill, filled in rows:
+        size = int(width), int(height)
+        for rule, canvas, count in (("effective", effective, spatial), ("fill", fill, filled)):
+            best = select_best_resolution(size, PINPOINTS, rule)
+            assert f"{best[0]} x {best[1]}" == canvas and 576 * (1 + best[0] * best[1] // SIDE**2) == int(count)
+        best = select_best_resolution(size, PINPOINTS, "effective")
+        grid = best[0] // SIDE, best[1] // SIDE
+        arranged = arrange_crops("spatial_unpad", 576, 1 + grid[0] * grid[1], grid, size)
+        assert (len(arranged.crops), len(arranged.newlines)) == (int(patches), int(newlines))

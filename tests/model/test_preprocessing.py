@@ -94,6 +94,9 @@ def test_the_two_published_resolution_rules_differ_for_small_images():
     # LLaVA's rule counts no upscaling: pictures smaller than every canvas get the first of the smallest.
     assert select_best_resolution((336, 336), NEXT_PINPOINTS, "effective") == (336, 672)
     assert select_best_resolution((320, 240), NEXT_PINPOINTS, "effective") == (336, 672)
+    # 16:9 at any size: most pixels, or least empty canvas.
+    assert select_best_resolution((1920, 1080), NEXT_PINPOINTS, "effective") == (672, 672)
+    assert select_best_resolution((1920, 1080), NEXT_PINPOINTS, "fill") == (672, 336)
     for size in ((1200, 1200), (2000, 600), (700, 1400)):
         assert len({select_best_resolution(size, NEXT_PINPOINTS, rule) for rule in ("fill", "effective")}) == 1
     with pytest.raises(ValueError, match="unknown resolution rule"):
