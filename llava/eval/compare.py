@@ -241,6 +241,8 @@ def answer_missing(args: argparse.Namespace, table: Sequence[Sequence[Cell]]) ->
     from llava.eval.answerers import VariedAnswerer
     from llava.eval.turns import progress_bar, take_turns
 
+    # One input for all settings: tiles are joined as pruning wants them, for dense too.
+    args.method = next((cell.method.name for cell in table[0] if cell.setting.budget is not None), "dense")
     tokenizer, model, image_processor, _ = load_model(args)
     for cell in table[0]:
         check_budget(cell.method, max_visual_tokens(model), "--budgets")

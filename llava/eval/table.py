@@ -24,7 +24,7 @@ from llava.eval.paper_tables import retained_percent as retained_percent
 from llava.eval.runs import COMPLETE, discover
 from llava.utils import UserError, cli_main
 
-BEGIN, END = "<!-- demo table: begin -->", "<!-- demo table: end -->"
+DEMO = "demo table"
 
 
 def markdown_table(result: Mapping[str, Any]) -> str:
@@ -63,12 +63,18 @@ def markdown_report(result: Mapping[str, Any]) -> str:
     return f"{markdown_table(result)}\n\n{markdown_notes(result)}"
 
 
+def replace_between(document: str, name: str, text: str, where: str) -> str:
+    """`document` with what is between the markers of `name` replaced; raises `UserError` if they are not there."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    if document.count(begin) != 1 or document.count(end) != 1 or document.index(begin) > document.index(end):
+        raise UserError(f"{where}: needs the lines {begin} and {end} once each, in this order")
+    head, rest = document.split(begin)
+    return f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}"
+
+
 def insert(document: str, text: str, where: str) -> str:
-    """`document` with what is between the two markers replaced; raises `UserError` if they are not there."""
-    if document.count(BEGIN) != 1 or document.count(END) != 1 or document.index(BEGIN) > document.index(END):
-        raise UserError(f"{where}: needs the lines {BEGIN} and {END} once each, in this order")
-    head, rest = document.split(BEGIN)
-    return f"{head}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
+    """`document` with the demo's table replaced."""
+    return replace_between(document, DEMO, text, where)
 
 
 def build_parser() -> Parser:

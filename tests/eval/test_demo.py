@@ -154,7 +154,7 @@ def test_table_is_put_between_the_markers(checkpoint, tmp_path):
 
     path = write_json(tmp_path / "demo.json", result)
     document = tmp_path / "README.md"
-    document.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+    document.write_text("before\n<!-- demo table: begin -->\nold\n<!-- demo table: end -->\nafter\n")
     table.main([str(path), "--insert", str(document)])
     text = document.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text

@@ -1,0 +1,132 @@
+"""What is timed: transformers' own model, a pruned run, and the floor under it.
+
+Knows decoders and methods; times nothing. Every function returns callables without arguments.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.geometry import RandomPrompt
+from benchmarks.timing import synchronize
+from llava import compat
+from llava.pruning import get_method
+from llava.pruning.base import PruningMethod
+from llava.pruning.decoder import dense_traces
+from llava.pruning.trace import Trace
+from llava.utils import UserError
+
+
+def build_method(name: str, budget: int, **options: Any) -> PruningMethod:
+    """A method at a budget; `UserError` for unknown names and options."""
+    try:
+        return get_method(name).from_options({"target_tokens": budget, **options})
+    except (KeyError, ValueError) as error:
+        raise UserError(f"--methods: {error}") from None
+
+
+def run_pruned(model: nn.Module, method: PruningMethod, prompt: RandomPrompt) -> tuple[Any, list[Trace]]:
+    """One pruned prefill of the decoder: its output and the traces."""
+    with method.attach(model) as run:
+        run.set_visual(prompt.layout, prompt.cls_BV if run.needs_cls_attention else None)
+        output = model.model(inputs_embeds=prompt.embeds_BNC, use_cache=True)
+    return output, run.traces
+
+
+def dense_prefill(model: nn.Module, prompt: RandomPrompt) -> Callable[[], Any]:
+    """transformers' own decoder on all tokens; nothing of ours is attached."""
+    return lambda: model.model(inputs_embeds=prompt.embeds_BNC, use_cache=True)
+
+
+def pruned_prefill(model: nn.Module, method: PruningMethod, prompt: RandomPrompt) -> Callable[[], Any]:
+    """The decoder with a method attached; attaching and telling where the visual tokens are included."""
+    return lambda: run_pruned(model, method, prompt)
+
+
+def layer_widths(traces: Sequence[Trace]) -> tuple[int, ...]:
+    """Tokens that each layer computes on in a batch: those of its longest row."""
+    rows = [[trace.text_tokens + count for count in trace.tokens_in] for trace in traces]
+    return tuple(max(column) for column in zip(*rows, strict=True))
+
+
+def floor_prefill(model: nn.Module, widths: Sequence[int], prompt: RandomPrompt) -> Callable[[], Any]:
+    """The same layers on the first `widths[l]` tokens each: no scores, no choice, no gathering.
+
+    No method that works on these numbers of tokens with these layers can be faster.
+    """
+    decoder = model.model
+
+    def run() -> tuple[torch.Tensor, Any]:
+        hidden = prompt.embeds_BNC
+        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        cos, sin = decoder.rotary_emb(hidden, positions)
+        cache = compat.new_cache()
+        width, mask = 0, None
+        for layer, wanted in zip(decoder.layers, widths, strict=True):
+            if wanted != width:
+                width = wanted
+                hidden = hidden[:, :width]
+                mask = compat.causal_mask(decoder.config, hidden, None)
+                rotary = cos[:, :width], sin[:, :width]
+            hidden = layer(
+                hidden,
+                attention_mask=mask,
+                position_embeddings=rotary,
+                position_ids=None,
+                past_key_values=cache,
+                use_cache=True,
+            )
+        return decoder.norm(hidden), cache
+
+    return run
+
+
+def traces_of(model: nn.Module, method: PruningMethod | None, prompt: RandomPrompt) -> list[Trace]:
+    """What happens to each row; None is dense."""
+    if method is None:
+        batch = len(prompt.embeds_BNC)
+        return dense_traces(model.model, prompt.layout, (prompt.tokens,) * batch, prompt.embeds_BNC.element_size())
+    with torch.inference_mode():
+        return run_pruned(model, method, prompt)[1]
+
+
+@dataclass
+class TimedChoice:
+    """A method that adds up the seconds its `select` takes; everything else is the method's own."""
+
+    method: PruningMethod
+    device: torch.device
+    seconds: float = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.method, name)
+
+    def select(self, view: Any, memory: Any) -> Any:
+        """The method's choice, timed with the device waited for on both sides (which slows the run as a whole)."""
+        synchronize(self.device)
+        started = time.perf_counter()
+        selection = self.method.select(view, memory)
+        synchronize(self.device)
+        self.seconds += time.perf_counter() - started
+        return selection
+
+
+def choice_seconds(model: nn.Module, method: PruningMethod, prompt: RandomPrompt, rounds: int = 3) -> float:
+    """Median seconds that the method's own code takes in a prefill, scores it asks the engine for not included."""
+    from llava.pruning.run import PruningRun
+
+    found = []
+    with torch.inference_mode():
+        for _ in range(rounds):
+            clocked = TimedChoice(method, prompt.embeds_BNC.device)
+            with PruningRun(clocked, model) as run:
+                run.set_visual(prompt.layout, prompt.cls_BV if run.needs_cls_attention else None)
+                model.model(inputs_embeds=prompt.embeds_BNC, use_cache=True)
+            found.append(clocked.seconds)
+    return sorted(found)[len(found) // 2]

@@ -1,0 +1,180 @@
+"""Time per question on the miniature benchmarks, and where it goes: image, vision tower, projector, prefill, decode.
+
+    python -m benchmarks.end_to_end --methods autoprune,fastv --budgets 64 --limit 40 --save
+
+Everything is measured on one answerer, method after method on each batch in turn. `vision` holds the tower and, for
+some methods, a selection in it; `prefill` the decoder's selection; `encode` putting the prompt together; `decode` also
+`generate`'s own work; `other` what the parts do not explain. On CUDA every part is waited for, so the sum is larger
+than an undisturbed run.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.candidates import build_method
+from benchmarks.environment import use_fixed_allocator
+from benchmarks.output import add_running_arguments, deliver, numbers, prepare
+from benchmarks.timing import synchronize
+from llava.eval.arguments import GenerationOptions, Parser
+from llava.eval.benchmarks import BENCHMARKS, spread
+from llava.eval.demo import MAX_NEW_TOKENS, ROOT
+from llava.eval.jsonio import require_folder
+from llava.pruning import get_method
+from llava.utils import UserError, cli_main
+
+PARTS = ("image", "tokenize", "vision", "projector", "encode", "prefill", "decode", "detokenize", "other")
+COLUMNS = ("method", "budget", "questions", "tokens_processed", "ms", "of_dense", *PARTS)
+
+
+class Parts:
+    """Seconds by part. A part that runs inside another is taken from the outer one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._open: list[str] = []
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Times a block."""
+        synchronize(self.device)
+        started = time.perf_counter()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            synchronize(self.device)
+            elapsed = time.perf_counter() - started
+            self._open.pop()
+            self.seconds[name] += elapsed
+            if self._open:
+                self.seconds[self._open[-1]] -= elapsed
+
+    def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function with its time counted."""
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            with self.part(name):
+                return function(*args, **kwargs)
+
+        return wrapped
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """An attribute of an instance, for a while."""
+    own = vars(owner).get(name)
+    object.__setattr__(owner, name, value)
+    try:
+        yield
+    finally:
+        if own is None:
+            object.__delattr__(owner, name)
+        else:
+            object.__setattr__(owner, name, own)
+
+
+def answer_in_parts(answerer: Any, questions: Sequence[Any], method: Any, parts: Parts) -> list[Any]:
+    """Answers one batch; the parts are told apart at the answerer's and the model's own seams."""
+    model = answerer.model
+    projector = model.model.multi_modal_projector
+    answerer._cache.clear()  # every method decodes its images
+    with ExitStack() as stack:
+        for owner, name, part in (
+            (answerer, "_pixels", "image"),
+            (answerer, "prompt_ids", "tokenize"),
+            (answerer, "encode", "encode"),
+            (model, "encode_visual_tokens", "vision"),
+            (projector, "forward", "projector"),
+            (model, "generate", "decode"),
+            (answerer.tokenizer, "batch_decode", "detokenize"),
+        ):
+            stack.enter_context(replaced(owner, name, parts.around(part, getattr(owner, name))))
+        with parts.part("other"), method.attach(model) as run:
+            answered = answerer.answer([answerer.prepare(question) for question in questions], run)
+            prefill = sum(run.prefill_seconds)
+    # The run times its own prefill, inside generate.
+    parts.seconds["prefill"] += prefill
+    parts.seconds["decode"] -= prefill
+    return answered
+
+
+def measure(answerer: Any, batches: Sequence[Sequence[Any]], methods: dict, device: torch.device) -> list[dict]:
+    """One row per method: milliseconds per question, in all and by part."""
+    clocks = {key: Parts(device) for key in methods}
+    processed: dict[Any, list[float]] = {key: [] for key in methods}
+    for number, batch in enumerate([batches[0], *batches]):
+        keys = list(methods)
+        for turn in range(len(keys)):
+            key = keys[(number + turn) % len(keys)]
+            clock = clocks[key] if number else Parts(device)  # the first batch warms up
+            answered = answer_in_parts(answerer, batch, methods[key], clock)
+            if number:
+                processed[key] += [a.trace.mean_tokens("processed") for a in answered if a.trace.visual_tokens]
+    count = sum(len(batch) for batch in batches)
+    rows = []
+    for (name, budget), clock in clocks.items():
+        per_question = {part: 1000 * clock.seconds[part] / count for part in PARTS}
+        tokens = processed[name, budget]
+        row = {"method": name, "budget": budget, "questions": count, "ms": sum(per_question.values()), **per_question}
+        row["tokens_processed"] = sum(tokens) / max(len(tokens), 1)
+        rows.append(row)
+        row["of_dense"] = row["ms"] / rows[0]["ms"]
+    return rows
+
+
+@cli_main
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description="Time per question on the miniature benchmarks, split into parts.")
+    tiny = ROOT / "playground" / "tiny"
+    parser.add_argument("--model-path", default=str(tiny / "models" / "tiny-llava-v1.5"), help="checkpoint folder")
+    parser.add_argument("--data-dir", default=str(tiny / "data" / "eval"), help="benchmark data, upstream's layout")
+    parser.add_argument("--methods", default="autoprune", help="pruning methods by commas; dense is always measured")
+    parser.add_argument("--budgets", default="192,128,64", help="target tokens, by commas")
+    parser.add_argument("--limit", type=int, default=40, help="questions per benchmark, spread over it")
+    parser.add_argument("--batch-size", type=int, default=1, help="questions per forward pass")
+    add_running_arguments(parser)
+    args = parser.parse_args(argv)
+    if min(args.limit, args.batch_size) < 1:
+        raise UserError("--limit and --batch-size must be at least 1")
+    if argv is None and args.allocator == "fixed":
+        use_fixed_allocator("benchmarks.end_to_end", sys.argv[1:])
+    device, dtype = prepare(args)
+    data_dir = require_folder(args.data_dir, "data folder")
+    names = [part.strip() for part in args.methods.split(",") if part.strip() and part.strip() != "dense"]
+    methods = {("dense", None): get_method("dense").from_options({})}
+    methods |= {(n, b): build_method(n, b) for n in names for b in numbers(args.budgets, "--budgets")}
+
+    from llava.eval.runner import Answerer
+    from llava.eval.turns import batches
+    from llava.model.builder import load_pretrained_model
+
+    tokenizer, model, processor, _ = load_pretrained_model(
+        args.model_path, None, Path(args.model_path).name, device=str(device), torch_dtype=dtype,
+        attn_implementation=args.attn_implementation,
+    )  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    with torch.inference_mode():
+        for benchmark in BENCHMARKS:
+            questions = spread(benchmark.ask(data_dir).questions, args.limit)
+            answerer = Answerer(
+                tokenizer, model, processor, data_dir / benchmark.image_folder,
+                generation=GenerationOptions(max_new_tokens=MAX_NEW_TOKENS), image_cache=0,
+            )  # fmt: skip
+            found = measure(answerer, list(batches(questions, args.batch_size)), methods, device)
+            rows += [{"benchmark": benchmark.name, **row} for row in found]
+    label = f"{Path(args.model_path).name} batch {args.batch_size} {str(dtype).removeprefix('torch.')}"
+    deliver("end_to_end", label, rows, ("benchmark", *COLUMNS), args, device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Prefill time and memory over the number of visual tokens, at one ninth of them (64 of 576), with fitted exponents.
+
+python -m benchmarks.scaling --geometry cpu-1024x24 --visual-tokens 144,576,1152,2304,2880,5760 --save
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.candidates import build_method
+from benchmarks.environment import use_fixed_allocator
+from benchmarks.geometry import geometry, random_decoder, random_prompt
+from benchmarks.output import common_parser, deliver, numbers, prepare
+from benchmarks.prefill import describe_geometry, measure, peak_flops
+from llava.utils import cli_main
+
+COLUMNS = ("method", "budget", "visual", "processed", "ms", "p10", "p90", "of_dense", "flops_of_dense", "over_floor",
+           "peak_mib", "kv_mib")  # fmt: skip
+SHARE = 9
+
+
+def exponents(rows: Sequence[Mapping[str, Any]], quantity: str) -> dict[str, float]:
+    """Method -> slope of log(quantity) over log(visual tokens), least squares; methods with fewer than two points and
+    quantities that were not measured are left out.
+    """
+    found = {}
+    for name in dict.fromkeys(row["method"] for row in rows):
+        points = [(float(r["visual"]), float(r[quantity])) for r in rows if r["method"] == name and r.get(quantity)]
+        if len({x for x, _ in points}) > 1:
+            x, y = np.log(np.array(points)).T
+            found[name] = float(np.polyfit(x, y, 1)[0])
+    return found
+
+
+@cli_main
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = common_parser("Prefill time and memory over the number of visual tokens.", rounds=5)
+    parser.add_argument("--methods", default="autoprune", help="pruning methods by commas; dense is always measured")
+    parser.add_argument("--visual-tokens", default="144,576,1152,2304,2880,5760", help="by commas")
+    args = parser.parse_args(argv)
+    if argv is None and args.allocator == "fixed":
+        use_fixed_allocator("benchmarks.scaling", sys.argv[1:])
+    device, dtype = prepare(args)
+    shape = geometry(args.geometry)
+    counts = numbers(args.visual_tokens, "--visual-tokens")
+    names = [part.strip() for part in args.methods.split(",") if part.strip() and part.strip() != "dense"]
+    budgets = {visual: max(visual // SHARE, 1) for visual in counts}
+    settings = {v: {(name, b): build_method(name, b) for name in names} for v, b in budgets.items()}
+    model = random_decoder(shape, device, dtype, args.attn_implementation)
+    peak = peak_flops(device, dtype)
+    rows = []
+    for visual in counts:
+        rows += measure(model, random_prompt(shape, 1, device, dtype, visual), settings[visual], args, peak)
+    name = describe_geometry(rows, shape, dtype, args)
+    for quantity in ("ms", "peak_mib"):
+        print(f"exponents of {quantity}: {exponents(rows, quantity)}", file=sys.stderr)
+    deliver("scaling", name, rows, COLUMNS, args, device)
+
+
+if __name__ == "__main__":
+    main()

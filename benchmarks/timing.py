@@ -1,0 +1,91 @@
+"""Timing that can be trusted: warm-up, interleaved rounds, medians with p10 and p90, device clocks.
+
+Knows callables; nothing of models.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Milliseconds: median and the 10th and 90th percentile of `rounds` measurements."""
+
+    median: float
+    p10: float
+    p90: float
+    rounds: int
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Summary:
+        low, middle, high = np.percentile(1000 * np.asarray(seconds, dtype=np.float64), [10, 50, 90])
+        return cls(float(middle), float(low), float(high), len(seconds))
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ms ({self.p10:.2f} to {self.p90:.2f})"
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done what it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def timed(work: Callable[[], Any], device: torch.device) -> float:
+    """Seconds that `work` takes: CUDA events on CUDA, elsewhere the host clock until the device is done."""
+    synchronize(device)
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+    started = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def interleaved_rounds(
+    candidates: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    device: torch.device,
+    warmup: int = 2,
+    measure: Callable[[Callable[[], Any], torch.device], float] = timed,
+    description: str = "",
+) -> dict[str, list[float]]:
+    """Seconds of every candidate, `rounds` each.
+
+    In every round each candidate runs once, in an order that rotates: drifts of clock and temperature, other work on
+    the machine and the state that a predecessor leaves in caches meet all of them alike. Compare candidates round by
+    round.
+    """
+    names = list(candidates)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    total = (warmup + rounds) * len(names)
+    with torch.inference_mode(), tqdm(total=total, desc=description, file=sys.stderr, mininterval=2.0) as bar:
+        for number in range(warmup + rounds):
+            for turn in range(len(names)):
+                name = names[(number + turn) % len(names)]
+                elapsed = measure(candidates[name], device)
+                if number >= warmup:
+                    seconds[name].append(elapsed)
+                bar.update()
+    return seconds
+
+
+def median_ratio(own: Sequence[float], reference: Sequence[float]) -> float:
+    """Median of the ratios within the rounds: a disturbance during one round does not spoil it."""
+    return float(np.median(np.asarray(own) / np.asarray(reference)))

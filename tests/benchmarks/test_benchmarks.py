@@ -1,0 +1,247 @@
+"""The benchmarks on the smallest geometry: counts and forms against independent ones, never times."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+from benchmarks import decode, end_to_end, memory, prefill, report, scaling
+from benchmarks.candidates import TimedChoice, build_method, floor_prefill, layer_widths, run_pruned, traces_of
+from benchmarks.environment import FIXED_ALLOCATOR, environment, result_path, slug
+from benchmarks.geometry import GEOMETRIES, geometry, random_decoder, random_prompt
+from benchmarks.timing import Summary, interleaved_rounds, median_ratio
+from llava.utils import UserError
+from tests.eval.helpers import fails_with_one_line
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_decoder(geometry("tiny"), CPU, torch.float32, "sdpa")
+
+
+@pytest.fixture(scope="module")
+def prompt():
+    return random_prompt(geometry("tiny"), 2, CPU, torch.float32)
+
+
+def test_geometries_have_the_published_sizes():
+    # Parameters of the decoder layers, from the model cards' totals less embeddings, head and norms.
+    assert GEOMETRIES["llava-1.5-7b"].parameters() == pytest.approx(6.476e9, rel=1e-3)
+    assert GEOMETRIES["llava-1.5-13b"].parameters() == pytest.approx(12.688e9, rel=1e-3)
+    assert GEOMETRIES["llava-next-7b"].visual == 2880
+    small = GEOMETRIES["cpu-1024x24"]
+    assert (small.before, small.visual, small.after, small.layers, small.ffn) == (10, 576, 50, 24, 2752)
+
+
+def test_the_model_has_the_parameters_that_the_geometry_says(model):
+    weights = sum(p.numel() for layer in model.model.layers for n, p in layer.named_parameters() if "norm" not in n)
+    assert weights == geometry("tiny").parameters()
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_dense_is_transformers_own_forward(model, prompt):
+    with torch.inference_mode():
+        output = prefill.dense_prefill(model, prompt)()
+        own = model.model(inputs_embeds=prompt.embeds_BNC, use_cache=True)
+    assert torch.equal(output.last_hidden_state, own.last_hidden_state)
+
+
+def test_the_floor_works_on_the_recorded_lengths(model, prompt):
+    traces = traces_of(model, build_method("autoprune", 12), prompt)
+    widths = layer_widths(traces)
+    assert len(widths) == 6 and widths[0] == prompt.tokens > widths[-1]
+    with torch.inference_mode():
+        hidden, cache = floor_prefill(model, widths, prompt)()
+        output, _ = run_pruned(model, build_method("autoprune", 12), prompt)
+    assert tuple(layer.keys.shape[2] for layer in cache.layers) == widths
+    assert widths == tuple(layer.keys.shape[2] for layer in output.past_key_values.layers)
+    assert hidden.shape[1] == widths[-1]
+
+
+def test_the_floor_at_full_length_is_dense(model, prompt):
+    with torch.inference_mode():
+        hidden, _ = floor_prefill(model, [prompt.tokens] * 6, prompt)()
+        own = model.model(inputs_embeds=prompt.embeds_BNC, use_cache=True).last_hidden_state
+    assert torch.allclose(hidden, own, atol=1e-6)
+
+
+def test_counts_of_a_row(model, prompt):
+    """FLOPs by the formula of the paper on the tokens that the trace recorded."""
+    traces = traces_of(model, build_method("random", 16), prompt)
+    row = prefill.count_row(traces)
+    tokens, d, m = 16 + 11, 64, 128
+    assert (row["nominal"], row["processed"], row["batch"], row["visual"]) == (16, 16, 2, 48)
+    assert row["flops"] == 2 * 6 * (4 * tokens * d * d + 2 * tokens**2 * d + 3 * tokens * d * m)
+    assert row["kv_mib"] * 2**20 == 2 * 6 * 2 * tokens * 64 * 4
+    dense = prefill.count_row(traces_of(model, None, prompt))
+    assert dense["flops_of_dense"] == 1 and dense["processed"] == 48
+
+
+def test_timing_the_choice_changes_no_choice(model, prompt):
+    method = build_method("autoprune", 12)
+    clocked = TimedChoice(method, CPU)
+    with torch.inference_mode():
+        timed_traces = run_pruned_by(model, clocked, prompt)
+        plain = run_pruned(model, method, prompt)[1]
+    assert clocked.seconds > 0
+    for own, other in zip(timed_traces, plain, strict=True):
+        assert own.tokens_out == other.tokens_out
+        assert all(torch.equal(a, b) for a, b in zip(own.kept, other.kept, strict=True))
+
+
+def run_pruned_by(model, method, prompt):
+    from llava.pruning.run import PruningRun
+
+    with PruningRun(method, model) as run:
+        run.set_visual(prompt.layout, prompt.cls_BV)
+        model.model(inputs_embeds=prompt.embeds_BNC, use_cache=True)
+    return run.traces
+
+
+def test_rounds_are_interleaved_and_rotate():
+    order = []
+    clock = iter(range(100))
+    seconds = interleaved_rounds(
+        {name: (lambda n=name: order.append(n)) for name in "abc"},
+        rounds=3,
+        device=CPU,
+        warmup=1,
+        measure=lambda work, device: (work(), next(clock))[1],
+    )
+    assert "".join(order) == "abc" "bca" "cab" "abc"
+    assert seconds == {"a": [5, 7, 9], "b": [3, 8, 10], "c": [4, 6, 11]}, "the warm-up round does not count"
+
+
+def test_summaries():
+    summary = Summary.of([0.001 * i for i in range(1, 12)])
+    assert (summary.median, summary.p10, summary.p90) == pytest.approx((6.0, 2.0, 10.0)) and summary.rounds == 11
+    assert median_ratio([2.0, 4.0, 100.0], [1.0, 2.0, 10.0]) == 2.0
+
+
+def test_exponents_of_known_laws():
+    rows = [{"method": "square", "visual": n, "ms": 3.0 * n**2} for n in (10, 100, 1000)]
+    rows += [{"method": "root", "visual": n, "ms": n**0.5} for n in (10, 40)]
+    rows += [{"method": "single", "visual": 10, "ms": 1.0}, {"method": "unknown", "visual": 10, "ms": None}]
+    assert scaling.exponents(rows, "ms") == pytest.approx({"square": 2.0, "root": 0.5})
+
+
+def test_result_files_are_named_by_hardware_and_versions():
+    env = environment(CPU)
+    name = result_path("prefill", "cpu-1024x24 float32 sdpa", env).name
+    assert name.startswith("prefill--cpu-1024x24-float32-sdpa--") and f"torch{torch.__version__.split('+')[0]}" in name
+    assert f"-{torch.get_num_threads()}t-" in name
+    assert slug("Intel(R) Xeon(R) CPU E5-2680 v4 @ 2.40GHz") == "intel-xeon-e5-2680-v4"
+
+
+def test_the_allocator_settings_are_told(monkeypatch):
+    assert environment(CPU)["allocator"] == "default"
+    for variable, value in FIXED_ALLOCATOR.items():
+        monkeypatch.setenv(variable, value)
+    env = environment(CPU)
+    assert env["allocator"] == "fixed" and FIXED_ALLOCATOR.items() <= env["variables"].items()
+
+
+def last_line(capsys):
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def arguments(folder, *flags):
+    tiny = ["--geometry", "tiny", "--rounds", 2, "--warmup", 0, "--device", "cpu", "--save", "--results-dir", folder]
+    return [str(flag) for flag in (*tiny, *flags)]
+
+
+def test_from_measurements_to_the_document(tmp_path, capsys):
+    """Every tool saves, prints one JSON object last, and the report shows its figures."""
+    prefill.main(arguments(tmp_path, "--methods", "autoprune,random", "--budgets", "8", "--batch-sizes", "1,2"))
+    result = last_line(capsys)
+    settings = (("dense", None), ("autoprune", 8), ("random", 8))
+    measured = [(r["method"], r["budget"], r["batch"]) for r in result["rows"]]
+    assert measured == [(*setting, batch) for batch in (1, 2) for setting in settings]
+    assert all(r["ms"] > 0 and r["rounds"] == 2 and r["p10"] <= r["ms"] <= r["p90"] for r in result["rows"])
+    assert all((r.get("over_floor") is None) == (r["method"] == "dense") for r in result["rows"])
+    decode.main(arguments(tmp_path, "--budgets", "8", "--new-tokens", 3))
+    rows = last_line(capsys)["rows"]
+    assert rows[1]["kv_of_dense"] == pytest.approx(rows[1]["kv_mib"] / rows[0]["kv_mib"]) and rows[1]["kv_of_dense"] < 1
+    scaling.main(arguments(tmp_path, "--visual-tokens", "18,36", "--methods", "random"))
+    assert [(r["visual"], r["budget"]) for r in last_line(capsys)["rows"]] == [(18, None), (18, 2), (36, None), (36, 4)]
+
+    document = tmp_path / "performance.md"
+    document.write_text("before\n<!-- results: begin -->\n<!-- results: end -->\nafter\n")
+    report.main(["--results-dir", str(tmp_path), "--document", str(document)])
+    text = document.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and text.count("### ") == 3
+    saved = next(tmp_path.glob("prefill--*.csv"))
+    with open(saved, newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert float(lines[1]["ms"]) == pytest.approx(result["rows"][1]["ms"], rel=1e-4)
+    assert lines[1]["hardware"] == result["environment"]["hardware"]
+    assert f"{float(lines[1]['over_floor']):.3f}" in text and f"images/{saved.stem}.png" in text
+    assert (tmp_path / "images" / f"{saved.stem}.png").stat().st_size > 5000
+    assert "Fitted exponents" in text
+
+
+def test_memory_of_scores_and_prefill(tmp_path, capsys):
+    with memory.PeakMemory(CPU) as peak:
+        pass
+    if peak.bytes is None:
+        pytest.skip("this system does not let a process reset its peak memory")
+    memory.main(arguments(tmp_path, "--visual-tokens", "900", "--budgets", "100"))
+    rows = {row["method"]: row for row in last_line(capsys)["rows"]}
+    assert rows["a full attention map"]["mib"] * 2**20 == 4 * 4 * (3 + 900 + 8) ** 2
+    assert 0 < rows["autoprune"]["mib"] and rows["autoprune"]["of_floor"] == pytest.approx(
+        rows["autoprune"]["mib"] / rows["autoprune"]["floor_mib"]
+    )
+
+
+def test_decoding_grows_every_layer_by_one_token_a_step(model, prompt):
+    run = decode.Decoding(model, build_method("autoprune", 12), prompt, new_tokens=3)
+    widths = layer_widths(traces_of(model, build_method("autoprune", 12), prompt))
+    with torch.inference_mode():
+        assert run.seconds_per_step(run, CPU) > 0
+    assert [layer.keys.shape[2] for layer in run.cache.layers] == [width + 3 for width in widths]
+
+
+def test_nested_parts_count_once():
+    parts = end_to_end.Parts(CPU)
+    moments = iter([0.0, 1.0, 4.0, 10.0])
+    import time as clock
+
+    original = clock.perf_counter
+    try:
+        end_to_end.time.perf_counter = lambda: next(moments)
+        with parts.part("outer"), parts.part("inner"):
+            pass
+    finally:
+        end_to_end.time.perf_counter = original
+    assert dict(parts.seconds) == {"inner": 3.0, "outer": 7.0}
+
+
+def test_end_to_end_parts_add_up(checkpoint, capsys):
+    flags = ["--model-path", checkpoint, "--limit", 2, "--budgets", 8, "--device", "cpu"]
+    end_to_end.main([str(flag) for flag in flags])
+    rows = last_line(capsys)["rows"]
+    assert len(rows) == 8 and {row["benchmark"] for row in rows} == {"TextVQA", "POPE", "GQA", "MME"}
+    for row in rows:
+        assert sum(row[part] for part in end_to_end.PARTS) == pytest.approx(row["ms"])
+        assert all(row[part] > 0 for part in ("image", "vision", "projector", "prefill", "decode"))
+    assert rows[0]["tokens_processed"] == 16 and 8 < rows[1]["tokens_processed"] < 16
+
+
+def test_bad_input(tmp_path, capsys):
+    for flags, parts in (
+        (["--geometry", "nosuch"], ["--geometry", "nosuch", "cpu-1024x24"]),
+        (["--budgets", "49"], ["--budgets", "49", "48"]),
+        (["--budgets", "8", "--methods", "nosuch"], ["--methods", "nosuch"]),
+        (["--budgets", "8", "--batch-sizes", "0"], ["--batch-sizes"]),
+        (["--rounds", "0"], ["--rounds"]),
+        (["--device", "nosuch"], ["--device"]),
+    ):
+        fails_with_one_line(prefill.main, arguments(tmp_path, *flags), capsys, *parts)
+    fails_with_one_line(report.main, ["--results-dir", tmp_path], capsys, "--results-dir", "--save")
+    with pytest.raises(UserError, match="empty.md.*results"):
+        from llava.eval.table import replace_between
+
+        replace_between("", "results", "", "empty.md")
