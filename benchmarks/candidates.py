@@ -5,16 +5,13 @@ Knows decoders and methods; times nothing. Every function returns callables with
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from benchmarks.geometry import RandomPrompt
-from benchmarks.timing import synchronize
 from llava import compat
 from llava.pruning import get_method
 from llava.pruning.base import PruningMethod
@@ -96,37 +93,13 @@ def traces_of(model: nn.Module, method: PruningMethod | None, prompt: RandomProm
         return run_pruned(model, method, prompt)[1]
 
 
-@dataclass
-class TimedChoice:
-    """A method that adds up the seconds its `select` takes; everything else is the method's own."""
-
-    method: PruningMethod
-    device: torch.device
-    seconds: float = 0.0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.method, name)
-
-    def select(self, view: Any, memory: Any) -> Any:
-        """The method's choice, timed with the device waited for on both sides (which slows the run as a whole)."""
-        synchronize(self.device)
-        started = time.perf_counter()
-        selection = self.method.select(view, memory)
-        synchronize(self.device)
-        self.seconds += time.perf_counter() - started
-        return selection
-
-
 def choice_seconds(model: nn.Module, method: PruningMethod, prompt: RandomPrompt, rounds: int = 3) -> float:
-    """Median seconds that the method's own code takes in a prefill, scores it asks the engine for not included."""
-    from llava.pruning.run import PruningRun
-
-    found = []
-    with torch.inference_mode():
+    """Median seconds that scores and choices take in a prefill, by the run's own clock; moving what is kept and the
+    masks of the new lengths are not in it.
+    """
+    with torch.inference_mode(), method.attach(model) as run:
+        run.time_selection = True
+        run.set_visual(prompt.layout, prompt.cls_BV if run.needs_cls_attention else None)
         for _ in range(rounds):
-            clocked = TimedChoice(method, prompt.embeds_BNC.device)
-            with PruningRun(clocked, model) as run:
-                run.set_visual(prompt.layout, prompt.cls_BV if run.needs_cls_attention else None)
-                model.model(inputs_embeds=prompt.embeds_BNC, use_cache=True)
-            found.append(clocked.seconds)
-    return sorted(found)[len(found) // 2]
+            model.model(inputs_embeds=prompt.embeds_BNC, use_cache=True)
+        return sorted(run.selection_seconds)[rounds // 2]

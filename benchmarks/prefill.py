@@ -4,7 +4,8 @@
     python -m benchmarks.prefill --geometry llava-next-7b --device cuda --budgets 640,320,160 --batch-sizes 1,4,16
 
 dense is transformers' own model. floor: the same layers at the lengths that the pruned run had, without any selection.
-over floor: what selecting costs as a whole. choice: the part of it in the method's own code. FLOPs: processed tokens.
+over floor: what selecting costs as a whole. choice: the scores and choices of it, by the run's clock. FLOPs count
+processed tokens.
 """
 
 from __future__ import annotations
