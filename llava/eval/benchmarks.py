@@ -22,6 +22,7 @@ from llava.eval import (
     model_vqa_science,
 )
 from llava.eval.questions import Question, read_questions
+from llava.utils import UserError
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ class Benchmark:
     """Paths are relative to the data folder.
 
     score: `score(data_dir, answers)` scores whatever was answered, with the published metric. grader:
-    `grader(data_dir)` gives the credit of single answers. read: the question file's reader.
+    `grader(data_dir)` gives the credit of single answers (None where the truth is not public and not there). read: the
+    question file's reader.
     """
 
     name: str
@@ -77,7 +79,7 @@ class Benchmark:
     question_file: str
     image_folder: str
     score: Callable[[Path, Sequence[dict[str, Any]]], Score]
-    grader: Callable[[Path], graders.Grader]
+    grader: Callable[[Path], graders.Grader | None]
     read: Callable[[Path], Asked] = _question_file
 
     @property
@@ -154,6 +156,21 @@ def _mmbench(name: str, table: str, language: str) -> Benchmark:
     )
 
 
+def _vqa(name: str, questions: str, annotations: str, images: str) -> Benchmark:
+    def score(data: Path, answers: Sequence[dict[str, Any]]) -> Score:
+        grade = graders.vqa(data / annotations, data / questions)
+        if grade is None:
+            raise UserError(f"{data / annotations} is not there: {name} is scored by its server")
+        credits = [credit for answer in answers if (credit := grade(answer)) is not None]
+        accuracy = 100.0 * sum(credits) / max(len(credits), 1)
+        return Score(accuracy, accuracy, len(credits))
+
+    def grader(data: Path) -> graders.Grader | None:
+        return graders.vqa(data / annotations, data / questions)
+
+    return Benchmark(name, "accuracy", questions, images, score, grader)
+
+
 BENCHMARKS = (
     Benchmark(
         "TextVQA",
@@ -178,6 +195,13 @@ BENCHMARKS = (
 
 COMPARED = (
     *BENCHMARKS,
+    _vqa(
+        "VQAv2",
+        "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl",
+        "vqav2/v2_mscoco_test-dev2015_annotations.json",
+        "vqav2/test2015",
+    ),
+    _vqa("VizWiz", "vizwiz/llava_test.jsonl", "vizwiz/test.json", "vizwiz/test"),
     Benchmark(
         "ScienceQA",
         "accuracy",

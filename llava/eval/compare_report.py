@@ -1,4 +1,6 @@
-"""The comparison's rows from answer files, and the rows as markdown and CSV.
+"""The comparison's rows from answer files, the rows as markdown and CSV, and their place in a document.
+
+    python -m llava.eval.compare_report results/compare/compare.json --matrix --insert README.md --marker comparison
 
 Knows the answers' text and metadata; runs no model. Everything is recomputed from the answer files, so a table can be
 made again at any time.
@@ -17,10 +19,12 @@ from typing import Any
 import numpy as np
 
 from llava.eval.answers import TOKENS
+from llava.eval.arguments import Parser
 from llava.eval.bootstrap import Estimate, estimates, resampled_means, retained
-from llava.eval.jsonio import iter_jsonl
+from llava.eval.jsonio import iter_jsonl, read_json, read_text, write_text_atomic
 from llava.eval.questions import Question
-from llava.utils import UserError
+from llava.eval.table import replace_between
+from llava.utils import UserError, cli_main
 
 Record = Mapping[str, Any]
 Grade = Callable[[Record], float | None]
@@ -183,6 +187,22 @@ def markdown_notes(result: Mapping[str, Any]) -> str:
     )
 
 
+def markdown_matrix(result: Mapping[str, Any], figure: str = "mean_accuracy") -> str:
+    """One line per variant, one column per budget: the figure with its interval and the processed tokens."""
+    rows = result["rows"]
+    budgets = sorted({row["budget"] for row in rows if row["budget"] is not None}, reverse=True)
+    cells = {(row["variant"], row["budget"]): row for row in rows}
+    header = ["", *(f"{result['run']['budget']} {budget}" for budget in budgets)]
+    lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * len(budgets) + "|"]
+    dense = rows[0]
+    lines.append(f"| dense ({dense['tokens_visual']:.0f} tokens): {_interval(dense[figure])} |" + " |" * len(budgets))
+    for name in dict.fromkeys(row["variant"] for row in rows[1:]):
+        found = [cells.get((name, budget)) for budget in budgets]
+        shown = ["–" if row is None else f"{_interval(row[figure])} @ {row['tokens_processed']:.0f}" for row in found]
+        lines.append("| " + " | ".join([name, *shown]) + " |")
+    return "\n".join(lines)
+
+
 def markdown_report(result: Mapping[str, Any]) -> str:
     """Table and notes."""
     return f"{markdown_table(result)}\n\n{markdown_notes(result)}"
@@ -205,3 +225,28 @@ def csv_table(result: Mapping[str, Any]) -> str:
     writer.writeheader()
     writer.writerows({k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()} for line in flat)
     return stream.getvalue()
+
+
+@cli_main
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description="Print the table of a comparison, or put it into a document.")
+    parser.add_argument("result", help="compare.json, written by llava.eval.compare")
+    parser.add_argument("--matrix", action="store_true", help="methods by budgets, mean accuracy only")
+    parser.add_argument("--insert", metavar="DOCUMENT", help="replace the text between the markers of this file")
+    parser.add_argument("--marker", default="comparison", help="name of the markers: <!-- NAME: begin -->, end")
+    args = parser.parse_args(argv)
+    result = read_json(args.result, "result file")
+    if not isinstance(result, dict) or not {"benchmarks", "rows", "run"} <= set(result) or "level" not in result["run"]:
+        raise UserError(f"{args.result}: not a result of llava.eval.compare")
+    figure = "mean_accuracy" if result["rows"][0]["mean_accuracy"] else "agreement"
+    table = markdown_matrix(result, figure) if args.matrix else markdown_table(result)
+    text = f"{table}\n\n{markdown_notes(result)}"
+    if args.insert:
+        document = read_text(args.insert, "document")
+        write_text_atomic(Path(args.insert), replace_between(document, args.marker, text, args.insert))
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -10,7 +10,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llava.eval import eval_gqa, eval_mmbench, eval_mme, eval_pope, eval_science_qa, eval_textvqa
+from llava.eval import (
+    eval_gqa,
+    eval_mmbench,
+    eval_mme,
+    eval_pope,
+    eval_science_qa,
+    eval_textvqa,
+    eval_vqa,
+)
+from llava.eval.jsonio import read_records
 from llava.eval.vqa_text import soft_accuracy
 
 Grader = Callable[[Mapping[str, Any]], float | None]
@@ -25,6 +34,21 @@ def textvqa(data: Path) -> Grader:
     def grade(answer: Mapping[str, Any]) -> float | None:
         key = str(answer["question_id"]), eval_textvqa.question_of_prompt(answer["prompt"])
         return soft_accuracy(answer["text"], references[key]) if key in references else None
+
+    return grade
+
+
+def vqa(annotations: Path, questions: Path) -> Grader | None:
+    """Soft accuracy where the answers of VQAv2 or VizWiz are at hand; None where only the server has them."""
+    if not annotations.is_file():
+        return None
+    references, key = eval_vqa.load_annotations(str(annotations))
+    records = read_records(questions, "question file", ("question_id", "image"))
+    names = {str(record["question_id"]): str(record[key]) for record in records}
+
+    def grade(answer: Mapping[str, Any]) -> float | None:
+        reference = references.get(names.get(str(answer["question_id"]), ""))
+        return None if reference is None else soft_accuracy(answer["text"], reference["answers"])
 
     return grade
 

@@ -15,7 +15,7 @@ from llava.eval.bootstrap import estimates, resampled_means, retained
 from llava.eval.memory import PeakMemory, resident_bytes
 from llava.eval.questions import Question
 from llava.utils import UserError
-from tests.eval.helpers import TINY_DATA, fails_with_one_line, read_json, read_jsonl, write_json
+from tests.eval.helpers import TINY_DATA, fails_with_one_line, read_json, read_jsonl, write_json, write_jsonl
 from tests.eval.test_demo import perfect_answers
 
 
@@ -67,6 +67,27 @@ def test_the_mean_credit_is_the_scorers_accuracy(benchmark):
     accuracy = benchmark.score(TINY_DATA, answers).accuracy
     assert 100 * np.mean(credits) == pytest.approx(accuracy) and 20 < accuracy < 95
     assert grade({"question_id": "none/none.png", "prompt": "?", "text": "Yes"}) is None
+
+
+@pytest.mark.parametrize("key", ["vqav2", "vizwiz"])
+def test_vqa_credits_are_those_of_its_own_scorer(key, tmp_path):
+    from llava.eval import eval_vqa
+
+    benchmark = next(b for b in COMPARED if b.key == key)
+    questions = read_jsonl(TINY_DATA / benchmark.question_file)
+    truth = {"vqav2": "vqav2/v2_mscoco_test-dev2015_annotations.json", "vizwiz": "vizwiz/test.json"}[key]
+    texts = [("yes", "2", "red", "unanswerable", "circle")[i % 5] for i in range(len(questions))]
+    answers = [
+        {"question_id": q["question_id"], "prompt": q["text"], "text": text}
+        for q, text in zip(questions, texts, strict=True)
+    ]
+    path = write_jsonl(tmp_path / "answers.jsonl", answers)
+    own = eval_vqa.score_files(str(TINY_DATA / truth), str(path), str(TINY_DATA / benchmark.question_file))
+    grade = benchmark.grader(TINY_DATA)
+    credits = [grade(answer) for answer in answers]
+    assert 100 * np.mean(credits) == pytest.approx(own["accuracy"]) and own["accuracy"] > 3
+    assert benchmark.score(TINY_DATA, answers).accuracy == pytest.approx(own["accuracy"])
+    assert benchmark.grader(tmp_path) is None, "the real test answers are with the server"
 
 
 def science_folder(root):
