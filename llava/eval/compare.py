@@ -30,6 +30,7 @@ from llava.eval.demo import DEFAULT_BUDGETS, MAX_NEW_TOKENS, ROOT, describe_run,
 from llava.eval.evaluation import INCOMPLETE_STATUS, token_summary
 from llava.eval.jsonio import read_json, require_folder, write_json, write_text_atomic
 from llava.eval.questions import Question, read_questions
+from llava.eval.run_metadata import checkpoint_fingerprint
 from llava.eval.variants import Setting, Variant, ablation_variants, make_settings, read_variants
 from llava.utils import UserError, cli_main
 
@@ -222,6 +223,8 @@ def make_cells(args: argparse.Namespace, settings: Sequence[Setting], tasks: Seq
     from llava.mm_utils import get_model_name_from_path
 
     options = {"conv_mode": args.conv_mode, **asdict(GenerationOptions(max_new_tokens=args.max_new_tokens))}
+    # New weights under an old name are another model.
+    options["checkpoint"] = (checkpoint_fingerprint(args.model_path, args.model_base) or "")[:16]
     model_id = get_model_name_from_path(args.model_path)
     names = [file_name(setting.label) for setting in settings]
     if len(set(names)) < len(names):
