@@ -107,7 +107,8 @@ def add_pruning_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--method",
         default=DEFAULT_METHOD,
-        help="pruning method: autoprune, fastv, random, ...; dense: no pruning",
+        help="pruning method: autoprune, fastv, random, ...; dense: no pruning; a+b: a, then b (divprune+autoprune); "
+        "LAYER:METHOD:SHARE;...: shares kept in front of layers (2:fastv:0.5;16:random:0.5)",
     )
     group.add_argument(
         "--target-token-num",
@@ -180,8 +181,8 @@ def method_options(args: argparse.Namespace) -> dict[str, Any]:
         if option in options:
             raise UserError(f"{flag} and --method-args {option}=... are the same option: give one of them")
         options[option] = value
-    if args.method == "dense":
-        # One script runs dense and pruned models with the same flags; a budget means nothing without pruning.
+    if args.method == "dense" or ":" in args.method:
+        # One script runs all with the same flags; a budget means nothing without pruning or for given shares.
         options.pop("target_tokens", None)
     else:
         options.setdefault("target_tokens", DEFAULT_TARGET_TOKENS)

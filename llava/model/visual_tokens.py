@@ -71,7 +71,7 @@ def encode_images(
                 f"--method {run.method.name}: tokens merged inside the vision tower have no {', '.join(facts)}; "
                 "combine it with methods that need none, without --visual-token-num"
             )
-        images = _merge_inside(encode, run.method, stacks, arrangements, images_per_row, timer)
+        images = _merge_inside(encode, run.method.parts[0], stacks, arrangements, images_per_row, timer)
         return _projected(images, [{}] * len(images), projector, newline)
     counts = [len(stack) for stack in stacks]
     encoded = encode(torch.cat(list(stacks)), facts=facts)  # all crops of the batch go through the tower together
@@ -86,12 +86,12 @@ def encode_images(
     if run is not None and run.reduces_vision:
         with timer():
             images = reduce_images(
-                run.method,
+                run.method.parts[0],
                 features.split(counts),
                 arranged,
                 None if encoded.cls_NC is None else encoded.cls_NC.split(counts),
                 arrangements,
-                crop_targets(run.method, arrangements, images_per_row),
+                crop_targets(run.method.parts[0], arrangements, images_per_row),
             )
         return _projected(images, arranged, projector, newline)
     projected = projector(features.to(projector_dtype(projector, features.dtype))).split(counts)

@@ -153,6 +153,7 @@ class PruningMethod:
     name: ClassVar[str]
     needs_cls: ClassVar[bool] = False
     published_budget: ClassVar[str] = "nominal"  # what the paper's budget counts
+    rows: ClassVar[Rows] = Rows.NONE  # attention rows that `choose` looks at
     reduces_vision: ClassVar[bool] = False  # whether `reduce` takes part
     merges_in_tower: ClassVar[bool] = False  # whether `merge` takes part
 
@@ -176,6 +177,10 @@ class PruningMethod:
         ``memory`` is new in every prefill and lives until its end: whatever the method has to remember from one layer
         to the next. What it leaves there under ``report`` (name -> one value per row) goes into the trace.
         """
+        raise NotImplementedError
+
+    def choose(self, view: LayerView, keep: tuple[int, ...]) -> Selection:
+        """Keep that many tokens per row, whatever the layer: what makes a method usable in a schedule (optional)."""
         raise NotImplementedError
 
     def vision_facts(self, tower_layers: int) -> Mapping[str, VisionFact]:

@@ -300,7 +300,7 @@ class PruningRun:
         reduced = None if self._reduced is None else [row for row in self._reduced for _ in range(repeats)]
         if self.method.reduces_vision and reduced is None:
             with self.selection_timer(hidden.device):
-                short = reduce_prompt(self.method, hidden, lengths, layout, facts)
+                short = reduce_prompt(self.method.parts[0], hidden, lengths, layout, facts)
             hidden, lengths, layout, reduced = short.hidden_BNC, short.lengths, short.layout, short.rows
             positions = None
         elif self.method.merges_in_tower and reduced is None:

@@ -13,6 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_BLOCK = 256
+"""Rows of a distance matrix that exist at one time."""
+
 
 def on_device(values: Sequence, device: torch.device) -> Tensor:
     """Host numbers as a tensor, without making the host wait for the device (a plain copy to CUDA would)."""
@@ -64,17 +67,22 @@ def max_min_order(tokens_BVC: Tensor, counts: Sequence[int], picks: int) -> Tens
         picks: tokens to pick.
     """
     unit = torch.nn.functional.normalize(tokens_BVC.float(), dim=2)
-    distance = 1 - unit @ unit.transpose(1, 2)
-    valid = counts_to_mask(counts, distance.shape[1], distance.device)
-    # Invalid tokens are infinitely far as neighbors, so they are nobody's nearest, and never picked themselves.
-    distance = distance.masked_fill(~valid[:, None, :], torch.inf)
-    itself = torch.eye(distance.shape[1], dtype=torch.bool, device=distance.device)
-    nearest = distance.masked_fill(itself, torch.inf).amin(2)
-    picked = [nearest.masked_fill(~valid, -torch.inf).argmax(1)]  # of equals the first
-    closest = torch.full_like(nearest, torch.inf).masked_fill(~valid, -torch.inf)
+    batch, width = unit.shape[:2]
+    valid = counts_to_mask(counts, width, unit.device)
+    # Every distance is needed once, for the nearest neighbors, but never all of them together.
+    nearest = []
+    for start in range(0, width, _BLOCK):
+        distance = 1 - unit[:, start : start + _BLOCK] @ unit.transpose(1, 2)
+        # Invalid tokens are infinitely far as neighbors, so they are nobody's nearest, and never picked themselves.
+        distance.masked_fill_(~valid[:, None, :], torch.inf)
+        distance.diagonal(start, 1, 2).fill_(torch.inf)
+        nearest.append(distance.amin(2))
+    picked = [torch.cat(nearest, 1).masked_fill(~valid, -torch.inf).argmax(1)]  # of equals the first
+    closest = unit.new_full((batch, width), torch.inf).masked_fill(~valid, -torch.inf)
     for _ in range(picks - 1):
-        from_last = distance.gather(1, picked[-1][:, None, None].expand(-1, 1, distance.shape[2]))[:, 0]
-        closest = torch.minimum(closest, from_last).scatter(1, picked[-1][:, None], -torch.inf)
+        last = picked[-1][:, None]
+        from_last = 1 - (unit @ unit.gather(1, last[:, :, None].expand(-1, -1, unit.shape[2])).transpose(1, 2))[:, :, 0]
+        closest = torch.minimum(closest, from_last).scatter(1, last, -torch.inf)
         picked.append(closest.argmax(1))
     return torch.stack(picked, 1)
 

@@ -32,6 +32,8 @@ class DivPrune(PruningMethod):
         return {BEFORE_DECODER: Rows.NONE}
 
     def select(self, view: LayerView, memory: SimpleNamespace) -> Selection:
-        keep = tuple(min(self.target_tokens, count) for count in view.counts)
+        return self.choose(view, tuple(min(self.target_tokens, count) for count in view.counts))
+
+    def choose(self, view: LayerView, keep: tuple[int, ...]) -> Selection:
         order = max_min_order(view.hidden_BVC, view.counts, max(keep))
         return Selection(first_in_sequence_order(order, keep, width=max(view.counts)), keep)

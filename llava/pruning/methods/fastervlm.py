@@ -34,5 +34,7 @@ class FasterVLM(PruningMethod):
         return {BEFORE_DECODER: Rows.NONE}
 
     def select(self, view: LayerView, memory: SimpleNamespace) -> Selection:
-        keep = tuple(min(self.target_tokens, count) for count in view.counts)
+        return self.choose(view, tuple(min(self.target_tokens, count) for count in view.counts))
+
+    def choose(self, view: LayerView, keep: tuple[int, ...]) -> Selection:
         return Selection(top_k(view.cls_attention_BV, view.counts, keep), keep)

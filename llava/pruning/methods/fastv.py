@@ -37,6 +37,7 @@ class FastV(PruningMethod):
 
     name: ClassVar[str] = "fastv"
     published_budget: ClassVar[str] = "processed"
+    rows: ClassVar[Rows] = Rows.LAST
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,10 +53,12 @@ class FastV(PruningMethod):
     def stages(self, num_layers: int) -> Mapping[int, Rows]:
         if self.layer >= num_layers:
             raise OptionError(f"layer must be below the {num_layers} layers of the decoder, got {self.layer}")
-        return {self.layer - 1: Rows.LAST}
+        return {self.layer - 1: self.rows}
 
     def select(self, view: LayerView, memory: SimpleNamespace) -> Selection:
-        keep = tuple(self._keep(count, view.num_layers) for count in view.counts)
+        return self.choose(view, tuple(self._keep(count, view.num_layers) for count in view.counts))
+
+    def choose(self, view: LayerView, keep: tuple[int, ...]) -> Selection:
         return Selection(top_k(view.relevance_BV, view.counts, keep), keep)
 
     def _keep(self, count: int, num_layers: int) -> int:

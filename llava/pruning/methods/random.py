@@ -33,10 +33,13 @@ class Random(PruningMethod):
         return {BEFORE_DECODER: Rows.NONE}
 
     def select(self, view: LayerView, memory: SimpleNamespace) -> Selection:
+        return self.choose(view, tuple(min(self.target_tokens, count) for count in view.counts))
+
+    def choose(self, view: LayerView, keep: tuple[int, ...]) -> Selection:
         scores = torch.zeros(len(view.counts), max(view.counts))
         for row, (sample, count) in enumerate(zip(view.sample_ids, view.counts, strict=True)):
             # A CPU generator per sample: CUDA streams of random numbers differ between devices.
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + sample)
+            stage = 7919 * (view.layer - BEFORE_DECODER)  # in a schedule every stage draws anew
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + sample + stage)
             scores[row, :count] = torch.rand(count, generator=generator)
-        keep = tuple(min(self.target_tokens, count) for count in view.counts)
         return Selection(top_k(scores.to(view.device), view.counts, keep), keep)

@@ -27,7 +27,9 @@ class Uniform(PruningMethod):
         return {BEFORE_DECODER: Rows.NONE}
 
     def select(self, view: LayerView, memory: SimpleNamespace) -> Selection:
-        keep = tuple(min(self.target_tokens, count) for count in view.counts)
+        return self.choose(view, tuple(min(self.target_tokens, count) for count in view.counts))
+
+    def choose(self, view: LayerView, keep: tuple[int, ...]) -> Selection:
         chosen = torch.full((len(keep), max(keep)), max(view.counts))
         for row, (kept, count) in enumerate(zip(keep, view.counts, strict=True)):
             # Integer arithmetic: (2i + 1) / 2 parts of length count / kept, rounded down, never repeats an index.

@@ -1,0 +1,141 @@
+"""Compositions: several methods one after another, ``visionzip+autoprune`` or ``divprune+autoprune``.
+
+Each part keeps its own options, budget and memory; the later ones see what the earlier ones left. Position mode and cap
+are those of the whole: the last part's, unless given. The budget that the trace speaks of is the last part's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from llava.pruning.base import BEFORE_DECODER, OptionError, PruningMethod, Rows
+from llava.pruning.vision import Reduction, TowerMerge, TowerView, VisionFact, VisionView
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composition(PruningMethod):
+    """Methods that act one after another; :func:`compose` makes the class for given names."""
+
+    members: tuple[PruningMethod, ...] = ()
+
+    name: ClassVar[str]
+    kinds: ClassVar[tuple[type[PruningMethod], ...]] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for place, member in enumerate(self.members):
+            if (member.reduces_vision or member.merges_in_tower) and place:
+                raise OptionError(f"{self.name}: {member.name} works in front of the decoder and must come first")
+            if member.visual_token_num is not None and not (member.reduces_vision or member.merges_in_tower):
+                raise OptionError(f"{self.name}: visual_token_num goes to the whole, not to {member.name}")
+
+    @property
+    def parts(self) -> tuple[PruningMethod, ...]:
+        return self.members
+
+    @property
+    def needs_cls(self) -> bool:
+        return any(member.needs_cls for member in self.members)
+
+    @property
+    def reduces_vision(self) -> bool:
+        return self.members[0].reduces_vision
+
+    @property
+    def merges_in_tower(self) -> bool:
+        return self.members[0].merges_in_tower
+
+    @property
+    def aim(self) -> int | None:
+        return self.members[-1].aim
+
+    @property
+    def budget_kind(self) -> str:
+        return self.members[-1].budget_kind
+
+    def stages(self, num_layers: int) -> Mapping[int, Rows]:
+        """All stages; at one layer a single method may look at attention, which is that of the tokens before it."""
+        stages: dict[int, Rows] = {}
+        for member in self.members:
+            for layer, rows in member.stages(num_layers).items():
+                if layer in stages and layer != BEFORE_DECODER:
+                    raise OptionError(
+                        f"{self.name}: two methods select after layer {layer}; give one of them other layers"
+                    )
+                stages[layer] = rows
+        return stages
+
+    def vision_facts(self, tower_layers: int) -> Mapping[str, VisionFact]:
+        facts: dict[str, VisionFact] = {}
+        for member in self.members:
+            for name, fact in member.vision_facts(tower_layers).items():
+                if facts.setdefault(name, fact) != fact:
+                    raise OptionError(f"{self.name}: two methods mean different things by the vision fact '{name}'")
+        return facts
+
+    def reduce(self, view: VisionView) -> Reduction:
+        return self.members[0].reduce(view)
+
+    def merge(self, view: TowerView) -> TowerMerge | None:
+        return self.members[0].merge(view)
+
+    @classmethod
+    def options(cls) -> dict[str, Any]:
+        """Options of the whole, and of the parts as ``name.option``; plain names go to the last part."""
+        return cls.kinds[-1].options() | {
+            f"{kind.name}.{option}": value
+            for kind in cls.kinds
+            for option, value in kind.options().items()
+            if option not in ("visual_token_num", "positions")
+        }
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Composition:
+        """Build all parts. A plain option goes to the last part, ``budget`` to all that have none of their own.
+
+        Raises:
+            OptionError: unknown option, or a part but the last whose budget is not given.
+        """
+        known = cls.options()
+        own: list[dict[str, Any]] = [{} for _ in cls.kinds]
+        for key, value in options.items():
+            if key not in known:
+                raise OptionError(f"method '{cls.name}' has no option '{key}'; valid options: {', '.join(known)}")
+            name, dot, option = key.partition(".")
+            place = [kind.name for kind in cls.kinds].index(name) if dot else -1
+            own[place][option if dot else key] = value
+        cap = own[-1].pop("visual_token_num", None)
+        for kind, values in zip(cls.kinds[:-1], own, strict=False):
+            if "target_tokens" not in values and kind.options().get("target_tokens") is not None:
+                raise OptionError(f"{cls.name}: give the budget of {kind.name} too, as {kind.name}.target_tokens=...")
+            if "budget" in own[-1]:
+                values.setdefault("budget", own[-1]["budget"])
+        members = tuple(kind.from_options(values) for kind, values in zip(cls.kinds, own, strict=True))
+        cap = PruningMethod.from_options({"visual_token_num": cap}).visual_token_num
+        if members[0].reduces_vision or members[0].merges_in_tower:
+            members = (replace(members[0], visual_token_num=cap), *members[1:])
+        last = members[-1]
+        return cls(
+            members=members,
+            target_tokens=last.target_tokens,
+            positions=last.positions,
+            budget=last.budget,
+            visual_token_num=cap,
+        )
+
+
+def compose(name: str, kinds: tuple[type[PruningMethod], ...]) -> type[Composition]:
+    """The class of a composition.
+
+    Raises:
+        OptionError: a method twice, or ``dense`` among them.
+    """
+    names = [kind.name for kind in kinds]
+    if len(set(names)) < len(names):
+        raise OptionError(f"{name}: a method may take part once")
+    if "dense" in names:
+        raise OptionError(f"{name}: dense prunes nothing and cannot be combined")
+    title = "".join(kind.__name__ for kind in kinds)
+    return type(title, (Composition,), {"name": name, "kinds": kinds, "__doc__": f"{name}, one after another."})

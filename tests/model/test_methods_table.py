@@ -1,0 +1,138 @@
+"""Every registered method in every situation: what a sample gives alone is what it gives in a batch.
+
+A new method needs no line here: the table reads the registry. Kernels, position modes, left padding, rows of different
+make-up, several images, beams, crops with and without unpadding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.pruning import get_method, list_methods
+from tests.model.tiny import IMAGE_SIDE, PATCHES, tiny_images, tiny_model
+
+I = IMAGE_TOKEN_INDEX  # noqa: E741
+GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+TARGET = 6
+# Options where the defaults are meant for other sizes than 3 layers and 16 patches.
+OPTIONS = {
+    "autoprune": {"x0": 1.5},
+    "dense": {"target_tokens": None},
+    "fastv": {"layer": 1, "ratio": 0.5},
+    "visionzip+autoprune": {"visionzip.target_tokens": 12, "x0": 1.5},
+    "divprune+fastv": {"divprune.target_tokens": 12, "layer": 1},
+}
+METHODS = [*list_methods(), "visionzip+autoprune", "divprune+fastv", "0:uniform:0.75;1:fastv:0.5;2:random:0.5"]
+
+
+def method(name: str, **options):
+    return get_method(name).from_options({"target_tokens": TARGET, **OPTIONS.get(name, {}), **options})
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Rows of one batch and the images in them."""
+
+    rows: list[list[int]]
+    images: list[torch.Tensor]
+    sizes: list[tuple[int, int]]
+    stack: bool  # images as one tensor: no crops
+
+    def call(self, rows: list[int]) -> dict:
+        """Arguments of generate for some of the rows, padded on the left."""
+        chosen = [self.rows[row] for row in rows]
+        firsts = [sum(row.count(I) for row in self.rows[:row]) for row in rows]
+        own = [first + i for first, row in zip(firsts, chosen, strict=True) for i in range(row.count(I))]
+        width = max(map(len, chosen))
+        images = [self.images[i] for i in own]
+        return {
+            "inputs": torch.tensor([[0] * (width - len(row)) + row for row in chosen]),
+            "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in chosen]),
+            "images": (torch.stack(images) if self.stack else images) if images else None,
+            "image_sizes": [self.sizes[i] for i in own] if images else None,
+        }
+
+
+PLAIN = Prompts(
+    [[1, 5, I, 6, I, 7], [1, 4, 3], [1, 9, 12, I, 13, 14, 15, 16, 17], [1, 8, I]],
+    list(tiny_images(4, seed=3)),
+    [(28, 28), (90, 30), (28, 60), (40, 40)],
+    True,
+)
+CROPS = Prompts(
+    [[1, 5, I, 6, 7], [1, 9, I, 12, I, 13, 14]],
+    [tiny_images(3, seed=1), tiny_images(5, seed=2), tiny_images(3, seed=3)],
+    [(60, 20), (50, 40), (20, 50)],
+    False,
+)
+
+
+@pytest.fixture(scope="module")
+def models():
+    grids = [[IMAGE_SIDE * w, IMAGE_SIDE * h] for w, h in ((1, 2), (2, 1), (2, 2))]
+    crops = {"mm_patch_merge_type": "spatial_unpad", "image_grid_pinpoints": grids, "image_aspect_ratio": "anyres"}
+    return {
+        "sdpa": tiny_model(seed=7),
+        "eager": tiny_model(seed=7, attn_implementation="eager"),
+        "crops": tiny_model(seed=7, **crops),
+    }
+
+
+def check(model, pruning, prompts: Prompts, **generation):
+    """A batch and its rows alone, under one run each so that seeded methods count the samples alike."""
+    rows = range(len(prompts.rows))
+    with pruning.attach(model) as run:
+        together = model.generate(**prompts.call(list(rows)), max_new_tokens=3, **GREEDY, **generation)
+        batch = list(run.traces)
+    with pruning.attach(model) as run:
+        alone = [model.generate(**prompts.call([row]), max_new_tokens=3, **GREEDY, **generation)[0] for row in rows]
+    for row in rows:
+        one, other = batch[row], run.traces[row]
+        assert together[row].tolist() == alone[row].tolist()
+        assert one.tokens_in == other.tokens_in and one.tokens_out == other.tokens_out
+        assert [k.tolist() for k in one.kept] == [k.tolist() for k in other.kept]
+        assert one.flops() == other.flops() and one.visual_tokens == other.visual_tokens
+        # The last token of a prompt that ends in its image counts as text, whichever patch or merged token it is.
+        patches_of_prompt = one.visual_tokens + (prompts.rows[row][-1] == I)
+        before = None
+        for kept in one.kept:
+            patches = [i for i in kept.tolist() if i >= 0]
+            assert len(set(patches)) == len(patches) and all(i < patches_of_prompt for i in patches)
+            assert before is None or set(patches) <= before
+            before = set(patches)
+    return batch
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", METHODS)
+def test_batches(models, name, kernel, positions):
+    traces = check(models[kernel], method(name, positions=positions), PLAIN)
+    assert [trace.visual_tokens for trace in traces[:3]] == [2 * PATCHES, 0, PATCHES]
+    assert all(trace.tokens_out[-1] < trace.visual_tokens for trace in traces[:1]) == (name != "dense")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_beams(models, name):
+    check(models["sdpa"], method(name), PLAIN, num_beams=2)
+
+
+@pytest.mark.parametrize("merge_type", ["spatial", "spatial_unpad"])
+@pytest.mark.parametrize("name", METHODS)
+def test_crops(models, name, merge_type):
+    model = models["crops"]
+    model.set_patch_merge_type(merge_type)
+    try:
+        traces = check(model, method(name), CROPS)
+    finally:
+        model.set_patch_merge_type(None)
+    # Tokens merged inside the tower are never unpadded.
+    unpadded = merge_type == "spatial_unpad" and name != "tome"
+    assert all((trace.structure_tokens > 0) == unpadded for trace in traces)
+    assert [trace.visual_tokens == crops * PATCHES for trace, crops in zip(traces, (3, 8), strict=True)] == [
+        not unpadded
+    ] * 2
