@@ -167,6 +167,11 @@ class PruningMethod:
         if self.budget not in BUDGETS:
             raise OptionError(f"budget must be 'nominal' or 'processed', got {self.budget!r}")
 
+    def require(self, option: str, valid: bool, wish: str) -> None:
+        """Raise an :class:`OptionError` that names the option, what is wished of it, and its value."""
+        if not valid:
+            raise OptionError(f"{option} {wish}, got {getattr(self, option)!r}")
+
     def stages(self, num_layers: int) -> Mapping[int, Rows]:
         """Layers after which the method selects (or ``BEFORE_DECODER``), with the attention rows it needs there."""
         return {}

@@ -151,6 +151,27 @@ def coarse_token_count(visual_tokens: int, target_tokens: float, coarse_factor: 
     return min(int(coarse_factor * target_tokens), visual_tokens)
 
 
+def layer_shares(
+    num_layers: int,
+    slope: float,
+    coarse_tokens: int,
+    target_tokens: int,
+    x0: float,
+    amplitude: float,
+    recycle_fraction: float,
+    *,
+    first: int = 1,
+    entering: int | None = None,
+) -> list[float]:
+    """Scaled share of the tokens after layer 0 that every layer keeps; 0 in front of layer ``first``, where none drops.
+
+    See :func:`retention_curve` and :func:`fit_to_budget` (``entering``: meet the processed mean).
+    """
+    curve = retention_curve(num_layers, slope, x0, amplitude)[first - 1 :]
+    scaled = fit_to_budget(curve, coarse_tokens, target_tokens, recycle_fraction, held=first, entering=entering)
+    return [0.0] * first + list(scaled)
+
+
 def retention_schedule(
     num_layers: int,
     visual_tokens: int,

@@ -31,9 +31,8 @@ from llava.pruning.recycling import keep_and_recycle
 from llava.pruning.retention import (
     coarse_token_count,
     dynamic_slope,
-    fit_to_budget,
+    layer_shares,
     prune_step,
-    retention_curve,
     tokens_to_keep,
 )
 from llava.pruning.selection import descending_order, on_device, top_k
@@ -84,17 +83,12 @@ class AutoPrune(PruningMethod):
         super().__post_init__()
         if self.target_tokens is None:
             raise OptionError("autoprune needs target_tokens")
-        if self.coarse_factor < 1:
-            raise OptionError(f"coarse_factor must be at least 1, got {self.coarse_factor}")
+        self.require("coarse_factor", self.coarse_factor >= 1, "must be at least 1")
         for option in ("amplitude", "eps"):
-            if getattr(self, option) <= 0:
-                raise OptionError(f"{option} must be above 0, got {getattr(self, option)}")
-        if not 0 <= self.recycle_fraction <= 1:
-            raise OptionError(f"recycle_fraction must lie in 0..1, got {self.recycle_fraction}")
-        if self.mi_layer < 0:
-            raise OptionError(f"mi_layer must be at least 0, got {self.mi_layer}")
-        if self.slope is not None and not self.slope >= 0:
-            raise OptionError(f"slope must be at least 0, got {self.slope}")
+            self.require(option, getattr(self, option) > 0, "must be above 0")
+        self.require("recycle_fraction", 0 <= self.recycle_fraction <= 1, "must lie in 0..1")
+        self.require("mi_layer", self.mi_layer >= 0, "must be at least 0")
+        self.require("slope", self.slope is None or self.slope >= 0, "must be at least 0")
         if self.coarse_cut and self.text_weight == 0 and self.cls_weight == 0:
             raise OptionError(
                 "text_weight and cls_weight are both 0: the cut after layer 0 needs one (or coarse_cut=false)"
@@ -105,8 +99,7 @@ class AutoPrune(PruningMethod):
         return self.coarse_cut and self.cls_weight != 0
 
     def stages(self, num_layers: int) -> Mapping[int, Rows]:
-        if self.mi_layer >= num_layers:
-            raise OptionError(f"mi_layer must be below the {num_layers} layers of the decoder, got {self.mi_layer}")
+        self.require("mi_layer", self.mi_layer < max(num_layers, 2), f"must be below the decoder's {num_layers} layers")
         start = max(self.mi_layer, 1)
         first = Rows.TEXT if self.mi_layer == 0 or (self.coarse_cut and self.text_weight) else Rows.NONE
         return {0: first, **{layer: Rows.TEXT for layer in range(start, num_layers)}}
@@ -165,18 +158,17 @@ class AutoPrune(PruningMethod):
             ]
         memory.report["slope"] = slopes
         x0 = self.x0 * view.num_layers / _PUBLISHED_DEPTH if self.x0_relative else self.x0
-        start = max(self.mi_layer, 1)
         memory.shares = [
-            [0.0] * (start - 1)
-            + list(
-                fit_to_budget(
-                    retention_curve(view.num_layers, slope, x0, self.amplitude)[start - 1 :],
-                    coarse,
-                    self.target_tokens,
-                    self.recycle_fraction,
-                    held=start,
-                    entering=entering if self.budget == "processed" else None,
-                )
+            layer_shares(
+                view.num_layers,
+                slope,
+                coarse,
+                self.target_tokens,
+                x0,
+                self.amplitude,
+                self.recycle_fraction,
+                first=max(self.mi_layer, 1),
+                entering=entering if self.budget == "processed" else None,
             )
             for slope, coarse, entering in zip(slopes, memory.coarse, memory.entering, strict=True)
         ]
@@ -184,7 +176,7 @@ class AutoPrune(PruningMethod):
     def _follow_curve(self, view: LayerView, memory: SimpleNamespace) -> Selection | None:
         steps = [
             # Published: the base of the count stays the token count after layer 0, whatever was merged since.
-            prune_step(count, tokens_to_keep(coarse, shares[view.layer - 1]), self.recycle_fraction)
+            prune_step(count, tokens_to_keep(coarse, shares[view.layer]), self.recycle_fraction)
             for count, coarse, shares in zip(view.counts, memory.coarse, memory.shares, strict=True)
         ]
         if tuple(step.keep for step in steps) == view.counts:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import ClassVar
 
-from llava.pruning.base import LayerView, OptionError, PruningMethod, Rows, Selection
+from llava.pruning.base import LayerView, PruningMethod, Rows, Selection
 from llava.pruning.selection import top_k
 
 
@@ -41,18 +41,15 @@ class FastV(PruningMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.layer < 1:
-            raise OptionError(f"layer must be at least 1, got {self.layer}")
-        if self.ratio is not None and not 0 <= self.ratio < 1:
-            raise OptionError(f"ratio must lie in 0..1, 1 excluded, got {self.ratio}")
+        self.require("layer", self.layer >= 1, "must be at least 1")
+        self.require("ratio", self.ratio is None or 0 <= self.ratio < 1, "must lie in 0..1, 1 excluded")
 
     @property
     def aim(self) -> int | None:
         return None if self.ratio is not None else self.target_tokens
 
     def stages(self, num_layers: int) -> Mapping[int, Rows]:
-        if self.layer >= num_layers:
-            raise OptionError(f"layer must be below the {num_layers} layers of the decoder, got {self.layer}")
+        self.require("layer", self.layer < num_layers, f"must be below the decoder's {num_layers} layers")
         return {self.layer - 1: self.rows}
 
     def select(self, view: LayerView, memory: SimpleNamespace) -> Selection:

@@ -22,7 +22,7 @@ from typing import ClassVar
 
 import torch
 
-from llava.pruning.base import OptionError, PruningMethod
+from llava.pruning.base import PruningMethod
 from llava.pruning.selection import top_k
 from llava.pruning.vision import Reduction, TowerValue, VisionFact, VisionView
 
@@ -48,10 +48,8 @@ class HiPrune(PruningMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.alpha <= 1:
-            raise OptionError(f"alpha must lie in 0..1, got {self.alpha}")
-        if self.object_layer is not None and self.object_layer < 1:
-            raise OptionError(f"object_layer must be at least 1, got {self.object_layer}")
+        self.require("alpha", 0 <= self.alpha <= 1, "must lie in 0..1")
+        self.require("object_layer", self.object_layer is None or self.object_layer >= 1, "must be at least 1")
 
     def vision_facts(self, tower_layers: int) -> Mapping[str, VisionFact]:
         layer = self.object_layer or max(round(tower_layers * _MIDDLE / _DEPTH), 1)

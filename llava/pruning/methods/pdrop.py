@@ -49,10 +49,9 @@ class PDrop(PruningMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.layers is not None and (parse_layers(self.layers) or (0,))[0] < 1:
-            raise OptionError(f"layers must be rising layer indices from 1 such as 8/16/24, got {self.layers!r}")
-        if self.ratio is not None and not 0 < self.ratio <= 1:
-            raise OptionError(f"ratio must lie in 0..1, 0 excluded, got {self.ratio}")
+        rising = self.layers is None or (parse_layers(self.layers) or (0,))[0] >= 1
+        self.require("layers", rising, "must be rising layer indices from 1 such as 8/16/24")
+        self.require("ratio", self.ratio is None or 0 < self.ratio <= 1, "must lie in 0..1, 0 excluded")
         if self.target_tokens is None and self.ratio is None:
             raise OptionError("pdrop needs target_tokens or ratio")
 
@@ -63,8 +62,7 @@ class PDrop(PruningMethod):
     def stages(self, num_layers: int) -> Mapping[int, Rows]:
         if self.layers is not None:
             layers = parse_layers(self.layers)
-            if layers[-1] >= num_layers:
-                raise OptionError(f"layers must be below the {num_layers} layers of the decoder, got {self.layers}")
+            self.require("layers", layers[-1] < num_layers, f"must be below the decoder's {num_layers} layers")
             return dict.fromkeys([layer - 1 for layer in layers], Rows.NEXT_LAST)
         # Which of these it will be depends on the number of visual tokens; with ``ratio`` the published ones.
         most = max(num_layers // (_STAGES + 1), 1)

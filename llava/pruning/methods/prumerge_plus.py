@@ -25,7 +25,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava.pruning.base import OptionError, PruningMethod
+from llava.pruning.base import PruningMethod
 from llava.pruning.selection import top_k
 from llava.pruning.vision import Reduction, TowerValue, VisionFact, VisionView, take
 
@@ -47,8 +47,7 @@ class PruMergePlus(PruningMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.neighbors < 0:
-            raise OptionError(f"neighbors must be at least 0, got {self.neighbors}")
+        self.require("neighbors", self.neighbors >= 0, "must be at least 0")
 
     def vision_facts(self, tower_layers: int) -> Mapping[str, VisionFact]:
         return {

@@ -57,17 +57,15 @@ class SparseVLM(PruningMethod):
         super().__post_init__()
         if self.target_tokens is None:
             raise OptionError("sparsevlm needs target_tokens")
-        if self.layers is not None and parse_layers(self.layers) is None:
-            raise OptionError(f"layers must be rising layer indices such as 2/6/15, got {self.layers!r}")
-        if not 0 <= self.recycle_fraction <= 1:
-            raise OptionError(f"recycle_fraction must lie in 0..1, got {self.recycle_fraction}")
+        rising = self.layers is None or parse_layers(self.layers) is not None
+        self.require("layers", rising, "must be rising layer indices such as 2/6/15")
+        self.require("recycle_fraction", 0 <= self.recycle_fraction <= 1, "must lie in 0..1")
 
     def _layers(self, num_layers: int) -> tuple[int, ...]:
         if self.layers is None:
             return scaled_layers(_LAYERS, _DEPTH, num_layers)
         layers = parse_layers(self.layers)
-        if layers[-1] >= num_layers:
-            raise OptionError(f"layers must be below the {num_layers} layers of the decoder, got {self.layers}")
+        self.require("layers", layers[-1] < num_layers, f"must be below the decoder's {num_layers} layers")
         return layers
 
     def stages(self, num_layers: int) -> Mapping[int, Rows]:

@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava.pruning.base import OptionError, PruningMethod
+from llava.pruning.base import PruningMethod
 from llava.pruning.selection import top_k
 from llava.pruning.vision import CLS_ATTENTION, Reduction, TowerValue, VisionFact, VisionView, rest_of, take
 
@@ -46,8 +46,7 @@ class VisionZip(PruningMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.contextual_ratio < 1:
-            raise OptionError(f"contextual_ratio must lie in 0..1, 1 excluded, got {self.contextual_ratio}")
+        self.require("contextual_ratio", 0 <= self.contextual_ratio < 1, "must lie in 0..1, 1 excluded")
 
     def vision_facts(self, tower_layers: int) -> Mapping[str, VisionFact]:
         return {CLS_ATTENTION: VisionFact(TowerValue.CLS_ATTENTION), "keys": VisionFact(TowerValue.KEYS)}
