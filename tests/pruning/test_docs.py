@@ -1,21 +1,61 @@
-"""The method in the guide is a working one."""
+"""The methods in the guide are working ones."""
 
 from __future__ import annotations
 
 import re
 import runpy
 
+import pytest
+import torch
+
+from llava.constants import IMAGE_TOKEN_INDEX
 from tests.conftest import ROOT
+from tests.model.tiny import PATCHES, tiny_images, tiny_model
 from tests.pruning.models import Batch, generate, random_llama
 
 
-def test_method_of_the_guide_runs(tmp_path):
+@pytest.fixture
+def guide(tmp_path):
+    """Classes of the guide by name, each from its text alone."""
     text = (ROOT / "docs" / "adding_a_method.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    file = tmp_path / "last_token.py"
-    file.write_text(code)
-    scope = runpy.run_path(str(file))
+    scope = {}
+    for number, code in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL)):
+        file = tmp_path / f"method_{number}.py"
+        file.write_text(code)
+        scope |= runpy.run_path(str(file))
+    return scope
+
+
+def test_method_inside_the_decoder(guide):
     model = random_llama()
-    _, _, traces = generate(model, scope["LastToken"](target_tokens=11), Batch(model).together([0, 1]))
+    _, _, traces = generate(model, guide["LastToken"](target_tokens=11), Batch(model).together([0, 1]))
     for trace in traces:
         assert trace.tokens_out[0] == trace.visual_tokens and trace.tokens_out[1:] == [11] * 5
+
+
+def test_method_in_front_of_the_projector(guide):
+    model = tiny_model(seed=7)
+    ids, images = torch.tensor([[1, IMAGE_TOKEN_INDEX, 5, 6]] * 2), tiny_images(2)
+    with guide["LongKeys"](target_tokens=6).attach(model) as run, torch.no_grad():
+        inputs = model.prepare_multimodal_inputs(ids, images)
+        model(ids, images)
+    tower = model.model.vision_tower
+    with torch.no_grad():
+        states = tower(images, output_hidden_states=True).hidden_states
+        layer = tower.encoder.layers[0]
+        lengths = layer.self_attn.k_proj(layer.layer_norm1(states[0]))[:, 1:].norm(dim=2)
+        for row, trace in enumerate(run.traces):
+            kept = sorted(lengths[row].topk(5).indices.tolist())
+            assert trace.kept[0].tolist() == [*kept, -1] and trace.visual_tokens == PATCHES
+            rest = [i for i in range(PATCHES) if i not in kept]
+            features = states[-2][row, 1:]
+            expected = model.model.multi_modal_projector(torch.cat((features[kept], features[rest].mean(0)[None])))
+            torch.testing.assert_close(inputs.inputs_embeds[row, 1:7], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_same_method_on_a_bare_decoder(guide):
+    model = random_llama()
+    inputs = Batch(model).together([0, 1])
+    _, _, traces = generate(model, guide["LongKeys"](target_tokens=9), inputs)
+    kept = sorted(inputs["facts"]["keys"][0].norm(dim=1).topk(8).indices.tolist())
+    assert traces[0].kept[0].tolist() == [*kept, -1] and traces[1].tokens_in == [9] * 6
