@@ -21,10 +21,11 @@ from llava.eval.arguments import (
     merge_type_from_args,
     method_from_args,
 )
-from llava.eval.evaluation import Evaluation
 from llava.eval.interrupts import Interrupts
 from llava.eval.jsonio import require_folder
 from llava.eval.questions import Question
+from llava.eval.sharding import World
+from llava.eval.whole import Whole
 from llava.utils import UserError
 
 
@@ -118,10 +119,14 @@ def run_questions(
     if getattr(args, "mm_patch_merge_type", None) is not None:
         options["mm_patch_merge_type"] = args.mm_patch_merge_type
     model_id = get_model_name_from_path(args.model_path)
-    evaluation = Evaluation(args, questions, model_id, options)
+    world = World.from_environment()
+    whole = Whole(args, questions, model_id, options)
     with Interrupts() as interrupts:
+        evaluation = whole.own_share(world, image_folder)
         try:
             if evaluation.pending:
+                if args.device is None:
+                    args.device = world.device()
                 tokenizer, model, image_processor, _ = load_model(args)
                 check_budget(method, max_visual_tokens(model))
                 answerer = (answerer_class or Answerer)(
@@ -137,7 +142,7 @@ def run_questions(
                 evaluation.explain_interruption(error)
             raise
         evaluation.close()
-    return evaluation.summarize()
+        return whole.merge_if_last(world, evaluation.summarize())
 
 
 def max_visual_tokens(model: Any) -> int:

@@ -132,6 +132,11 @@ class AnswerFile:
         """Whether there are answers that this run continues."""
         return len(self._found) > 0
 
+    @property
+    def found(self) -> array:
+        """Key hashes of the answers that were there at the start."""
+        return self._found
+
     def pending(self, questions: Sequence[Question]) -> Sequence[Question]:
         """The questions that have no answer yet."""
         places = match(question_hashes(questions), self._found)

@@ -27,8 +27,8 @@ METADATA_INTERVAL = 30.0  # seconds between updates of the metadata while a run 
 class Evaluation:
     """Use: construct (checks and locks), `run`, `close`, `summarize`.
 
-    answers_file, trace_file: where this process writes, which are parts where several share the work. process: (its
-    number, how many there are). extra: what else goes into the metadata.
+    args: the tools' flags. process: number of this process and how many share the work; then `args.answers_file` and
+    `args.trace_file` are the parts of this one. extra: what else goes into the metadata.
 
     Attributes:
         pending: the questions without an answer.
@@ -41,6 +41,7 @@ class Evaluation:
         model_id: str,
         options: Mapping[str, Any],
         process: tuple[int, int] = (0, 1),
+        extra: Mapping[str, Any] | None = None,
     ) -> None:
         from llava.eval.runner import Statistics
 
@@ -54,14 +55,16 @@ class Evaluation:
         self.answers = AnswerFile(args.answers_file, model_id, options, args.resume)
         try:
             earlier = read_metadata(args.answers_file) if self.answers.has_answers else None
-            self.metadata = RunMetadata(args.answers_file, describe_run(args, model_id, options, len(questions)))
+            self.metadata = RunMetadata(
+                args.answers_file, {**describe_run(args, model_id, options, len(questions)), **(extra or {})}
+            )
             self.metadata.continue_from(earlier)
             self.pending = self.answers.pending(questions)
             self.traces = TraceFile(args.trace_file, args.resume, args.trace_kept)
         except BaseException:
             self.answers.close()
             raise
-        self._needs_metadata = bool(self.pending) or earlier is None or not earlier.get("complete")
+        self._needs_metadata = bool(self.pending or extra) or earlier is None or not earlier.get("complete")
         self.done = len(questions) - len(self.pending)
         if self.done and not args.quiet:
             print(f"{self.done} of {len(questions)} questions are already answered", file=sys.stderr)

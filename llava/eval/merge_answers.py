@@ -62,8 +62,8 @@ class Part:
             return file.readline()
 
 
-def read_part(path: str | Path) -> Part:
-    """Reads and checks one answer file.
+def read_part(path: str | Path, unfinished: bool = False) -> Part:
+    """Reads and checks one answer file. unfinished: a torn last line is left out instead of refused.
 
     Raises:
         UserError: missing, malformed, torn, or answers of several runs in it.
@@ -76,11 +76,13 @@ def read_part(path: str | Path) -> Part:
     starts = []
     with open(path, "rb") as file:
         for number, raw in enumerate(file, start=1):
+            if not raw.endswith(b"\n"):
+                if unfinished:
+                    break
+                raise UserError(f"{path}:{number}: the last line is torn; run this part again to finish it")
             starts.append(position)
             position += len(raw)
-            if not raw.endswith(b"\n"):
-                raise UserError(f"{path}:{number}: the last line is torn; run this part again to finish it")
-    for number, record in iter_jsonl(path, "part"):
+    for number, record in iter_jsonl(path, "part", limit_bytes=position):
         where = f"{path}:{number}"
         require_keys(record, ("question_id", "prompt", "text", "model_id", "metadata"), where)
         if not isinstance(record["metadata"], dict):
@@ -101,14 +103,14 @@ def _refuse(where: str, difference: str | None) -> None:
         raise UserError(f"{where}: answers of another run than before ({difference}); parts must be of one run")
 
 
-def check_same_run(parts: Sequence[Part]) -> None:
-    """Raises `UserError` if the parts are not of one run or one of them is not finished."""
+def check_same_run(parts: Sequence[Part], unfinished: bool = False) -> None:
+    """Raises `UserError` if the parts are not of one run or, unless `unfinished`, one of them is not finished."""
     known = [part for part in parts if part.options is not None]
     for part in known[1:]:
         _refuse(str(part.path), first_difference(known[0].options, part.options))
     described = [part for part in parts if part.meta is not None]
     for part in described:
-        if not part.meta.get("complete"):
+        if not part.meta.get("complete") and not unfinished:
             raise UserError(f"{part.path} is not finished ({meta_path(part.path)}): run this part again")
         pair = [identity(meta) for meta in (described[0].meta, part.meta)]
         if None in (pair[0]["dtype"], pair[1]["dtype"]):  # a part without questions loads no model
@@ -142,9 +144,11 @@ def questions_of(path: str, parts: Sequence[Part]) -> Sequence[Question]:
 
 
 def choose_lines(
-    questions: Sequence[Question], parts: Sequence[Part], allow_missing: bool
+    questions: Sequence[Question], parts: Sequence[Part], allow_missing: bool, keep_others: bool = False
 ) -> tuple[list[tuple[int, int]], int]:
     """For each answered question, in order, (part, line); and how many questions have no answer.
+
+    keep_others: answers to no question stand behind the others instead of being refused.
 
     Raises:
         UserError: an answer belongs to no question, two answers contradict each other, or questions have no answer
@@ -162,10 +166,14 @@ def choose_lines(
     def record(i: int) -> dict[str, Any]:
         return json.loads(parts[owner[i]].line(int(line[i])))
 
+    others: list[int] = []
     for i in surplus:
         answer = record(i)
         where = f"{parts[owner[i]].path}: question {answer['question_id']!r}"
         if found[i] not in asked:
+            if keep_others:
+                others.append(i)
+                continue
             raise UserError(f"{where} is not in the question file")
         if record(first[found[i]])["text"] != answer["text"]:
             raise UserError(f"{where} is answered twice, and differently")
@@ -179,7 +187,7 @@ def choose_lines(
             f"{len(missing)} of {len(questions)} questions have no answer in the parts (first: {question.source}); "
             "give all parts, or --allow-missing"
         )
-    return [(int(owner[i]), int(line[i])) for i in chosen[chosen >= 0]], len(missing)
+    return [(int(owner[i]), int(line[i])) for i in [*chosen[chosen >= 0], *others]], len(missing)
 
 
 def merged_metadata(
@@ -197,11 +205,10 @@ def merged_metadata(
     prefill = sum(meta["timing"]["prefill_seconds"] for meta in metas)
     first = metas[0]
     loaded = next((meta for meta in metas if meta.get("device")), first)  # a part without questions loads no model
-    arguments = {**first["arguments"], "num_chunks": 1, "chunk_idx": 0}
     return {
-        **first,
+        **{name: value for name, value in first.items() if name not in ("plan", "parts")},
         **{name: loaded[name] for name in ("versions", "device", "dtype")},
-        "arguments": arguments,
+        "arguments": dict(first["arguments"]),
         "question_file": {**first["question_file"], "questions": len(questions)},
         "counts": {
             "total": len(questions),
@@ -231,10 +238,18 @@ def _describe(part: Part) -> Mapping[str, Any]:
 
 
 def merge(
-    answers_file: str | Path, questions: Sequence[Question], parts: Sequence[Part], allow_missing: bool = False
+    answers_file: str | Path,
+    questions: Sequence[Question],
+    parts: Sequence[Part],
+    allow_missing: bool = False,
+    keep_others: bool = False,
+    arguments: Mapping[str, Any] | None = None,
 ) -> dict[str, int]:
-    """Writes the merged file and its metadata; returns how many questions are answered and missing."""
-    chosen, missing = choose_lines(questions, parts, allow_missing)
+    """Writes the merged file and its metadata; returns how many questions are answered and missing.
+
+    arguments: flags that the whole has otherwise than its parts, for the metadata.
+    """
+    chosen, missing = choose_lines(questions, parts, allow_missing, keep_others)
 
     def lines() -> Iterator[bytes]:
         files = [open(part.path, "rb") for part in parts]  # noqa: SIM115 - closed below
@@ -247,10 +262,11 @@ def merge(
                 file.close()
 
     write_lines_atomic(answers_file, lines())
-    meta = merged_metadata(parts, questions, len(chosen), missing)
+    meta = merged_metadata(parts, questions, len(questions) - missing, missing)
     if meta is not None:
+        meta["arguments"] |= {"answers_file": str(answers_file), **(arguments or {})}
         write_json(meta_path(answers_file), meta)
-    return {"answered": len(chosen), "missing": missing}
+    return {"answered": len(questions) - missing, "missing": missing}
 
 
 @cli_main
@@ -269,7 +285,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(target, "answers file")
     try:
-        counts = merge(target, questions, parts, args.allow_missing)
+        whole = {"num_chunks": 1, "chunk_idx": 0}
+        counts = merge(target, questions, parts, args.allow_missing, arguments=whole)
     finally:
         lock.release()
     text = f"merged {counts['answered']} answers of {len(parts)} parts into {target}"

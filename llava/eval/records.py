@@ -162,39 +162,42 @@ class RecordFile:
             self.lock.release()
 
     def _arrange(self, order: Iterable[int], drop_repeats: bool) -> None:
-        hashes, starts, ends = array("Q"), array("Q"), array("Q")
-        consumed = 0
-        with open(self.path, "rb") as file:
-            for raw in file:
-                if consumed >= self._size:
-                    break
-                if raw.strip():
-                    hashes.append(_line_hash(raw))
-                    starts.append(consumed)
-                    ends.append(consumed + len(raw))
-                consumed += len(raw)
-        asked, found = _as_hashes(order), _as_hashes(hashes)
+        found, starts = read_hashes(self.path)
+        asked = _as_hashes(order)
         places = match(asked, found)
         others = places < 0
         sequence = np.argsort(np.where(others, np.iinfo(np.int64).max, places), kind="stable")
         if drop_repeats:
             repeats = others & np.isin(found, asked)
             sequence = sequence[~repeats[sequence]]
-        if not np.array_equal(sequence, np.arange(len(hashes))):
-            self._rewrite((starts[i], ends[i]) for i in sequence)
+        if not np.array_equal(sequence, np.arange(len(found))):
+            self._rewrite(starts[sequence])
 
-    def _rewrite(self, pieces: Iterable[tuple[int, int]]) -> None:
+    def _rewrite(self, starts: np.ndarray) -> None:
         def lines() -> Iterator[bytes]:
             with open(self.path, "rb") as source:
-                for start, end in pieces:
-                    source.seek(start)
-                    yield source.read(end - start)
+                for start in starts:
+                    source.seek(int(start))
+                    yield source.readline()
 
         try:
             write_lines_atomic(self.path, lines())
         except UserError as error:
             remedy = "all lines are kept, in the order they came: make room and run the same command again"
             raise UserError(f"{error}; {remedy}") from None
+
+
+def read_hashes(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Key hash and first byte of every whole line that is not blank, uint64 `[lines]` each."""
+    hashes, starts = array("Q"), array("Q")
+    consumed = 0
+    with open(path, "rb") as file:
+        for raw in file:
+            if raw.strip() and raw.endswith(b"\n"):
+                hashes.append(_line_hash(raw))
+                starts.append(consumed)
+            consumed += len(raw)
+    return np.array(hashes, dtype=np.uint64), np.array(starts, dtype=np.uint64)
 
 
 def _line_hash(raw: bytes) -> int:

@@ -1,0 +1,356 @@
+"""One run shared by several processes, on one machine or many.
+
+The processes talk to each other once, at the start: process 0 sees what is answered, deals out the rest and tells the
+others. From then on each works alone on a file of its own, so the death of one costs no other anything; who finishes
+last merges. Knows questions, files and torch.distributed; nothing of models. The files must lie where all processes see
+them.
+
+The environment is that of torchrun and `accelerate launch`: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava.eval.answers import AnswerFile, question_hashes
+from llava.eval.jsonio import read_json, write_json, write_lines_atomic
+from llava.eval.locking import FileLock
+from llava.eval.merge_answers import check_same_run, merge, read_part
+from llava.eval.questions import Question, Selected
+from llava.eval.records import RecordFile, match, read_hashes
+from llava.eval.run_metadata import meta_path, read_metadata
+from llava.utils import UserError
+
+_START_TIMEOUT = timedelta(hours=1)  # process 0 may have many answers and images to look at
+_MERGE_WAIT = 600.0  # seconds to wait for another process that merges
+_PLAN = "plan.json"
+_CHARACTERS_PER_TOKEN = 4
+
+
+@dataclass(frozen=True)
+class World:
+    """Which process this is (from 0), of how many, and its number on this machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def from_environment(cls) -> World:
+        """What the launcher says; one process without a launcher.
+
+        Raises:
+            UserError: the variables contradict each other.
+        """
+        try:
+            size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+            local = int(os.environ.get("LOCAL_RANK", rank))
+        except ValueError:
+            raise UserError("RANK, WORLD_SIZE and LOCAL_RANK must be numbers; start with accelerate launch") from None
+        if size > 1 and "RANK" not in os.environ:
+            raise UserError("WORLD_SIZE is set but RANK is not; start with accelerate launch, or unset WORLD_SIZE")
+        if not 0 <= rank < size:
+            raise UserError(f"RANK {rank} does not fit WORLD_SIZE {size}")
+        return cls(rank, size, local)
+
+    def device(self) -> str | None:
+        """The device of this process where the user names none: one GPU each; None leaves the choice to the loader."""
+        import torch
+
+        if self.size == 1 or not torch.cuda.is_available():
+            return None
+        return f"cuda:{self.local_rank % torch.cuda.device_count()}"
+
+
+def parts_folder(path: str | os.PathLike[str]) -> Path:
+    """Where the parts of a file lie while several processes write it: `X.parts/` beside `X.jsonl`."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}.parts")
+
+
+def part_path(path: str | os.PathLike[str], rank: int) -> Path:
+    """The part of process `rank`."""
+    return parts_folder(path) / f"part-{rank}.jsonl"
+
+
+def existing_parts(path: str | os.PathLike[str]) -> list[Path]:
+    """Parts that earlier or present processes have written."""
+    return sorted(parts_folder(path).glob("part-*.jsonl"))
+
+
+# --- dealing out -----------------------------------------------------------------------------------------------
+
+
+def crop_counter(model_path: str | os.PathLike[str]) -> Callable[[tuple[int, int]], int]:
+    """Image size (w, h) -> crops that the vision tower sees: several for a checkpoint that tiles, else 1."""
+    from llava.mm_utils import parse_grid_pinpoints, select_best_resolution
+
+    config: Any = {}
+    with contextlib.suppress(UserError):
+        config = read_json(Path(model_path) / "config.json", "config")
+    config = config if isinstance(config, dict) else {}
+    pinpoints = config.get("image_grid_pinpoints")
+    tiles = "anyres" in str(config.get("image_aspect_ratio")) or config.get("model_type") == "llava_next"
+    if not pinpoints or not tiles:
+        return lambda size: 1
+    grid = parse_grid_pinpoints(pinpoints)
+    side = min(min(pair) for pair in grid)  # the narrowest canvas is one tile wide
+
+    def crops(size: tuple[int, int]) -> int:
+        width, height = select_best_resolution(size, grid, config.get("anyres_resolution_rule", "effective"))
+        return 1 + max(width // side, 1) * max(height // side, 1)
+
+    return crops
+
+
+def question_costs(
+    questions: Sequence[Question], image_folder: Path, crops: Callable[[tuple[int, int]], int], patches: int = 576
+) -> np.ndarray:
+    """About how many tokens each prompt has, float64 `[questions]`: text by its length, images by their crops.
+
+    Sizes come from the headers of the image files; an image that cannot be read counts as one crop.
+    """
+    from PIL import Image
+
+    from llava.eval.images import SampleError, image_path
+
+    last: tuple[str | None, int] = (None, 0)
+    costs = np.empty(len(questions))
+    varies = crops((1, 1)) > 1
+    for i, question in enumerate(questions):
+        if question.image is None:
+            tokens = 0
+        elif question.image == last[0]:
+            tokens = last[1]
+        else:
+            count = 1
+            if varies:  # otherwise all images cost the same, and nobody needs to open them
+                with contextlib.suppress(SampleError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+                    with Image.open(image_path(image_folder, question.image)) as image:
+                        count = crops(image.size)
+            tokens = patches * count
+            last = question.image, tokens
+        costs[i] = tokens + len(question.text) / _CHARACTERS_PER_TOKEN + 1
+    return costs
+
+
+def deal(questions: Sequence[Question], costs: np.ndarray, processes: int) -> list[np.ndarray]:
+    """Positions for each process, ascending, of about equal cost. Consecutive questions about an image stay together.
+
+    Largest first to whoever has least so far; the same input gives the same parts.
+    """
+    groups: list[tuple[int, int]] = []
+    begin, image = 0, None
+    # An image with very many questions must not become the longest part: groups stay well below a fair share.
+    most = max(1, min(16, len(questions) // (4 * processes)))
+    for position, question in enumerate(questions):
+        fresh = question.image is None or question.image != image or position - begin >= most
+        if position > begin and fresh:
+            groups.append((begin, position))
+            begin = position
+        image = question.image
+    if begin < len(questions):
+        groups.append((begin, len(questions)))
+    sums = [(float(costs[start:stop].sum()), start, stop) for start, stop in groups]
+    loads = [(0.0, rank) for rank in range(processes)]
+    dealt: list[list[int]] = [[] for _ in range(processes)]
+    for cost, start, stop in sorted(sums, key=lambda group: (-group[0], group[1])):
+        load, rank = heapq.heappop(loads)
+        dealt[rank].extend(range(start, stop))
+        heapq.heappush(loads, (load + cost, rank))
+    return [np.sort(np.asarray(positions, dtype=np.int64)) for positions in dealt]
+
+
+# --- the one conversation --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a process has to do: its questions, and the number of the plan they belong to."""
+
+    questions: Sequence[Question]
+    plan: str
+
+
+def share_work(
+    world: World,
+    questions: Sequence[Question],
+    answers_file: str | os.PathLike[str],
+    look: Callable[[], tuple[np.ndarray, np.ndarray]],
+) -> Share:
+    """Agrees with the other processes on who answers what.
+
+    look: gives (positions without an answer, their costs); called in process 0 only.
+
+    Raises:
+        UserError: process 0 found something wrong, a process is missing, or the processes do not share the folder.
+    """
+    import torch.distributed as distributed
+
+    if world.size == 1:
+        plan = _plan(world, questions, answers_file, look)
+        if "error" in plan:
+            raise UserError(plan["error"])
+        return Share(Selected(questions, plan["parts"][0]), plan["plan"])
+    message: list[Any] = [None]
+    try:
+        distributed.init_process_group("gloo", timeout=_START_TIMEOUT)
+        if world.rank == 0:
+            message[0] = _plan(world, questions, answers_file, look)
+        distributed.broadcast_object_list(message, src=0)
+        plan = message[0]
+        problem = plan.get("error") or _sees_plan(answers_file, plan["plan"])
+        problems: list[Any] = [None] * world.size
+        distributed.all_gather_object(problems, problem)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the processes could not share out the work; did one of them end? ({reason})") from None
+    finally:
+        # Nobody waits for anybody any more: a process that dies now takes no other with it.
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+    for problem in problems:
+        if problem:
+            raise UserError(problem)
+    return Share(Selected(questions, plan["parts"][world.rank]), plan["plan"])
+
+
+def _plan(
+    world: World,
+    questions: Sequence[Question],
+    answers_file: str | os.PathLike[str],
+    look: Callable[[], tuple[np.ndarray, np.ndarray]],
+) -> dict[str, Any]:
+    try:
+        positions, costs = look()
+        todo = Selected(questions, positions)
+        parts = [positions[dealt] for dealt in deal(todo, costs, world.size)]
+        plan = {"plan": uuid.uuid4().hex, "parts": parts}
+        write_json(parts_folder(answers_file) / _PLAN, {"plan": plan["plan"], "processes": world.size})
+        return plan
+    except UserError as error:
+        return {"error": str(error)}
+
+
+def _sees_plan(answers_file: str | os.PathLike[str], plan: str) -> str | None:
+    folder = parts_folder(answers_file)
+    try:
+        seen = json.loads((folder / _PLAN).read_text(encoding="utf-8"))["plan"]
+    except (OSError, ValueError, KeyError):
+        seen = None
+    return None if seen == plan else f"not all processes see {folder}: answers must lie on a file system they share"
+
+
+def look_at_answers(
+    questions: Sequence[Question],
+    answers_file: str | os.PathLike[str],
+    model_id: str,
+    options: Mapping[str, Any],
+    check: Callable[[dict[str, Any] | None], None],
+    resume: bool,
+    costs: Callable[[Sequence[Question]], np.ndarray],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the questions that have an answer neither in the file nor in a part, and what they cost.
+
+    Without `resume` the parts of earlier runs are removed. check: refuses metadata of another run.
+    """
+    folder = parts_folder(answers_file)
+    answers = AnswerFile(answers_file, model_id, options, resume)
+    try:
+        if not resume:
+            if folder.is_dir():
+                _remove_parts(answers_file)
+            for path in (Path(answers_file), meta_path(answers_file)):
+                path.unlink(missing_ok=True)
+        hashes = [answers.found]
+        if answers.has_answers:
+            check(read_metadata(answers_file))
+        for path in existing_parts(answers_file):
+            part = AnswerFile(path, model_id, options)
+            try:
+                if part.has_answers:
+                    check(read_metadata(path))
+                hashes.append(part.found)
+            finally:
+                part.close()
+    finally:
+        answers.close()
+    places = match(question_hashes(questions), np.concatenate([np.asarray(part, dtype=np.uint64) for part in hashes]))
+    todo = np.ones(len(questions), dtype=bool)
+    todo[places[places >= 0]] = False
+    positions = np.flatnonzero(todo)
+    return positions, costs(Selected(questions, positions))
+
+
+def _remove_parts(path: str | os.PathLike[str]) -> None:
+    """Removes parts that nobody writes; raises `UserError` if somebody does."""
+    for part in existing_parts(path):
+        RecordFile(part, "answers file").close()
+    shutil.rmtree(parts_folder(path), ignore_errors=True)
+
+
+# --- the end ---------------------------------------------------------------------------------------------------
+
+
+def finish_together(
+    world: World, share: Share, questions: Sequence[Question], answers_file: Path, trace_file: str | None
+) -> dict[str, int] | None:
+    """Called by every process that has done its share: the last one merges.
+
+    Returns the counts of the merged metadata, or None if other processes are still at work (or ended before they were
+    done; the same command then finishes it).
+    """
+    lock = FileLock(answers_file, "answers file", wait=_MERGE_WAIT)
+    try:
+        plan = parts_folder(answers_file) / _PLAN
+        if not plan.exists() or json.loads(plan.read_text(encoding="utf-8"))["plan"] != share.plan:
+            meta = read_metadata(answers_file)  # another process was the last one and has merged
+            return None if meta is None else meta["counts"]
+        for rank in range(world.size):
+            meta = read_metadata(part_path(answers_file, rank))
+            if meta is None or not meta["complete"] or meta.get("plan") != share.plan:
+                return None
+        own = [answers_file] if answers_file.exists() else []
+        parts = [read_part(path, unfinished=True) for path in [*own, *existing_parts(answers_file)]]
+        check_same_run(parts, unfinished=True)
+        merge(answers_file, questions, parts, allow_missing=True, keep_others=True)
+        if trace_file is not None:
+            _merge_traces(Path(trace_file), questions)
+        counts = read_metadata(answers_file)["counts"]
+        shutil.rmtree(parts_folder(answers_file), ignore_errors=True)
+        return counts
+    finally:
+        lock.release()
+
+
+def _merge_traces(target: Path, questions: Sequence[Question]) -> None:
+    """One line per question, in order, of the trace file and its parts."""
+    paths = [path for path in [target, *existing_parts(target)] if path.exists()]
+    read = [read_hashes(path) for path in paths]
+    places = match(question_hashes(questions), np.concatenate([hashes for hashes, _ in read]))
+    owner = np.concatenate([np.full(len(hashes), i) for i, (hashes, _) in enumerate(read)])
+    starts = np.concatenate([starts for _, starts in read])
+    chosen = np.flatnonzero(places >= 0)
+    chosen = chosen[np.argsort(places[chosen], kind="stable")]
+
+    def lines() -> Iterator[bytes]:
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(open(path, "rb")) for path in paths]
+            for i in chosen:
+                files[owner[i]].seek(int(starts[i]))
+                yield files[owner[i]].readline()
+
+    write_lines_atomic(target, lines())
+    shutil.rmtree(parts_folder(target), ignore_errors=True)
