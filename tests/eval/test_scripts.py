@@ -3,15 +3,19 @@
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from llava.eval.catalog import ENTRIES, get_entry
-from tests.eval.helpers import ROOT, read_json, read_jsonl, write_json, write_jsonl
+from tests.eval.conftest import VOCABULARY
+from tests.eval.helpers import ROOT, TINY_DATA, read_json, read_jsonl, write_json, write_jsonl
 from tests.eval.small_data import write_all
+from tests.model.tiny import IMAGE_SIDE, tiny_model, write_original, write_tokenizer
 
 SCRIPTS = sorted(ROOT.glob("scripts/v1_*/eval/*.sh"))
 NAMES = [entry.name for entry in ENTRIES]
@@ -108,6 +112,60 @@ def read_questions(entry, place):
     from llava.eval.check_data import load_questions
 
     return load_questions(entry, place / "small data" / entry.folder / entry.question_file)
+
+
+@pytest.fixture(scope="module")
+def tiled_checkpoint(tmp_path_factory):
+    """Folder of a random model of LLaVA-1.6's kind: up to five tiles of 16 visual tokens."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "llava-v1.6-vicuna-random"
+    sides = [[IMAGE_SIDE * w, IMAGE_SIDE * h] for w, h in ((1, 2), (2, 1), (2, 2))]
+    tiles = {"mm_patch_merge_type": "spatial_unpad", "image_grid_pinpoints": sides, "image_aspect_ratio": "anyres"}
+    model = tiny_model(text={"vocab_size": VOCABULARY}, **tiles)
+    write_original(folder, model, vocab_size=VOCABULARY, **tiles)
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=NAMES)
+def test_tiled_model_on_miniature_data(entry, run, place, tiled_checkpoint):
+    """The scripts of 1.6, on the data that ship with the repository."""
+    out = place / "tiled"
+    result = run(
+        f"v1_6/eval/{entry.name}", "12", "--limit", "2", DATA_DIR=TINY_DATA, OUT_DIR=out,
+        MODEL_DIR=tiled_checkpoint.parent, CKPT=tiled_checkpoint.name,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    answers = entry.answers_file(out, f"{tiled_checkpoint.name}/autoprune/n_12")
+    tokens = [record["metadata"]["tokens"] for record in read_jsonl(answers)]
+    assert len(tokens) == 2
+    for t in tokens:  # text-only questions of ScienceQA have none
+        assert t["visual"] == 0 or (t["visual"] > 16 and t["nominal"] < t["processed"] < t["visual"]), t
+    if KEYS[entry.name]:
+        assert set(KEYS[entry.name][:1]) <= set(read_json(answers.with_suffix(".json")))
+
+
+def test_a_signal_reaches_every_part_and_nothing_is_merged(place, tmp_path):
+    """The parts get the time to write what they have before the script ends."""
+    fake = tmp_path / "fake python"
+    fake.write_text(
+        "#!/bin/bash\n"
+        'case "$*" in *--chunk-idx*) ;; *merge*) touch merged; exit 0;; *) exit 0;; esac\n'
+        'all="$*"; index="${all##*--chunk-idx }"; index="${index%% *}"\n'
+        "trap 'sleep 0.3; touch \"flushed $index\"; exit 143' TERM\n"
+        'touch "started $index"; for i in $(seq 600); do sleep 0.05; done\n'
+    )
+    fake.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(fake), "CUDA_VISIBLE_DEVICES": "0,1", "DATA_DIR": str(place)}
+    command = ["bash", str(ROOT / "scripts" / "v1_5" / "eval" / "pope.sh"), "4"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("started *"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode > 128 and "not merged" in err
+    assert {path.name for path in tmp_path.glob("flushed *")} == {"flushed 0", "flushed 1"}
+    assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: "/".join(path.parts[-3::2]))
