@@ -61,6 +61,7 @@ def _is_number(value: Any) -> bool:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description="Add up the reviews of LLaVA-Bench.")
     parser.add_argument("-d", "--dir", help="summarize every .jsonl of this folder")
+    parser.add_argument("-v", "--version", help="only reviews by this GPT-4: 0613 if the name says so, else 0314")
     parser.add_argument("-f", "--files", nargs="*", default=[], help="review files (.jsonl)")
     parser.add_argument("-s", "--select", nargs="*", default=[], help="only files whose name holds all of these")
     parser.add_argument("-i", "--ignore", nargs="*", default=[], help="no files whose name holds one of these")
@@ -72,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = [
         path
         for path in files
-        if all(part in path.name for part in args.select) and not any(part in path.name for part in args.ignore)
+        if all(part in path.name for part in args.select)
+        and not any(part in path.name for part in args.ignore)
+        and args.version in (None, "0613" if "0613" in path.name else "0314")
     ]
     if not chosen:
         raise UserError("no review file: give --dir or --files, and check --select and --ignore")
