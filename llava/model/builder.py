@@ -136,6 +136,7 @@ def load_pretrained_model(
     if mm_patch_merge_type is not None:
         model.set_patch_merge_type(mm_patch_merge_type)
     _set_generation_config(model, checkpoint.find("generation_config.json") or folder)
+    model.generation_config.suppress_tokens = _wordless_tokens(config, tokenizer, model.generation_config.eos_token_id)
     return tokenizer, model, image_processor, int(getattr(config, "max_sequence_length", None) or DEFAULT_CONTEXT_LEN)
 
 
@@ -247,11 +248,16 @@ def load_image_processor(folder: Path, tower_folder: Path | None, config: LlavaC
     measured with.
     """
     side = config.vision_config.image_size
-    for place in (tower_folder, folder):
-        path = None if place is None else place / "preprocessor_config.json"
-        if path is None or not path.is_file():
+    places = [place for place in (tower_folder, folder) if place is not None]
+    for path in [place / name for place in places for name in ("preprocessor_config.json", "processor_config.json")]:
+        if not path.is_file():
             continue
         raw = read_json(path)
+        if path.name == "processor_config.json":
+            # Newer llava-hf folders keep the image processor's settings inside the processor's.
+            raw = raw.get("image_processor")
+            if not isinstance(raw, dict):
+                continue
         try:
             processor = CLIPImageProcessorPil.from_dict(raw)
             crop = int(processor.crop_size["height"])
@@ -303,3 +309,17 @@ def _set_generation_config(model: LlavaLlamaForCausalLM, folder: Path) -> None:
     if model.generation_config.pad_token_id is None:
         eos = model.generation_config.eos_token_id
         model.generation_config.pad_token_id = eos[0] if isinstance(eos, list) else eos
+
+
+def _wordless_tokens(config: LlavaConfig, tokenizer: Any | None, eos: int | list[int] | None) -> list[int] | None:
+    """Ids that the llava-hf layout appends to the vocabulary for `<image>`, padding and alignment.
+
+    Their rows are no part of LLaVA. Ruling them out makes both layouts choose among the same words.
+    """
+    first, size = config.image_token_index, config.text_config.vocab_size
+    if not 0 <= first < size:
+        return None
+    words = set(eos if isinstance(eos, list) else [eos])
+    if tokenizer is not None:
+        words |= set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids) - {first}
+    return [token for token in range(first, size) if token not in words]
