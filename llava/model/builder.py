@@ -124,7 +124,9 @@ def load_pretrained_model(
     base = None
     if model_base:
         base = locate(str(model_base), "base model", local_files_only=local_files_only)
-    checkpoint = _read_checkpoint(folder, base, options["dtype"], local_files_only)
+    # Converted while reading where the result stays on the CPU; on the way to another device the device does it.
+    on_cpu = _only_cpu(options["device_map"]) and "quantization_config" not in options
+    checkpoint = _read_checkpoint(folder, base, options["dtype"], on_cpu, local_files_only)
     config = checkpoint.config
     tokenizer = load_tokenizer(checkpoint.find("tokenizer.model", "tokenizer.json") or folder, config)
     image_processor = load_image_processor(base or folder, checkpoint.tower_folder, config)
@@ -202,8 +204,11 @@ def _quantization_options(load_8bit: bool, load_4bit: bool, dtype: torch.dtype) 
 # --- files --------------------------------------------------------------------------------------------------
 
 
-def _read_checkpoint(folder: Path, base: Path | None, dtype: torch.dtype, local_files_only: bool) -> Checkpoint:
+def _read_checkpoint(
+    folder: Path, base: Path | None, dtype: torch.dtype, convert: bool, local_files_only: bool
+) -> Checkpoint:
     """Configuration and translated weights, vision tower included; adapters are merged into their base."""
+    into = dtype if convert else None
     if base is None and is_adapter(folder) and not _has_weights(folder):
         named = base_named_by(folder)
         raise UserError(
@@ -221,7 +226,7 @@ def _read_checkpoint(folder: Path, base: Path | None, dtype: torch.dtype, local_
     # What is wrong with the decoder's half comes first: finding it out needs no download of a tower.
     check_config(raw, path)
     files = weight_files(base or folder)
-    weights = read_weights(files, translate_name)
+    weights = read_weights(files, translate_name, into)
     if base is not None:
         apply_adapter(weights, folder, dtype)
     if is_llava_hf_config(raw):
@@ -231,7 +236,7 @@ def _read_checkpoint(folder: Path, base: Path | None, dtype: torch.dtype, local_
         name = tower_name(raw, path)
         tower_folder = find_tower(name, path, not inside, local_files_only)
         if tower_folder is not None and not inside:
-            weights |= read_weights(weight_files(tower_folder), translate_tower_name)
+            weights |= read_weights(weight_files(tower_folder), translate_tower_name, into)
         config = llava_config(raw, path, tower_config(name, tower_folder))
     return Checkpoint(folder, base, config, weights, files, tower_folder)
 

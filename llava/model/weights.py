@@ -22,6 +22,7 @@ from llava.utils import UserError
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 LISTED_NAMES = 12
+PIECE_BYTES = 64 << 20
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -53,11 +54,19 @@ def _shards(index: Path) -> list[Path]:
     return files
 
 
-def read_weights(files: Iterable[Path], translate: Callable[[str], str | None]) -> dict[str, Tensor]:
+def read_weights(
+    files: Iterable[Path], translate: Callable[[str], str | None], dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
     """All tensors of `files` on the CPU, under translated names; names translated to None are left out.
 
-    Tensors are mapped from disk where the format allows it, so nothing is copied before the model asks for
-    it.
+    Tensors are mapped from disk where the format allows it, so nothing is copied before the model asks for it, and a
+    model of the same precision on the CPU never copies them.
+
+    Args:
+        files: safetensors and `.bin` files.
+        translate: file name of a tensor -> name in the result, or None.
+        dtype: convert what is stored otherwise. Done piece by piece, the pages of what has been converted go back to
+            the system; left to the model, the whole checkpoint would stay in memory beside the converted one.
 
     Raises:
         UserError: a file cannot be read, or two tensors get the same name.
@@ -65,23 +74,50 @@ def read_weights(files: Iterable[Path], translate: Callable[[str], str | None]) 
     weights: dict[str, Tensor] = {}
     for file in files:
         read = _read_safetensors if file.suffix == ".safetensors" else _read_bin
-        for name, tensor in read(file, translate).items():
+        found = read(file, translate, None)
+        if dtype is not None:
+            names = [name for name, tensor in found.items() if tensor.is_floating_point() and tensor.dtype != dtype]
+            pieces = _pieces(names, found)
+            for name in names:
+                del found[name]
+            for piece in pieces:
+                # A fresh mapping per piece: closing it is what lets go of the pages.
+                mapped = read(file, translate, piece)
+                found |= {name: mapped.pop(name).to(dtype) for name in piece}
+        for name, tensor in found.items():
             if name in weights:
                 raise UserError(f"{file}: tensor {name!r} appears twice in the checkpoint")
             weights[name] = tensor
     return weights
 
 
-def _read_safetensors(file: Path, translate: Callable[[str], str | None]) -> dict[str, Tensor]:
+def _pieces(names: Iterable[str], tensors: Mapping[str, Tensor]) -> list[set[str]]:
+    """Groups of about `PIECE_BYTES`."""
+    pieces: list[set[str]] = []
+    room = 0
+    for name in names:
+        if room <= 0:
+            pieces.append(set())
+            room = PIECE_BYTES
+        pieces[-1].add(name)
+        room -= tensors[name].nbytes
+    return pieces
+
+
+def _read_safetensors(file: Path, translate: Callable[[str], str | None], only: set[str] | None) -> dict[str, Tensor]:
     try:
         with safe_open(file, framework="pt", device="cpu") as archive:
             names = {name: translate(name) for name in archive.keys()}  # noqa: SIM118 - not a mapping
-            return {new: archive.get_tensor(name) for name, new in names.items() if new is not None}
+            return {
+                new: archive.get_tensor(name)
+                for name, new in names.items()
+                if new is not None and (only is None or new in only)
+            }
     except (SafetensorError, OSError, ValueError) as error:
         raise _unreadable(file, error) from None
 
 
-def _read_bin(file: Path, translate: Callable[[str], str | None]) -> dict[str, Tensor]:
+def _read_bin(file: Path, translate: Callable[[str], str | None], only: set[str] | None) -> dict[str, Tensor]:
     try:
         # weights_only: a pickle from somewhere else must not run code. Only the zip format can be mapped.
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
@@ -92,7 +128,7 @@ def _read_bin(file: Path, translate: Callable[[str], str | None]) -> dict[str, T
     tensors: dict[str, Tensor] = {}
     for name, tensor in content.items():
         new = translate(name)
-        if new is not None and isinstance(tensor, Tensor):
+        if new is not None and isinstance(tensor, Tensor) and (only is None or new in only):
             tensors[new] = tensor
     return tensors
 

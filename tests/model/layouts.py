@@ -82,7 +82,7 @@ def write_llava_hf(
     config = {
         "architectures": [name],
         "ignore_index": -100,
-        "image_token_index": vocab if extra_rows else vocab - 1,
+        "image_token_index": vocab,
         "model_type": kind,
         "projector_hidden_act": "gelu",
         "text_config": {"model_type": "llama", **TEXT_FIELDS, "vocab_size": vocab + extra_rows, **(text or {})},

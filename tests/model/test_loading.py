@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -412,3 +413,26 @@ def test_tower_weights_inside_need_only_the_towers_small_files(tmp_path, source,
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fake)
     assert_same(load(folder)[1], source)
     assert len(asked) == 1 and not any("safetensors" in p or "bin" in p for p in asked[0])
+
+
+# --- memory ---
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_weights_of_the_right_precision_are_mapped_not_copied(tmp_path, source, form):
+    folder = write_original(tmp_path, source, form)
+    parameter = load(folder)[1].lm_head.weight
+    # A mapped tensor shares the storage of its whole file; a copy has one of its own size.
+    mapped = any(str(folder) in line for line in Path("/proc/self/maps").read_text().splitlines())
+    assert mapped and parameter.dtype == torch.float32
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_conversion_lets_go_of_the_file(tmp_path, source, form, monkeypatch):
+    # Pieces of one tensor each: the result must not depend on where they are cut.
+    monkeypatch.setattr("llava.model.weights.PIECE_BYTES", 1)
+    folder = write_original(tmp_path, source, form)
+    model = load(folder, dtype="bfloat16")[1]
+    assert not any(str(folder) in line for line in Path("/proc/self/maps").read_text().splitlines())
+    for name, tensor in source.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor.bfloat16()), name
