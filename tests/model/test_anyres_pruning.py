@@ -128,7 +128,9 @@ def test_cls_attention_follows_the_features(model, merge_type):
     call = inputs(model)
     tokens = model.encode_visual_tokens(call["images"], SIZES, with_cls_attention=True)
     for image, crops, size in zip(tokens, call["images"], SIZES, strict=True):
-        features, attention = model._project_crops(crops, with_cls_attention=True)
+        alone = model.encode_visual_tokens(crops, with_cls_attention=True)  # a plain stack: every crop an image
+        features = torch.stack([crop.features for crop in alone])
+        attention = torch.stack([crop.cls_attention for crop in alone])
         grid = {3: None, 4: (3, 1) if size[0] > size[1] else (1, 3), 5: (2, 2)}[len(crops)] or (
             (2, 1) if size[0] > size[1] else (1, 2)
         )

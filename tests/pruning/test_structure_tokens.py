@@ -9,11 +9,10 @@ from typing import ClassVar
 import pytest
 import torch
 
-from llava.pruning import AutoPrune, Dense, PruningMethod, Rows, VisualLayout, get_method, list_methods
+from llava.pruning import AutoPrune, Dense, PruningMethod, Rows, VisualLayout, get_method
 from llava.pruning.cap import crop_quotas
 from tests.pruning.models import generate, masked_oracle, random_llama
 
-SIDE = 4
 # Text, then images as lists of rows of patches (each closed by a newline, but for a block of plain patches), text.
 SAMPLES = (
     (5, [("plain", 16), *[("row", 4)] * 6], 7),
@@ -68,8 +67,10 @@ class Prompts:
 
 def build(name: str, positions: str) -> PruningMethod:
     options = {"target_tokens": 12, "positions": positions}
-    if name == "autoprune":  # the oracle knows no merged tokens
-        options |= {"x0": 3.0, "recycle_fraction": 0.0}
+    if name in ("autoprune", "sparsevlm"):  # the oracle knows no merged tokens
+        options["recycle_fraction"] = 0.0
+    if name == "autoprune":
+        options["x0"] = 3.0
     if name == "fastv":
         options["target_tokens"] = 22
     if name == "dense":
@@ -78,7 +79,8 @@ def build(name: str, positions: str) -> PruningMethod:
 
 
 BEFORE_DECODER = ("dense", "random", "uniform", "fastervlm", "divprune")
-METHODS = [name for name in (*BEFORE_DECODER, "fastv", "autoprune") if name in list_methods()]
+METHODS = (*BEFORE_DECODER, "fastv", "autoprune", "pdrop", "sparsevlm")
+# Methods at work in front of the decoder are crossed with newlines in tests/model/test_vision_methods.
 
 
 @pytest.mark.parametrize("positions", ["original", "compact"])
