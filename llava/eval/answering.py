@@ -74,6 +74,7 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any, Any, int]:
     kwargs: dict[str, Any] = {}
     if args.dtype != "auto":
         kwargs["torch_dtype"] = getattr(torch, args.dtype)
+    kwargs |= {name: True for name in ("load_8bit", "load_4bit") if getattr(args, name, False)}
     if args.attn_implementation is not None:
         kwargs["attn_implementation"] = args.attn_implementation
     if (merge_type := merge_type_from_args(args)) is not None:

@@ -30,6 +30,8 @@ MAX_NEW_TOKENS = 512
 def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that one question and a chat have in common."""
     add_model_arguments(parser)
+    for bits in (8, 4):
+        parser.add_argument(f"--load-{bits}bit", action="store_true", help=f"quantize to {bits} bits (bitsandbytes)")
     group = parser.add_argument_group("images")
     group.add_argument(
         "--image-file", default=None, help="image file(s) or http(s) address(es), separated by --sep; default: no image"

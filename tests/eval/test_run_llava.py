@@ -267,3 +267,12 @@ def test_placeholders_and_budgets_that_do_not_fit(argv, data, capsys):
     fails_with_one_line(main, argv(*base, query="<image> and <image>?"), capsys, "2 image placeholder(s)", "1 image(s)")
     fails_with_one_line(main, argv(*base, "--target-token-num", 17), capsys, "--target-token-num 17", "16")
     fails_with_one_line(main, argv("--conv-mode", "llava_v0", query="<image>?"), capsys, "1 image placeholder(s)")
+
+
+def test_quantized_loading_reaches_the_loader(argv, data, capsys, monkeypatch):
+    # Whether bitsandbytes is installed is the loader's affair: here only that the flag arrives.
+    monkeypatch.setattr("transformers.utils.is_bitsandbytes_available", lambda: False)
+    base = ("--conv-mode", "llava_v0", "--image-file", data / "images" / "0.png")
+    for flag in ("--load-8bit", "--load-4bit"):
+        fails_with_one_line(main, argv(*base, flag), capsys, "bitsandbytes")
+    fails_with_one_line(main, argv(*base, "--load-8bit", "--load-4bit"), capsys, "one of 8-bit and 4-bit")

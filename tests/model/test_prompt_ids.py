@@ -19,6 +19,7 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
 from llava.mm_utils import tokenizer_image_token
 from llava.model.tokenizer import load_tokenizer
+from tests.conftest import ROOT
 from tests.model.tiny import tiny_config, write_tokenizer
 
 SPECIAL = {"<unk>": 0, "<s>": 1, "</s>": 2}
@@ -156,6 +157,15 @@ def test_golden_pieces(tokenizers):
     # After the end of a turn, only the legacy tokenizer writes a leading space.
     assert pieces("red</s>What")[-3:] == ["</s>", "W", "hat"]
     assert pieces("red</s>What", legacy=True)[-2:] == ["</s>", "\u2581What"]
+
+
+def test_ids_of_the_embedded_checkpoint():
+    folder = ROOT / "playground" / "tiny" / "models" / "tiny-llava-v1.5"
+    tokenizer = load_tokenizer(folder, tiny_config(text={"vocab_size": 32000}))
+    encode = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).encode
+    for before, after in (("USER: ", "\nWhat color is it? ASSISTANT:"), ("USER:", " Hi"), ("", "  "), ("a", "")):
+        ids = tokenizer_image_token(f"{before}<image>{after}", tokenizer)
+        assert ids == [1, *encode(before), IMAGE, *encode(after)]
 
 
 @pytest.mark.parametrize(
