@@ -148,3 +148,15 @@ def test_sampling_parameters_are_passed_only_when_sampling():
 )
 def test_merge_type_follows_the_flag_and_else_the_method(flags, expected):
     assert merge_type_from_args(parse(*flags)) == expected
+
+
+def test_budget_compositions_and_schedules_from_flags():
+    assert method_from_args(parse("--method", "fastv", "--budget", "processed")).budget == "processed"
+    args = ["--method", "divprune+autoprune", "--method-args", "divprune.target_tokens=128,autoprune.mi_layer=0"]
+    first, last = method_from_args(parse(*args, "--target-token-num", "32", "--x0", "5")).parts
+    assert (first.target_tokens, last.target_tokens, last.x0, last.mi_layer) == (128, 32, 5.0, 0)
+    with pytest.raises(UserError, match="--method divprune.autoprune: .*give the budget of divprune too"):
+        method_from_args(parse("--method", "divprune+autoprune"))
+    assert method_from_args(parse("--method", "2:fastv:0.5;16:random:0.5")).aim is None
+    with pytest.raises(UserError, match="--method: schedule entry '2:fastv' must be"):
+        method_from_args(parse("--method", "2:fastv"))

@@ -6,7 +6,10 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from llava.model import vision
 from llava.model.vision import VisionTower, encode_crops, layers_to_run
+from llava.pruning.scores import attention_rows
+from llava.pruning.vision import TowerValue, VisionFact
 from tests.model.tiny import GRID, PATCHES, VISION_FIELDS, sharpen, tiny_images, tiny_model
 
 LAYERS = VISION_FIELDS["num_hidden_layers"]
@@ -113,3 +116,40 @@ def test_llavas_view_of_the_tower():
     one_by_one = view([tiny_images(2)[0], tiny_images(2)[1:]])
     torch.testing.assert_close(torch.cat(one_by_one), stack, atol=1e-5, rtol=1e-5)
     assert view.vision_tower is model.model.vision_tower and model.get_model() is model.model
+
+
+@torch.no_grad()
+def test_received_attention_is_summed_in_blocks(eager_outputs, monkeypatch):
+    """Never the map of all rows and heads; the result is that of the full map."""
+    rows = []
+
+    def watched(query, *args):
+        rows.append(query.shape[2])
+        return attention_rows(query, *args)
+
+    monkeypatch.setattr(vision, "_BLOCK", 5)
+    monkeypatch.setattr(vision, "attention_rows", watched)
+    facts = {
+        "middle": VisionFact(TowerValue.RECEIVED_ATTENTION, 1),
+        "last": VisionFact(TowerValue.RECEIVED_ATTENTION, -1),
+    }
+    encoded = encode_crops(tower("sdpa"), tiny_images(3), -2, facts=facts)
+    for name, layer in (("middle", 1), ("last", -1)):
+        expected = eager_outputs.attentions[layer].mean(dim=(1, 2))[:, 1:]
+        torch.testing.assert_close(encoded.facts[name], expected, atol=1e-6, rtol=1e-5)
+    assert max(rows) == 5 and sum(rows) == 2 * (PATCHES + 1)
+
+
+@torch.no_grad()
+def test_a_fact_of_a_layer_behind_the_selected_one_does_not_run_it():
+    model, calls = tower("sdpa"), []
+    for i, layer in enumerate(model.encoder.layers):
+        layer.register_forward_hook(lambda *_, i=i: calls.append(i))
+    facts = {"keys": VisionFact(TowerValue.WIDE_KEYS, -1)}
+    encode_crops(model, tiny_images(1), -2, facts=facts)
+    assert calls == list(range(LAYERS - 1))
+    calls.clear()
+    plain = encode_crops(model, tiny_images(1), 1).features_NPC
+    calls.clear()
+    encoded = encode_crops(model, tiny_images(1), 1, facts=facts)
+    assert calls == list(range(LAYERS - 1)) and torch.equal(encoded.features_NPC, plain)

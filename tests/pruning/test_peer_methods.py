@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from llava.pruning import OptionError, get_method
+from llava.pruning.budget import scaled_layers
+from llava.pruning.methods.pdrop import PDrop, plan_stages
 from llava.pruning.methods.sparsevlm import keep_list, text_raters
 from llava.pruning.methods.tome import bipartite_merge, merges_now
 from llava.pruning.reduction import Crop, reduce_crops
+from llava.pruning.retention import prune_step
 from llava.pruning.vision import merge_tokens
 from tests.pruning import naive
 from tests.pruning.models import Batch, generate, random_llama
@@ -167,12 +170,38 @@ def test_pdrop_asks_the_next_layer(model):
 
 
 def test_pdrop_with_published_settings():
-    from llava.pruning.methods.pdrop import PDrop, plan_stages
-
     assert PDrop(ratio=0.5)._plan(576, 32) == {8: 288, 16: 144, 24: 72}
     assert plan_stages(576, 32, 270, None) == {8: 288, 16: 144, 24: 72}
     with pytest.raises(OptionError, match="8/16/24"):
         PDrop(layers="16/8")
+
+
+@pytest.mark.parametrize(("layers", "tokens"), [(32, 576), (12, 576), (32, 2880)])
+@pytest.mark.parametrize("name", ["sparsevlm", "sparsevlm-processed", "pdrop"])
+def test_plans_meet_any_budget_within_one_token(name, layers, tokens):
+    """On paper, at real sizes: from the smallest mean that is possible to all tokens."""
+    kind = "nominal" if name == "sparsevlm" else "processed"
+    stages = scaled_layers((2, 6, 15), 32, layers)
+
+    def mean(target: int) -> float:
+        if name == "pdrop":
+            keep = plan_stages(tokens, layers, target, None)
+        else:
+            counts = keep_list(tokens, layers, stages, target, kind, 0.3)
+            keep = {stage + 1: count for stage, count in zip(stages, counts, strict=True)}
+        current, leaving = tokens, []
+        for layer in range(layers):
+            if layer + 1 in keep:
+                step = prune_step(current, min(keep[layer + 1], current), 0.0 if name == "pdrop" else 0.3)
+                current = step.total
+            leaving.append(current)
+        charged = leaving if kind == "nominal" else [tokens, *leaving[:-1]]
+        return sum(charged) / layers
+
+    least = mean(1)
+    for target in (1, 2, *range(5, tokens, tokens // 12), tokens - 1, tokens):
+        assert abs(mean(target) - max(target, least)) <= 1, (target, least)
+    assert mean(tokens) == tokens
 
 
 COUNTED = ["fastv", "sparsevlm", "pdrop", "autoprune", "random", "uniform", "fastervlm", "divprune", "visionzip"]

@@ -116,7 +116,9 @@ def naive_diversity(tokens: torch.Tensor, picks: int) -> list[int]:
     return picked
 
 
-def test_max_min_order_equals_a_naive_loop_in_every_row():
+@pytest.mark.parametrize("block", [256, 5])
+def test_max_min_order_equals_a_naive_loop_in_every_row(monkeypatch, block):
+    monkeypatch.setattr("llava.pruning.selection._BLOCK", block)  # rows of the distance matrix at one time
     generator = torch.Generator().manual_seed(4)
     counts = [23, 9, 14]
     tokens = torch.zeros(3, 23, 8)
