@@ -166,7 +166,12 @@ def build(
                 "retained_over": len(shared),
                 "costs": mean_costs(list(runs.values())),
                 "runs": {
-                    name: {"status": run.status, "answered": run.answered, "questions": run.questions}
+                    name: {
+                        "status": run.status,
+                        "answered": run.answered,
+                        "skipped": run.skipped,
+                        "questions": run.questions,
+                    }
                     for name, run in runs.items()
                 },
                 "published": [
@@ -227,6 +232,10 @@ def notes(data: Mapping[str, Any]) -> str:
             if run["status"] == PARTIAL:
                 of = "" if run["questions"] is None else f" of {run['questions']}"
                 name += f" ({run['answered']}{of} questions)"
+            if run["skipped"]:
+                groups.setdefault("scored without samples that could not be read", []).append(
+                    f"{name} ({run['skipped']})"
+                )
             if run["status"] != COMPLETE:
                 groups.setdefault(run["status"], []).append(name)
             elif not any(COLUMNS[key].benchmark == name for key in row["scores"]):

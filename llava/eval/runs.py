@@ -25,7 +25,8 @@ COSTS = ("visual", "nominal", "processed", "flops_ratio", "prefill_ms")
 class Run:
     """One benchmark under one method and budget (tokens: None for dense).
 
-    status: `missing`, `partial` (answers are missing), `not scored`, `complete`. result: the scorer's JSON, and what
+    status: `missing`, `partial` (answers are missing), `not scored`, `complete`; a whole run can have `skipped` samples
+    that could not be read. result: the scorer's JSON, and what
     a server said (`X.server.json`); costs: means of `COSTS`, as far as they are known.
     """
 
@@ -38,6 +39,7 @@ class Run:
     questions: int | None = None
     result: Mapping[str, Any] = field(default_factory=dict)
     costs: Mapping[str, float] = field(default_factory=dict)
+    skipped: int = 0
 
 
 def result_path(answers: Path) -> Path:
@@ -73,13 +75,14 @@ def find_run(
     result = {**result, **_read(server_path(answers))}
     if questions is None:
         questions = counts.get("total")
-    if (questions is not None and answered < questions) or meta.get("complete") is False:
+    skipped = int(counts.get("skipped") or 0) if meta.get("complete") else 0
+    if (questions is not None and answered + skipped < questions) or meta.get("complete") is False:
         status = PARTIAL
     elif result or (not entry.local and not result_path(answers).exists()):
         status = COMPLETE
     else:
         status = UNSCORED
-    return Run(*place, status, answered, questions, result, costs)
+    return Run(*place, status, answered, questions, result, costs, skipped)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -111,6 +111,10 @@ def test_state_of_a_run(tmp_path):
     run = find_run(gqa, tmp_path, "c", "autoprune", 64)
     assert (run.status, run.questions) == (PARTIAL, 9)
     assert run.costs == {"visual": 576, "nominal": 60, "processed": 80, "flops_ratio": 0.25}
+    meta = {"complete": True, "counts": {"total": 9, "answered": 4, "skipped": 5}}
+    write_run(tmp_path, "gqa", "c/autoprune/n_64", {"accuracy": 50.0}, meta=meta)
+    run = find_run(gqa, tmp_path, "c", "autoprune", 64, 9)
+    assert (run.status, run.skipped) == (COMPLETE, 5), "samples that cannot be read do not make a run endless"
     vqav2 = write_run(tmp_path, "vqav2", "c/dense")
     assert find_run(get_entry("vqav2"), tmp_path, "c", "dense", None, 4).status == COMPLETE, "a server grades it"
     write_json(vqav2.with_suffix(".server.json"), {"accuracy": 78.5})
@@ -177,7 +181,8 @@ def test_table_by_hand(finished, capsys):
 
 def test_table_of_what_is_there(finished, capsys):
     """Without --table: every benchmark, method and budget that has runs; other methods' published rows."""
-    write_run(finished, "gqa", "llava-v1.5-7b/fastv/n_64", {"accuracy": 48.0})
+    meta = {"complete": True, "counts": {"total": 5, "skipped": 1}}
+    write_run(finished, "gqa", "llava-v1.5-7b/fastv/n_64", {"accuracy": 48.0}, meta=meta)
     table.main(["--checkpoint", "llava-v1.5-7b", "--data-dir", str(finished), "--benchmarks", "gqa, POPE"])
     printed = capsys.readouterr().out
     rows = [line.split(" | ")[0].strip("| ") for line in printed.splitlines() if line.startswith("| ")]
@@ -186,6 +191,7 @@ def test_table_of_what_is_there(finished, capsys):
     assert f"*FastV 64, {COLLECTED}* | 46.0 | 35.5 | 76.9% |" in printed
     assert "FastV 64: retained is over 1 of 2 figures only." in printed
     assert "FastV 64: missing: pope." in printed
+    assert "FastV 64: scored without samples that could not be read: gqa (1)." in printed
 
 
 def test_missing_runs_are_listed(finished, capsys):
