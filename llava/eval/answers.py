@@ -20,6 +20,7 @@ from llava.eval.records import RecordFile, key_hash, match
 from llava.utils import UserError
 
 TOKENS = "tokens"  # key in the metadata for what differs from sample to sample
+REMEDY = "give another --answers-file, or --overwrite to start over"
 FAILED = "failed"  # key in the metadata of a sample whose answer is worthless, with the reason
 
 
@@ -34,17 +35,23 @@ class TokenTotals:
     flops: int = 0
     dense_flops: int = 0
 
-    def add(self, tokens: Mapping[str, Any] | None) -> None:
-        """Counts one answer."""
+    def add(self, tokens: Mapping[str, Any] | None, where: str = "") -> None:
+        """Counts one answer; raises `UserError`, beginning with `where`, if these are no counts."""
         if not tokens:
             return
-        self.flops += tokens.get("flops", 0)
-        self.dense_flops += tokens.get("dense_flops", 0)
-        if tokens.get("visual"):
+        try:
+            numbers = {item.name: tokens.get(item.name, 0) + 0 for item in fields(self)[1:]}
+            if tokens.get("visual"):
+                numbers |= {name: tokens[name] + 0 for name in ("nominal", "processed")}
+        except (TypeError, KeyError, AttributeError):
+            raise UserError(f"{where}: 'tokens' in the metadata are no token counts; {REMEDY}") from None
+        self.flops += numbers["flops"]
+        self.dense_flops += numbers["dense_flops"]
+        if numbers["visual"]:
             self.with_image += 1
-            self.visual += tokens["visual"]
-            self.nominal += tokens["nominal"]
-            self.processed += tokens["processed"]
+            self.visual += numbers["visual"]
+            self.nominal += numbers["nominal"]
+            self.processed += numbers["processed"]
 
     def merge(self, other: TokenTotals) -> None:
         """Adds another part's sums."""
@@ -108,11 +115,11 @@ class AnswerFile:
         for where, record in self._file.existing():
             require_keys(record, ("question_id", "prompt", "text"), where)
             self._check_same_run(record, where)
-            self._count(record["metadata"])
+            self._count(record["metadata"], where)
             self._found.append(key_hash(record["question_id"], record["prompt"]))
 
-    def _count(self, metadata: Mapping[str, Any]) -> None:
-        self.totals.add(metadata.get(TOKENS))
+    def _count(self, metadata: Mapping[str, Any], where: str = "") -> None:
+        self.totals.add(metadata.get(TOKENS), where)
         self.failed += FAILED in metadata
 
     def _check_same_run(self, record: Mapping[str, Any], where: str) -> None:

@@ -93,7 +93,7 @@ def read_part(path: str | Path, unfinished: bool = False) -> Part:
         _refuse(where, first_difference(part.options, options))
         part.hashes.append(key_hash(record["question_id"], record["prompt"]))
         part.starts.append(starts[number - 1])
-        part.totals.add(record["metadata"].get(TOKENS))
+        part.totals.add(record["metadata"].get(TOKENS), where)
         part.failed += FAILED in record["metadata"]
     return part
 
