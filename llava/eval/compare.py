@@ -11,6 +11,7 @@ Knows the command line, and which answers are still missing; turns are taken in 
 from __future__ import annotations
 
 import argparse
+import logging
 import re
 import sys
 import time
@@ -28,6 +29,7 @@ from llava.eval.bootstrap import LEVEL, RESAMPLES
 from llava.eval.compare_report import Grade, collect, csv_table, make_rows, markdown_report
 from llava.eval.demo import DEFAULT_BUDGETS, MAX_NEW_TOKENS, ROOT, describe_run, parse_budgets
 from llava.eval.evaluation import INCOMPLETE_STATUS, token_summary
+from llava.eval.interrupts import Interrupts
 from llava.eval.jsonio import read_json, require_folder, write_json, write_text_atomic
 from llava.eval.questions import Question, read_questions
 from llava.eval.run_metadata import checkpoint_fingerprint
@@ -239,6 +241,20 @@ def make_cells(args: argparse.Namespace, settings: Sequence[Setting], tasks: Seq
     ]
 
 
+class _Once(logging.Filter):
+    """Lets every message through once: methods are attached anew for each batch and would repeat themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        new = message not in self.seen
+        self.seen.add(message)
+        return new
+
+
 def answer_missing(args: argparse.Namespace, table: Sequence[Sequence[Cell]]) -> int:
     """Answers what the cells lack; returns the number of questions that could not be asked."""
     from llava.eval.answerers import VariedAnswerer
@@ -250,6 +266,7 @@ def answer_missing(args: argparse.Namespace, table: Sequence[Sequence[Cell]]) ->
     for cell in table[0]:
         check_budget(cell.method, max_visual_tokens(model), "--budgets")
     write_json(Path(args.output_dir) / "run.json", describe_run(args, model))
+    logging.getLogger("llava.pruning.run").addFilter(_Once())
     skipped: set[tuple[str, int]] = set()
     peaks: dict[str, int | None] = {}
     with progress_bar(sum(cell.pending for cells in table for cell in cells), "") as bar:
@@ -332,7 +349,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     skipped = 0
     if any(cell.pending for cells in table for cell in cells):
-        skipped = answer_missing(args, table)
+        try:
+            with Interrupts():
+                skipped = answer_missing(args, table)
+        except KeyboardInterrupt:
+            missing = sum(cell.pending for cells in table for cell in cells)
+            print(
+                f"interrupted: {missing} answers are still missing; run the same command again to continue",
+                file=sys.stderr,
+            )
+            raise
     else:
         print("all answers are already there", file=sys.stderr)
 

@@ -235,7 +235,7 @@ def argv(checkpoint, data):
 
 
 def answer_files(data):
-    return {path.name: path.read_text() for path in sorted((data / "out/answers/q").iterdir())}
+    return {path.name: path.read_text() for path in sorted((data / "out/answers/q").glob("*.jsonl"))}
 
 
 def without_costs(text):
@@ -282,6 +282,32 @@ def test_compare_continues_where_it_stopped(argv, data, capsys):
     capsys.readouterr()
     assert compare.main([*argv(*flags), "--no-plot"]) == 0
     assert "already there" in capsys.readouterr().err
+
+
+def test_an_interrupted_comparison_keeps_what_it_has(argv, data, capsys, monkeypatch):
+    from llava.eval.runner import Answerer
+
+    flags = ("--methods", "uniform,fastv", "--budgets", "4", "--no-plot")
+    compare.main(argv(*flags, "--output-dir", data / "whole"))
+    generate, calls = Answerer.generate, []
+
+    def interrupted(self, encoded, run):
+        calls.append(len(encoded.samples))
+        if len(calls) == 9:  # four passes measure memory
+            raise KeyboardInterrupt
+        return generate(self, encoded, run)
+
+    monkeypatch.setattr(Answerer, "generate", interrupted)
+    with pytest.raises(SystemExit) as exit_info:
+        compare.main(argv(*flags))
+    assert exit_info.value.code == 130
+    kept = {name: len(text.splitlines()) for name, text in answer_files(data).items()}
+    assert sum(kept.values()) == sum(calls[4:8]) and len(set(kept.values())) > 1
+    assert f"{3 * 7 - sum(kept.values())} answers are still missing" in capsys.readouterr().err
+    monkeypatch.setattr(Answerer, "generate", generate)
+    compare.main(argv(*flags))
+    for path in (data / "whole/answers/q").glob("*.jsonl"):
+        assert without_costs(path.read_text()) == without_costs(answer_files(data)[path.name])
 
 
 def test_random_draws_by_question_whatever_the_batch_and_the_subset(argv, data):
