@@ -65,9 +65,16 @@ class TowerMerger:
         with self.timer():
             mean_keys = keys[0].unflatten(-1, (-1, layer.self_attn.head_dim)).float().mean(2)
             merge = self.method.merge(TowerView(index, layers, mean_keys, self.sizes_NT, self.target))
-            if merge is not None:
+            while merge is not None:
+                mean_keys = merge_tokens(mean_keys, self.sizes_NT, merge)[0]
                 hidden_NTC, self.sizes_NT = merge_tokens(hidden_NTC, self.sizes_NT, merge)
                 self.place_NT = self.place_NT.gather(1, merge.leader_NK)
+                # What one merge per layer cannot reach is left to the last layer.
+                merge = (
+                    self.method.merge(TowerView(index, layers, mean_keys, self.sizes_NT, self.target))
+                    if index == layers - 1
+                    else None
+                )
         return hidden_NTC + layer.mlp(layer.layer_norm2(hidden_NTC))
 
     def in_raster(self, features_NKC: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,7 +22,7 @@ from llava.model.projector import projector_dtype
 from llava.model.reduction import ReducedImage, crop_targets, put_together, reduce_images
 from llava.model.tower_merging import TowerMerger
 from llava.model.vision import VisionTower, encode_crops
-from llava.pruning.reduction import ReducedCrop
+from llava.pruning.reduction import ReducedCrop, unreduced
 from llava.pruning.vision import CLS_ATTENTION, TowerValue, VisionFact
 from llava.utils import UserError
 
@@ -138,7 +138,7 @@ def _merge_inside(
     crops = torch.cat(list(stacks))
     flat = [target for image in targets for target in image]
     reduced: list[ReducedCrop | None] = [None] * len(flat)
-    for target in sorted(set(flat)):  # crops with one budget go through the tower together
+    for target in sorted(set(flat) - {0}):  # crops with one budget go through the tower together
         members = [i for i, own in enumerate(flat) if own == target]
         merger = TowerMerger(method, target, timer)
         encoded = encode(crops[members], merger=merger)
@@ -146,6 +146,9 @@ def _merge_inside(
         for row, i in enumerate(members):
             nowhere = torch.zeros_like(origin[row], dtype=torch.bool)
             reduced[i] = ReducedCrop(features[row], origin[row], place[row], nowhere)
+    # A budget below the number of crops leaves nothing of some of them.
+    some = next(crop for crop in reduced if crop is not None)
+    reduced = [unreduced(some.tokens_KC[:0]) if crop is None else crop for crop in reduced]
     return [
         put_together(arrangement, [reduced.pop(0) for _ in own])
         for arrangement, own in zip(arrangements, targets, strict=True)

@@ -200,7 +200,10 @@ class PruningMethod:
         raise NotImplementedError
 
     def merge(self, view: TowerView) -> TowerMerge | None:
-        """Merge tokens inside a layer of the vision tower, between attention and MLP (if ``merges_in_tower``)."""
+        """Merge tokens inside a layer of the vision tower, between attention and MLP (if ``merges_in_tower``).
+
+        In the last layer it is asked again, with the merged tokens, until it returns None.
+        """
         raise NotImplementedError
 
     @property

@@ -7,8 +7,8 @@ logits, so a merged token counts for all its patches.
 
 Budget: ``target_tokens`` tokens enter the decoder and stay, so nominal and processed mean are both the target. Each
 layer merges the same number, the smallest with which the last layer ends at the budget (a layer can at most halve the
-tokens); the last layers merge less if that is too much. A target below what halving in every layer can reach is not
-met, and reported. Crops and images share the budget in proportion to their patches.
+tokens); the last layers merge less if that is too much. Where halving in every layer is not enough (towers of few
+layers), the last layer merges in several rounds. Crops and images share the budget in proportion to their patches.
 
 Deviations: ToMe was published for classification, where nothing reads the order of the tokens; here each token leaves
 at the place of the patch that its set-B token started from. ``inside=false`` merges once behind the tower instead (in
