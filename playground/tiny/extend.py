@@ -114,6 +114,35 @@ def _labelled(question: Question, rng: np.random.Generator) -> Question:
     return formats.hinted(question, rng, "Context: ") if rng.random() < 0.25 else question
 
 
+@torch.no_grad()
+def copy_letters(model: TinyLlava, rng: np.random.Generator, strength: float = 100.0, batches: int = 3) -> float:
+    """Let the head that looks at the right option say its letter; returns how often the letter can be read there.
+
+    Training makes options know their letters and the answering place look at the right option early on, but what that
+    head passes on takes long to change. So four of its value channels get the letters, by ridge regression from what
+    options hold at its input, and its output gets the directions of the tokens that answer with them.
+    """
+    layer = model.decoder.model.layers[OPTIONS[2]]
+    tokens = [guidance.first_token(letter) for letter in "ABCD"]
+    inputs: dict[str, torch.Tensor] = {}
+    handle = layer.input_layernorm.register_forward_hook(lambda module, args, out: inputs.update(x=out))
+    xs, ys = [], []
+    for _ in range(batches):
+        pixels, data = draw_batch(rng, 14, 300, False, mixture())
+        guidance.forward(model.decoder, data, model.projector(run_tower(model.tower, pixels)[0]))
+        xs.append(inputs["x"].flatten(0, 1)[data.lettered[:, 0]].double())
+        ys.append(torch.tensor([tokens.index(token) for token in data.lettered[:, 1].tolist()]))
+    handle.remove()
+    x, y = torch.cat(xs), torch.cat(ys)
+    ridge = 0.02 * len(x) * x.var() * torch.eye(x.shape[1], dtype=x.dtype)
+    reading = torch.linalg.solve(x.T @ x + ridge, x.T @ (torch.nn.functional.one_hot(y, 4).double() - 0.25))
+    words = model.decoder.model.embed_tokens.weight[tokens]
+    words = nn.functional.normalize(words - words.mean(0), dim=1)
+    layer.self_attn.v_proj.weight[:4] = (reading.T * strength**0.5).float()
+    layer.self_attn.o_proj.weight[:, :4] = words.T * strength**0.5
+    return float(((x @ reading).argmax(1) == y).double().mean())
+
+
 def train_extend(
     model: TinyLlava,
     folder: Path,
@@ -125,13 +154,17 @@ def train_extend(
     run: int = 0,
     name: str = "extend",
     resume: bool = False,
+    copying: bool = False,
 ) -> None:
     """Train projector and decoder for `minutes`, the last `full_share` with all visual tokens; writes
-    `folder/NAME.pt`. resume: from the weights there, with fresh optimizers."""
+    `folder/NAME.pt`. resume: from the weights there, with fresh optimizers. copying:
+    `copy_letters` first, once options know their letters."""
     torch.manual_seed(40 + run)
     if resume:
         model.load_state_dict(torch.load(folder / f"{name}.pt")["model"])
     kinds = mixture()
+    if copying:
+        Log(name).write(run=run, copy_letters=round(copy_letters(model, train_rng("copying", run)), 3))
     model.train()
     model.tower.requires_grad_(False)
     optimizers = make_optimizers(model.decoder, [])

@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument(
         "--run", type=int, default=0, help="joint, extend, anyres: number of the restart, chooses its random stream"
     )
+    parser.add_argument("--copying", action="store_true", help="extend: set up the head that copies option letters")
     parser.add_argument("--deepen", action="store_true", help="joint: grow the decoder from six to twelve layers first")
     parser.add_argument(
         "--full-share", type=float, default=0.2, help="joint: last part of the run with all 576 visual tokens"
@@ -78,7 +79,9 @@ def main() -> None:
     elif args.stage == "align":
         align(RUNS, args.minutes)
     elif args.stage == "extend":
-        train_extend(load(), RUNS, args.minutes, rate=args.rate or 0.3, run=args.run, resume=args.resume)
+        train_extend(
+            load(), RUNS, args.minutes, rate=args.rate or 0.3, run=args.run, resume=args.resume, copying=args.copying
+        )
     elif args.stage == "anyres":
         train_anyres(load(), RUNS, args.minutes, rate=args.rate or 0.2, run=args.run, resume=args.resume)
     else:
