@@ -1,7 +1,8 @@
-"""How well the tiny LLaVA does on the miniature benchmarks beside the arena, and how well one does without looking.
+"""How well a tiny LLaVA does on the miniature benchmarks, and how well one does without looking.
 
     python -m playground.tiny.figures                       # answers everything, some minutes; writes figures.json
-    python -m playground.tiny.figures --model-path DIR --data DIR --benchmarks scienceqa,seed_bench
+    python -m playground.tiny.figures --model-path DIR --benchmarks scienceqa,seed_bench
+    python -m playground.tiny.figures --model-path DIR --wide --merge spatial    # TextVQA and GQA on large pictures
 
 The model answers through the tools of `llava.eval`, as in the scripts, and their scorers score. Image-blind is what one
 answers who knows the training questions but not the picture.
@@ -20,20 +21,26 @@ from functools import lru_cache
 from pathlib import Path
 
 from llava.eval import convert, eval_mmbench, eval_mmvet, eval_science_qa, eval_vqa
-from llava.eval.jsonio import write_json
+from llava.eval.benchmarks import BENCHMARKS as SCORERS
+from llava.eval.jsonio import read_json, write_json
 from llava.utils import UserError, cli_main
 from playground.tiny import chinese, formats, questions, text
 from playground.tiny.building import Item
 from playground.tiny.common import train_rng
 from playground.tiny.grade_mmvet import grade_all
-from playground.tiny.make_benchmarks import ARENA, BUILDERS, DATA, build_all
+from playground.tiny.make_benchmarks import ARENA, BUILDERS, DATA, DATA_WIDE, build_all, build_wide
 from playground.tiny.questions import NUMBERS, Question
 from playground.tiny.scenes import COLORS, SHAPES, WORDS, sample_scene
 
 NAMES = (*chinese.COLOR.values(), *chinese.SHAPE.values(), *COLORS, *SHAPES, *WORDS, *NUMBERS)
 NEW = tuple(name for name in BUILDERS if name not in ARENA)
+WIDE = ("textvqa", "gqa")
 LETTERED = "--single-pred-prompt"
 TOOLS: dict[str, tuple[str, str, str | None, tuple[str, ...]]] = {  # tool, question file, image folder, flags
+    "textvqa": ("model_vqa_loader", "textvqa/llava_textvqa_val_v051_ocr.jsonl", "textvqa/train_images", ()),
+    "pope": ("model_vqa_loader", "pope/llava_pope_test.jsonl", "pope/val2014", ()),
+    "gqa": ("model_vqa_loader", "gqa/llava_gqa_testdev_balanced.jsonl", "gqa/data/images", ()),
+    "mme": ("model_vqa_loader", "MME/llava_mme.jsonl", "MME/MME_Benchmark_release_version", ()),
     "vqav2": ("model_vqa_loader", "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl", "vqav2/test2015", ()),
     "vizwiz": ("model_vqa_loader", "vizwiz/llava_test.jsonl", "vizwiz/test", ()),
     "scienceqa": ("model_vqa_science", "scienceqa/llava_test_CQM-A.json", "scienceqa/images/test", (LETTERED,)),
@@ -62,6 +69,8 @@ def score(name: str, answers: Sequence[dict], data: Path = DATA) -> dict[str, fl
     the reference.
     """
     answers = list(answers)
+    if name in ARENA:
+        return {"accuracy": SCORERS[ARENA.index(name)].score(data, answers).accuracy}
     if name in ("vqav2", "vizwiz"):
         path = "vqav2/v2_mscoco_test-dev2015_annotations.json" if name == "vqav2" else "vizwiz/test.json"
         truth, _ = eval_vqa.load_annotations(str(data / path))
@@ -162,26 +171,35 @@ def model_answers(name: str, model: Path, out: Path, data: Path = DATA, flags: S
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model-path", type=Path, default=text.CHECKPOINT, help="checkpoint (%(default)s)")
-    parser.add_argument("--data", type=Path, default=DATA, help="miniature data (%(default)s)")
-    parser.add_argument("--benchmarks", default=",".join(NEW), help="names by commas (%(default)s)")
-    parser.add_argument("--output", type=Path, help="JSON (default: figures.json in the checkpoint's folder)")
+    parser.add_argument("--wide", action="store_true", help="the data of large pictures: data/eval_wide")
+    parser.add_argument(
+        "--benchmarks", help=f"names by commas (default: {','.join(NEW)}; with --wide {','.join(WIDE)})"
+    )
+    parser.add_argument("--merge", choices=("spatial", "spatial_unpad"), help="merge type of a 1.6 checkpoint")
+    parser.add_argument(
+        "--output", type=Path, help="JSON that gets the figures (default: figures.json of the checkpoint)"
+    )
     args = parser.parse_args(argv)
-    names = [name for name in args.benchmarks.split(",") if name]
-    unknown = [name for name in names if name not in NEW]
-    if unknown:
-        raise UserError(f"--benchmarks: {unknown[0]!r} is none of {', '.join(NEW)}")
-    build = build_all(tuple(names))
-    record: dict[str, dict] = {}
+    known, data = (WIDE, DATA_WIDE) if args.wide else (tuple(BUILDERS), DATA)
+    names = args.benchmarks.split(",") if args.benchmarks else list(WIDE if args.wide else NEW)
+    for name in names:
+        if name not in known:
+            raise UserError(f"--benchmarks: {name!r} is none of {', '.join(known)}")
+    flags = ("--mm-patch-merge-type", args.merge) if args.merge else ()
+    build = build_wide() if args.wide else build_all(tuple(names))
+    label = f"{data.name}, {args.merge}" if args.merge else data.name
+    target = args.output or args.model_path / "figures.json"
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             items = [item for item in build.items if item.benchmark == name]
-            dense = score(name, model_answers(name, args.model_path, Path(folder), args.data), args.data)
-            blind = score(name, as_answers(items, [blind_answer(i.question) for i in items]), args.data)
-            record[name] = {"prompts": len(items), "dense": dense, "blind": blind}
-            record[name] = json.loads(json.dumps(record[name]), parse_float=lambda x: round(float(x), 2))
+            dense = score(name, model_answers(name, args.model_path, Path(folder), data, flags), data)
+            blind = score(name, as_answers(items, [blind_answer(item.question) for item in items]), data)
+            rounded = [{key: round(value, 2) for key, value in values.items()} for values in (dense, blind)]
+            record = read_json(target, "figures") if target.is_file() else {}
+            figures = {"prompts": len(items), "dense": rounded[0], "blind": rounded[1]}
+            write_json(target, {**record, label: {**record.get(label, {}), name: figures}})
             for key, value in dense.items():
                 print(f"| {name}, {key} | {len(items)} | {value:.1f} | {blind[key]:.1f} |", flush=True)
-    write_json(args.output or args.model_path / "figures.json", record)
 
 
 if __name__ == "__main__":
