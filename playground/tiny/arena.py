@@ -22,9 +22,10 @@ import torch
 from llava.eval.benchmarks import BENCHMARKS as SCORERS
 from llava.utils import UserError, cli_main
 from playground.tiny import packing, scenes, text
+from playground.tiny.building import Item
 from playground.tiny.export import load
 from playground.tiny.joint import TinyLlava
-from playground.tiny.make_benchmarks import ARENA, DATA, Item, build_all
+from playground.tiny.make_benchmarks import ARENA, DATA, build_all
 from playground.tiny.scenes import COLORS, GRID, ON_OBJECT, SHAPES, WORDS, Scene, center_patch, coverage
 from playground.tiny.vision import normalize, run_tower
 

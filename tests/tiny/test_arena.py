@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from playground.tiny import arena, export
-from playground.tiny.make_benchmarks import ARENA, Item, build_all
+from playground.tiny.building import Item
+from playground.tiny.make_benchmarks import ARENA, build_all
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from llava.eval.model_vqa_science import read_conversations
 from llava.eval.questions import read_questions
 from playground.tiny import chinese, formats
 from playground.tiny import make_benchmarks as mb
+from playground.tiny.building import Item
 from playground.tiny.grade_mmvet import grade, grade_all
 from playground.tiny.grade_mmvet import main as grade_main
 from playground.tiny.questions import LETTER, SHORT, Question
@@ -46,7 +47,7 @@ def build() -> mb.Build:
     return mb.build_all(tuple(name for name in mb.BUILDERS if name not in mb.ARENA))
 
 
-def items(build: mb.Build, name: str) -> list[mb.Item]:
+def items(build: mb.Build, name: str) -> list[Item]:
     return [item for item in build.items if item.benchmark == name]
 
 
