@@ -67,7 +67,7 @@ def draw_batch(
         merge = wide.MERGES[int(rng.integers(2))]
         table, places = wide.attributes(scene, merge), wide.order(scene.rows, scene.cols, merge)
         objects = 1.0 if full or rng.random() < 0.3 else rng.uniform(0.3, 1.0)
-        kept = packing.choose_patches(table, rng, objects, int(rng.integers(400 if full else 40)))
+        kept = packing.choose_patches(table, rng, objects, int(rng.integers(200, 1600) if full else rng.integers(40)))
         pictures.append(wide.views(scene))
         orders.append(places)
         chosen.append(np.union1d(kept, np.flatnonzero(places == wide.NEWLINE)) if full or rng.random() < 0.5 else kept)
@@ -126,7 +126,7 @@ def train_anyres(
 
     while (progress := (time.time() - start) / (60 * minutes)) < 1:
         full = progress > 1 - full_share
-        pictures, orders, data = draw_batch(rng, 4 if full else batch, tokens, full, kinds)
+        pictures, orders, data = draw_batch(rng, 3 if full else batch, tokens, full, kinds)
         scale = rate * min(1.0, (step + 1) / 60) * max(0.02, 1 - progress)
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             optimizer.param_groups[0]["lr"] = peak * scale

@@ -161,7 +161,7 @@ def model_answers(name: str, model: Path, out: Path, data: Path = DATA, flags: S
     target = out / f"{name}.jsonl"
     argv = ["--model-path", str(model), "--question-file", str(data / file), "--answers-file", str(target)]
     argv += ["--image-folder", str(data / images)] if images else []
-    argv += ["--temperature", "0", "--conv-mode", "vicuna_v1", "--method", "dense", "--batch-size", "16"]
+    argv += ["--temperature", "0", "--conv-mode", "vicuna_v1", "--method", "dense", "--batch-size", "8"]
     run: Callable[[list[str]], object] = importlib.import_module(f"llava.eval.{tool}").main
     run([*argv, *own, *flags])
     return [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
@@ -179,6 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--output", type=Path, help="JSON that gets the figures (default: figures.json of the checkpoint)"
     )
+    parser.add_argument("--limit", type=int, help="only the first questions of every benchmark")
     args = parser.parse_args(argv)
     known, data = (WIDE, DATA_WIDE) if args.wide else (tuple(BUILDERS), DATA)
     names = args.benchmarks.split(",") if args.benchmarks else list(WIDE if args.wide else NEW)
@@ -186,12 +187,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         if name not in known:
             raise UserError(f"--benchmarks: {name!r} is none of {', '.join(known)}")
     flags = ("--mm-patch-merge-type", args.merge) if args.merge else ()
+    flags += ("--limit", str(args.limit)) if args.limit else ()
     build = build_wide() if args.wide else build_all(tuple(names))
     label = f"{data.name}, {args.merge}" if args.merge else data.name
     target = args.output or args.model_path / "figures.json"
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
-            items = [item for item in build.items if item.benchmark == name]
+            items = [item for item in build.items if item.benchmark == name][: args.limit]
             dense = score(name, model_answers(name, args.model_path, Path(folder), data, flags), data)
             blind = score(name, as_answers(items, [blind_answer(item.question) for item in items]), data)
             rounded = [{key: round(value, 2) for key, value in values.items()} for values in (dense, blind)]

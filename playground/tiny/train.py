@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--copying", action="store_true", help="extend: set up the head that copies option letters")
     parser.add_argument("--deepen", action="store_true", help="joint: grow the decoder from six to twelve layers first")
     parser.add_argument(
-        "--full-share", type=float, default=0.2, help="joint: last part of the run with all 576 visual tokens"
+        "--full-share", type=float, help="joint: last part of the run with all 576 visual tokens (0.2); anyres: (0.1)"
     )
     args = parser.parse_args()
     needed = STAGES[args.stage] + ((f"{args.stage}.pt",) if args.resume else ())
@@ -83,10 +83,18 @@ def main() -> None:
             load(), RUNS, args.minutes, rate=args.rate or 0.3, run=args.run, resume=args.resume, copying=args.copying
         )
     elif args.stage == "anyres":
-        train_anyres(load(), RUNS, args.minutes, rate=args.rate or 0.2, run=args.run, resume=args.resume)
+        share = 0.1 if args.full_share is None else args.full_share
+        train_anyres(
+            load(), RUNS, args.minutes, 6, rate=args.rate or 0.2, full_share=share, run=args.run, resume=args.resume
+        )
     else:
         train_joint(
-            RUNS, args.minutes, rate=args.rate or 0.3, run=args.run, full_share=args.full_share, deepen=args.deepen
+            RUNS,
+            args.minutes,
+            rate=args.rate or 0.3,
+            run=args.run,
+            full_share=args.full_share or 0.2,
+            deepen=args.deepen,
         )
 
 
