@@ -12,7 +12,8 @@ from pathlib import Path
 from llava.utils import UserError
 
 HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*$", re.ASCII)
-SMALL_FILES = ("*.json", "*.model", "*.txt")
+# Beside configuration and tokenizer: what LLaVA's training stages save as pickles next to safetensors.
+SMALL_FILES = ("*.json", "*.model", "*.txt", "non_lora_trainables.bin", "mm_projector.bin")
 
 
 def is_hub_name(name: str) -> bool:
@@ -48,7 +49,7 @@ def locate(name: str, what: str, with_weights: bool = True, local_files_only: bo
 
 
 def _from_hub(name: str, what: str, with_weights: bool, local_files_only: bool) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     def fetch(patterns: list[str]) -> Path:
         try:
@@ -57,13 +58,19 @@ def _from_hub(name: str, what: str, with_weights: bool, local_files_only: bool) 
             # The hub's client raises many kinds (HTTP, cache, offline, validation): all mean that the name
             # is no use here.
             reason = " ".join(str(error).split()).split(". ")[0][:200]
+            offline = local_files_only or constants.HF_HUB_OFFLINE
+            remedy = (
+                "the hub may not be asked here (offline): download it where it may, then pass the folder"
+                if offline
+                else "check the path, the name or the connection"
+            )
             raise UserError(
                 f"{name}: no such folder, and the {what} cannot be fetched from the hub ({type(error).__name__}: "
-                f"{reason}); check the path, the name or the connection"
+                f"{reason}); {remedy}"
             ) from None
 
     folder = fetch([*SMALL_FILES, *(["*.safetensors"] if with_weights else [])])
-    if with_weights and not any(folder.glob("*.safetensors")):
+    if with_weights and not any(folder.glob("*.safetensors")) and not (folder / "mm_projector.bin").is_file():
         # Older repositories have only pickles; fetching both would double the download elsewhere.
         folder = fetch([*SMALL_FILES, "*.bin"])
     return folder

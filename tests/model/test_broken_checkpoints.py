@@ -43,6 +43,15 @@ def edit(name, **fields):
     return change
 
 
+def forget_shard(index):
+    def change(folder):
+        data = json.loads((folder / index).read_text())
+        data["weight_map"] = {k: v for k, v in data["weight_map"].items() if "00001" in v}
+        write_json(folder / index, data)
+
+    return change
+
+
 BROKEN = {
     "no config": ("safetensors", True, drop("config.json"), "config.json: no such file"),
     "corrupt config": ("safetensors", True, overwrite("config.json", b'{"a": 1,\n}'), r"config.json.*line 2"),
@@ -73,7 +82,7 @@ BROKEN = {
         "safetensors",
         True,
         edit("config.json", mm_vision_tower="/nowhere/clip"),
-        "/nowhere/clip: no such folder; check the path of the vision tower",
+        "/nowhere/clip: no such folder; .*config.json names it as mm_vision_tower: write the path of a local copy",
     ),
     "tower of another kind": (
         "safetensors",
@@ -111,6 +120,37 @@ BROKEN = {
         overwrite("model.safetensors.index.json", b"{}"),
         "model.safetensors.index.json: has no weight_map",
     ),
+    "shard missing from the index": (
+        "safetensors-sharded",
+        True,
+        forget_shard("model.safetensors.index.json"),
+        "missing .*; the folder's index does not list model-00002-of-00002.safetensors: copy or download it again",
+    ),
+    "truncated shard": (
+        "safetensors-sharded",
+        True,
+        truncate("model-00002-of-00002.safetensors"),
+        "model-00002-of-00002.safetensors: weights cannot be read",
+    ),
+    "corrupt header": (
+        "safetensors",
+        True,
+        overwrite("model.safetensors", (8).to_bytes(8, "little") + b"{garbage"),
+        "model.safetensors: weights cannot be read",
+    ),
+    "corrupt index": (
+        "bin-sharded",
+        True,
+        overwrite("pytorch_model.bin.index.json", b"{,"),
+        "pytorch_model.bin.index.json: not valid JSON",
+    ),
+    "tokenizer without its model": (
+        "safetensors",
+        True,
+        overwrite("tokenizer_config.json", b'{"tokenizer_class": "LlamaTokenizer"}'),
+        "tokenizer.model: no such file .nor tokenizer.json., but the folder has tokenizer_config.json",
+    ),
+    "resampler": ("safetensors", True, edit("config.json", mm_resampler_type="perceiver"), "mm_resampler_type 'perc"),
     "corrupt tokenizer": ("safetensors", True, overwrite("tokenizer.model", b"hello"), "tokenizer cannot be read"),
     "corrupt generation config": (
         "safetensors",
@@ -177,3 +217,18 @@ def test_pickles_cannot_run_code(tmp_path, source):
         pickle.dump({"lm_head.weight": Bomb()}, file, protocol=2)
     with pytest.raises(UserError, match="pytorch_model.bin: weights cannot be read"):
         load(folder)
+
+
+def test_command_lines_say_it_in_one_line_and_exit_with_2(tmp_path, source, capsys):
+    from llava.eval.model_vqa_loader import main
+
+    folder = write_original(tmp_path / "llava", source, "safetensors-sharded")
+    truncate("model-00001-of-00002.safetensors")(folder)
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question_id": 1, "image": "a.png", "text": "What?"}) + "\n")
+    flags = {"model-path": folder, "question-file": tmp_path / "q.jsonl", "image-folder": tmp_path}
+    flags |= {"answers-file": tmp_path / "a.jsonl", "device": "cpu"}
+    with pytest.raises(SystemExit) as stopped:
+        main([part for name, value in flags.items() for part in (f"--{name}", str(value))])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert stopped.value.code == 2 and len(lines) == 1
+    assert "model-00001-of-00002.safetensors: weights cannot be read" in lines[0] and "copy or download" in lines[0]
