@@ -12,8 +12,9 @@ from pathlib import Path
 from llava.utils import UserError
 
 HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*$", re.ASCII)
-# Beside configuration and tokenizer: what LLaVA's training stages save as pickles next to safetensors.
-SMALL_FILES = ("*.json", "*.model", "*.txt", "non_lora_trainables.bin", "mm_projector.bin")
+SMALL_FILES = ("*.json", "*.model", "*.txt")
+# What LLaVA's training stages save as pickles, also next to safetensors.
+TRAINED_PARTS = ("non_lora_trainables.bin", "mm_projector.bin")
 
 
 def is_hub_name(name: str) -> bool:
@@ -69,7 +70,7 @@ def _from_hub(name: str, what: str, with_weights: bool, local_files_only: bool) 
                 f"{reason}); {remedy}"
             ) from None
 
-    folder = fetch([*SMALL_FILES, *(["*.safetensors"] if with_weights else [])])
+    folder = fetch([*SMALL_FILES, *(["*.safetensors", *TRAINED_PARTS] if with_weights else [])])
     if with_weights and not any(folder.glob("*.safetensors")) and not (folder / "mm_projector.bin").is_file():
         # Older repositories have only pickles; fetching both would double the download elsewhere.
         folder = fetch([*SMALL_FILES, "*.bin"])
