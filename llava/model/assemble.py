@@ -173,6 +173,8 @@ def _grid(config: Any, crops: int, size_wh: Size | None) -> Size:
     """Tiles along (width, height) of an image that was cut into `crops` crops."""
     if size_wh is None:
         raise UserError("images cut into several crops need image_sizes=[(width, height), ...] to be put together")
+    if min(size_wh) < 1:
+        raise UserError(f"image_sizes must be positive, got {tuple(size_wh)}")
     pinpoints = getattr(config, "image_grid_pinpoints", None)
     if not pinpoints:
         raise UserError("images cut into several crops need image_grid_pinpoints in the checkpoint's config.json")

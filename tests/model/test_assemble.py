@@ -164,6 +164,8 @@ def test_settings_that_are_missing_are_named():
     bare = SimpleNamespace(vision_config=SimpleNamespace(image_size=336))
     with pytest.raises(UserError, match="need image_sizes"):
         arrangement_of(bare, "spatial", 5, 576, None, True)
+    with pytest.raises(UserError, match=r"must be positive, got \(0, 9\)"):
+        arrangement_of(bare, "spatial", 5, 576, (0, 9), True)
     with pytest.raises(UserError, match="need image_grid_pinpoints"):
         arrangement_of(bare, "spatial", 5, 576, (9, 9), True)
     with pytest.raises(UserError, match="'anyres_max' is not supported"):
