@@ -172,6 +172,10 @@ class Answerer:
             self._cache.popitem(last=False)
         return self._cache[name]
 
+    def forget_images(self) -> None:
+        """Empties the cache of processed images; for measurements."""
+        self._cache.clear()
+
     def encode(self, samples: Sequence[Sample], with_cls_attention: bool) -> Encoded:
         """Runs the vision tower and puts prompts together; the result can be answered under several methods."""
         started = time.perf_counter()
