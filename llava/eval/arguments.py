@@ -50,10 +50,12 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which checkpoint is loaded, and how."""
+def add_model_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """Which checkpoint is loaded, and how; without a `default` one has to be given."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model-path", required=True, help="checkpoint folder or hub name")
+    group.add_argument(
+        "--model-path", required=default is None, default=default, help="checkpoint folder or hub name"
+    )
     group.add_argument("--model-base", default=None, help="base checkpoint of a LoRA or projector-only model")
     group.add_argument("--device", default=None, help="cuda, cuda:1, mps, cpu; default: the best there is")
     group.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: float16 on a GPU, float32 on a CPU")

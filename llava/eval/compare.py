@@ -4,31 +4,30 @@
     python -m llava.eval.compare --ablations --budgets 128,64 --output-dir results/ablations
     python -m llava.eval.compare --methods fastv --budgets 64 --question-file q.jsonl --image-folder images
 
-Knows the command line, and which answers are still missing; turns are taken in `turns`, figures computed in
-`compare_report`. Exit status: 0 all answered, 2 wrong input, 3 some images could not be read.
+Knows the command line; answers are kept in `cells`, turns taken in `turns`, figures computed in `compare_report`.
+Exit status: 0 all answered, 2 wrong input, 3 some images could not be read.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from llava.eval.answering import load_model, max_visual_tokens
-from llava.eval.answers import AnswerFile
 from llava.eval.arguments import GenerationOptions, Parser, add_model_arguments, check_budget
 from llava.eval.benchmarks import COMPARED, Asked, spread
 from llava.eval.bootstrap import LEVEL, RESAMPLES
-from llava.eval.compare_report import Grade, collect, csv_table, make_rows, markdown_report
+from llava.eval.cells import Cell, Task, file_name
+from llava.eval.compare_report import collect, csv_table, make_rows, markdown_report
 from llava.eval.demo import DEFAULT_BUDGETS, MAX_NEW_TOKENS, ROOT, describe_run, parse_budgets
-from llava.eval.evaluation import INCOMPLETE_STATUS, token_summary
+from llava.eval.evaluation import INCOMPLETE_STATUS
 from llava.eval.interrupts import Interrupts
 from llava.eval.jsonio import read_json, require_folder, write_json, write_text_atomic
 from llava.eval.questions import Question, read_questions
@@ -39,82 +38,14 @@ from llava.utils import UserError, cli_main
 CACHED_IMAGES = 256
 
 
-@dataclass(frozen=True)
-class Task:
-    """A set of questions with what is needed to ask and, if there is ground truth, to grade them."""
-
-    name: str
-    key: str
-    questions: Sequence[Question]
-    available: int
-    image_folder: Path
-    answerer: Mapping[str, Any] = field(default_factory=dict)
-    grade: Grade | None = None
-
-
-class Cell:
-    """One setting's answers to one task: knows what is missing, writes what comes.
-
-    Constructing only looks: the file is locked and open from `start` to `finish`, so that a large comparison does not
-    hold thousands of files.
-    """
-
-    def __init__(self, setting: Setting, task: Task, path: Path, model_id: str, options: Mapping, resume: bool) -> None:
-        self.setting, self.method, self.task, self.path = setting, setting.method, task, path
-        own = {name: value for name, value in asdict(setting.method).items() if value is not None}
-        self._arguments = model_id, {"method": setting.method.name, **own, **options}, resume
-        self._answers = self._look()
-        self._answers.close()
-        self.peak_bytes: int | None = None
-
-    def _look(self) -> AnswerFile:
-        answers = AnswerFile(self.path, *self._arguments, option="--output-dir")
-        self._pending = {question.index for question in answers.pending(self.task.questions)}
-        return answers
-
-    @property
-    def pending(self) -> int:
-        """Number of questions still to be answered."""
-        return len(self._pending)
-
-    def start(self) -> None:
-        """Opens the file for writing."""
-        self._answers = self._look()
-        self._answers.open()
-
-    def finish(self) -> None:
-        """Closes it, with the answers in question order."""
-        self._answers.close(self.task.questions)
-
-    def wants(self, question: Question) -> bool:
-        """Whether the question is still to be answered."""
-        return question.index in self._pending
-
-    def add(self, answers: Sequence[Any]) -> None:
-        """Takes the answers of one batch."""
-        for answer in answers:
-            costs = {
-                **token_summary(answer.trace),
-                "selection_flops": answer.trace.selection_flops(),
-                "kv_bytes": answer.trace.kv_bytes(),
-                "prefill_ms": round(1000 * answer.prefill_seconds, 4),
-                "peak_bytes": self.peak_bytes,
-            }
-            self._answers.append(answer.question, answer.text, costs)
-            self._pending.discard(answer.question.index)
-
-
 def build_parser() -> argparse.ArgumentParser:
     """All flags."""
     parser = Parser(
         prog="python -m llava.eval.compare",
         description="Many pruning methods and budgets on the same questions: one table with intervals, one plot.",
     )
-    add_model_arguments(parser)
     tiny = ROOT / "playground" / "tiny"
-    for action in parser._actions:
-        if action.dest == "model_path":
-            action.required, action.default = False, str(tiny / "models" / "tiny-llava-v1.5")
+    add_model_arguments(parser, default=str(tiny / "models" / "tiny-llava-v1.5"))
     group = parser.add_argument_group("settings")
     group.add_argument("--methods", default=None, help="pruning methods by commas, or all; dense is always there")
     group.add_argument(
@@ -213,11 +144,6 @@ def chosen_tasks(args: argparse.Namespace) -> list[Task]:
         folder = data_dir / b.image_folder
         tasks.append(Task(b.name, b.key, questions, len(asked.questions), folder, asked.answerer, b.grader(data_dir)))
     return tasks
-
-
-def file_name(label: str) -> str:
-    """A label as the name of a file."""
-    return re.sub(r"[^A-Za-z0-9.+=-]+", "_", label).strip("_")
 
 
 def make_cells(args: argparse.Namespace, settings: Sequence[Setting], tasks: Sequence[Task]) -> list[list[Cell]]:
