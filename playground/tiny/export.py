@@ -33,6 +33,7 @@ def export(model: TinyLlava, folder: Path = text.CHECKPOINT, newline: torch.Tens
     """Write config, weights, tower folder and generation config; the tokenizer's files are copied from the 1.5
     checkpoint. newline: [D], what makes it a LLaVA-1.6 (anyres) checkpoint."""
     decoder, tower = model.decoder.config, model.tower.config
+    length = 2048 if newline is None else 4096  # five views have 2880 patches; longer prompts would be cut
     write_json(
         folder / "config.json",
         {
@@ -50,9 +51,9 @@ def export(model: TinyLlava, folder: Path = text.CHECKPOINT, newline: torch.Tens
             "mm_use_im_patch_token": False,
             "use_mm_proj": True,
             "torch_dtype": "float16",
-            "tokenizer_model_max_length": 2048,
+            "tokenizer_model_max_length": length,
             "tokenizer_padding_side": "right",
-            "max_position_embeddings": 2048,
+            "max_position_embeddings": length,
             "hidden_size": decoder.hidden_size,
             "intermediate_size": decoder.intermediate_size,
             "num_hidden_layers": decoder.num_hidden_layers,

@@ -36,6 +36,8 @@ def test_layout_is_that_of_llava_1_6() -> None:
     config = json.loads((FOLDER / "config.json").read_text())
     assert config["image_aspect_ratio"] == "anyres" and config["mm_patch_merge_type"] == "spatial_unpad"
     assert [tuple(size) for size in config["image_grid_pinpoints"]] == list(wide.PINPOINTS)
+    longest = max(len(wide.order(*layout, merge)) for layout in wide.WIDE for merge in wide.MERGES)
+    assert config["tokenizer_model_max_length"] >= longest + 500, "prompts with all views are not cut"
     weights = load_file(FOLDER / "model.safetensors")
     assert weights["model.image_newline"].shape == (config["hidden_size"],)
     assert {value.dtype for value in weights.values()} == {torch.float16}
