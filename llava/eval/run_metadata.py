@@ -80,7 +80,10 @@ def git_revision() -> str | None:
     root = Path(llava.__file__).resolve().parents[1]
 
     def git(*command: str) -> str:
-        result = subprocess.run(["git", "-C", root, *command], capture_output=True, text=True, timeout=20, check=True)
+        # Looking must not write: `status` refreshes the index otherwise and, where the disk is full or the run is
+        # killed meanwhile, leaves a lock behind that stops all further git commands.
+        command = ("git", "--no-optional-locks", "-C", str(root), *command)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
         return result.stdout.strip()
 
     try:

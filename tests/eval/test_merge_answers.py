@@ -1,15 +1,17 @@
 """Run metadata beside the answers, and merging the parts of a run; on a random checkpoint."""
 
 import json
+import os
+import subprocess
 
 import pytest
 
 from llava.eval.jsonio import read_json
 from llava.eval.merge_answers import main as merge_main
 from llava.eval.model_vqa_loader import main
-from llava.eval.run_metadata import checkpoint_fingerprint, file_sha256
+from llava.eval.run_metadata import checkpoint_fingerprint, file_sha256, git_revision
 from llava.utils import UserError
-from tests.eval.helpers import fails_with_one_line, read_jsonl, write_jsonl
+from tests.eval.helpers import ROOT, fails_with_one_line, read_jsonl, write_jsonl
 
 
 @pytest.fixture
@@ -202,6 +204,19 @@ def test_foreign_metadata_is_refused(argv, data, capsys):
     (data / "a.meta.json").write_text('{"title": "somebody else\'s file"}')
     capsys.readouterr()
     fails_with_one_line(main, argv(), capsys, "a.meta.json", "not the metadata of a run")
+
+
+def test_looking_up_the_revision_leaves_the_repository_alone():
+    """A run may be killed or out of disk space: it must not be writing the index then."""
+    revision = git_revision()
+    if revision is None:
+        pytest.skip("not a git checkout")
+    command = ["git", "rev-parse", "--git-path", "index"]
+    index = ROOT / subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    os.utime(ROOT / "LICENSE")  # unchanged, but the index holds another time for it: `git status` would write that down
+    before = (index.stat().st_mtime_ns, index.stat().st_ino)
+    assert git_revision() == revision
+    assert (index.stat().st_mtime_ns, index.stat().st_ino) == before
 
 
 def test_unreadable_metadata_is_a_user_error(tmp_path):
