@@ -41,7 +41,7 @@ def plot_accuracy(result: Mapping[str, Any], path: Path) -> None:
     """One line per method over the tokens its layers really computed on; bars are the intervals."""
     rows = result["rows"]
     plot = pyplot()
-    figure, axis = plot.subplots(figsize=(8.5, 5.2), layout="constrained")
+    figure, axis = plot.subplots(figsize=(9.5, 5.2), layout="constrained")
     dense = _figure_of(rows[0])
     axis.axhspan(dense["low"], dense["high"], color=FAINT, alpha=0.6, linewidth=0)
     axis.axhline(dense["value"], color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="dense")
@@ -67,7 +67,7 @@ def plot_accuracy(result: Mapping[str, Any], path: Path) -> None:
     axis.set_xlabel("visual tokens processed per decoder layer (mean)", fontsize=9)
     axis.set_ylabel(_unit(rows), fontsize=9)
     axis.set_title(f"{result['run']['model']}: accuracy over processed tokens", fontsize=11, loc="left", color=INK)
-    axis.legend(fontsize=8, frameon=False, ncols=2)
+    figure.legend(fontsize=8, frameon=False, loc="outside right upper")
     axis.tick_params(labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     save(plot, figure, path)

@@ -170,6 +170,7 @@ def markdown_table(result: Mapping[str, Any]) -> str:
 def markdown_notes(result: Mapping[str, Any]) -> str:
     """What was measured, on what, and how the figures are meant."""
     run = result["run"]
+    budget = "of processed tokens" if run["budget"] == "processed" else "as each method's paper counts them"
     counts = ", ".join(f"{b['name']} {b['answered']} of {b['available']}" for b in result["benchmarks"])
     dense = result["rows"][0]
     return (
@@ -177,7 +178,7 @@ def markdown_notes(result: Mapping[str, Any]) -> str:
         "right answers in percent (TextVQA: soft accuracy; MMBench: each row by itself), mean accuracy: over the "
         "benchmarks. Retained: mean over the benchmarks of accuracy / dense accuracy. In parentheses: "
         f"{run['level']:.0f}% interval, bootstrap over questions ({run['resamples']} resamples, seed {run['seed']}), "
-        f"for retained and agreement paired with dense. Budgets are {run['budget']} means. Tokens: visual tokens per "
+        f"for retained and agreement paired with dense. Budgets are means {budget}. Tokens: visual tokens per "
         "decoder layer; FLOPs: decoder prefill from processed tokens, relative to dense; KV: bytes of the cache after "
         f"the prefill, relative to dense ({dense['kv_bytes'] / MIB:.2f} MiB). Peak memory: decoder prefill and decode "
         f"of one batch of {run['batch_size']} above the loaded model. Prefill: median per sample, a by-product of this "
@@ -192,7 +193,8 @@ def markdown_matrix(result: Mapping[str, Any], figure: str = "mean_accuracy") ->
     rows = result["rows"]
     budgets = sorted({row["budget"] for row in rows if row["budget"] is not None}, reverse=True)
     cells = {(row["variant"], row["budget"]): row for row in rows}
-    header = ["", *(f"{result['run']['budget']} {budget}" for budget in budgets)]
+    counted = " processed" if result["run"]["budget"] == "processed" else ""
+    header = ["", *(f"budget {budget}{counted}" for budget in budgets)]
     lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * len(budgets) + "|"]
     dense = rows[0]
     lines.append(f"| dense ({dense['tokens_visual']:.0f} tokens): {_interval(dense[figure])} |" + " |" * len(budgets))
