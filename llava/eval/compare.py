@@ -25,7 +25,8 @@ from llava.eval.arguments import GenerationOptions, Parser, add_model_arguments,
 from llava.eval.benchmarks import COMPARED, Asked, spread
 from llava.eval.bootstrap import LEVEL, RESAMPLES
 from llava.eval.cells import Cell, Task, file_name
-from llava.eval.compare_report import collect, csv_table, make_rows, markdown_report
+from llava.eval.compare_differences import credits_path
+from llava.eval.compare_report import collect, credits_csv, csv_table, make_rows, markdown_report
 from llava.eval.demo import DEFAULT_BUDGETS, MAX_NEW_TOKENS, ROOT, describe_run, parse_budgets
 from llava.eval.evaluation import INCOMPLETE_STATUS
 from llava.eval.interrupts import Interrupts
@@ -306,19 +307,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         ],
         "rows": make_rows(settings, benchmarks, args.resamples, args.seed),
     }
-    write_results(result, output, args)
+    write_results(result, credits_csv(settings, benchmarks), output, args)
     print(f"took {time.perf_counter() - started:.0f} s", file=sys.stderr)
     return INCOMPLETE_STATUS if skipped else 0
 
 
-def write_results(result: Mapping[str, Any], output: Path, args: argparse.Namespace) -> None:
-    """compare.json, .md, .csv and .png; the table also on stdout."""
+def write_results(result: Mapping[str, Any], credits: str, output: Path, args: argparse.Namespace) -> None:
+    """compare.json, .md, .csv and .png and the credits of all questions; the table also on stdout."""
     report = markdown_report(result)
     print(f"\n{report}\n")
     write_json(output / "compare.json", result)
     write_text_atomic(output / "compare.md", report + "\n")
     write_text_atomic(output / "compare.csv", csv_table(result))
-    written = ["compare.json", "compare.md", "compare.csv"]
+    write_text_atomic(credits_path(output / "compare.json"), credits)
+    written = ["compare.json", "compare.md", "compare.csv", "compare.credits.csv"]
     if args.plot and len(result["rows"]) > 1:
         from llava.eval.compare_plots import plot_accuracy, plot_variants
 

@@ -1,6 +1,7 @@
 """The comparison's rows from answer files, the rows as markdown and CSV, and their place in a document.
 
     python -m llava.eval.compare_report results/compare/compare.json --matrix --insert README.md --marker comparison
+    python -m llava.eval.compare_report results/compare/compare.json --versus "autoprune 64"
 
 Knows the answers' text and metadata; runs no model. Everything is recomputed from the answer files, so a table can be
 made again at any time.
@@ -21,6 +22,13 @@ import numpy as np
 from llava.eval.answers import TOKENS
 from llava.eval.arguments import Parser
 from llava.eval.bootstrap import Estimate, estimates, resampled_means, retained
+from llava.eval.compare_differences import (
+    credits_path,
+    credits_table,
+    differences,
+    markdown_differences,
+    read_credits,
+)
 from llava.eval.jsonio import iter_jsonl, read_json, read_text, write_text_atomic
 from llava.eval.questions import Question
 from llava.eval.table import replace_between
@@ -63,15 +71,16 @@ def collect(name: str, questions: Sequence[Question], paths: Sequence[Path], gra
     return Answers(name, len(questions), kept, records, grade)
 
 
-def grades(answers: Answers) -> np.ndarray | None:
-    """Credit in percent ``[questions, settings]``; None without ground truth."""
+def grades(answers: Answers) -> tuple[np.ndarray, list[int | str]] | None:
+    """Credit in percent ``[questions, settings]`` and the questions' ids; None without ground truth."""
     if answers.grade is None:
         return None
     values = [[answers.grade(record) for record in records] for records in answers.records]
     known = [i for i in range(len(answers.questions)) if all(column[i] is not None for column in values)]
     if not known:
         raise UserError(f"{answers.name}: no question has ground truth")
-    return 100.0 * np.array([[column[i] for column in values] for i in known], dtype=np.float64)
+    credits = 100.0 * np.array([[column[i] for column in values] for i in known], dtype=np.float64)
+    return credits, [answers.questions[i].id for i in known]
 
 
 def agreement(answers: Answers) -> np.ndarray:
@@ -84,7 +93,7 @@ def make_rows(
     settings: Sequence[Any], benchmarks: Sequence[Answers], resamples: int, seed: int
 ) -> list[dict[str, Any]]:
     """One row per setting; the first setting is dense, to which agreement and retained percent refer."""
-    graded = {b.name: values for b in benchmarks if (values := grades(b)) is not None}
+    graded = {b.name: found[0] for b in benchmarks if (found := grades(b)) is not None}
     agreed = {b.name: agreement(b) for b in benchmarks}
     drawn = {name: resampled_means(values, resamples, seed, name) for name, values in graded.items()}
     drawn_agreed = {name: resampled_means(values, resamples, seed, name) for name, values in agreed.items()}
@@ -121,6 +130,14 @@ def make_rows(
     for row in rows:
         row["kv_ratio"] = row["kv_bytes"] / rows[0]["kv_bytes"]
     return rows
+
+
+def credits_csv(settings: Sequence[Any], benchmarks: Sequence[Answers]) -> str:
+    """What every setting got for every question; where no benchmark has ground truth, agreement with dense."""
+    graded = {b.name: found for b in benchmarks if (found := grades(b)) is not None}
+    found = graded or {b.name: (agreement(b), [question.id for question in b.questions]) for b in benchmarks}
+    values = {name: credits for name, (credits, _) in found.items()}
+    return credits_table([s.label for s in settings], values, {name: ids for name, (_, ids) in found.items()})
 
 
 def costs(records: Sequence[Record]) -> dict[str, Any]:
@@ -236,13 +253,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--matrix", action="store_true", help="methods by budgets, mean accuracy only")
     parser.add_argument("--insert", metavar="DOCUMENT", help="replace the text between the markers of this file")
     parser.add_argument("--marker", default="comparison", help="name of the markers: <!-- NAME: begin -->, end")
+    parser.add_argument(
+        "--versus", nargs="+", metavar="LABEL",
+        help="instead of the table: differences from the first setting, paired over the questions; the others named, "
+        "or all of its budget (dense: all). A label is method and budget: 'autoprune 64'",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     result = read_json(args.result, "result file")
     if not isinstance(result, dict) or not {"benchmarks", "rows", "run"} <= set(result) or "level" not in result["run"]:
         raise UserError(f"{args.result}: not a result of llava.eval.compare")
-    figure = "mean_accuracy" if result["rows"][0]["mean_accuracy"] else "agreement"
-    table = markdown_matrix(result, figure) if args.matrix else markdown_table(result)
-    text = f"{table}\n\n{markdown_notes(result)}"
+    if args.versus:
+        credits = read_credits(credits_path(args.result), result)
+        found = differences(result, credits, args.versus)
+        text = markdown_differences(result, found, args.versus[0], sum(map(len, credits.values())))
+    else:
+        figure = "mean_accuracy" if result["rows"][0]["mean_accuracy"] else "agreement"
+        table = markdown_matrix(result, figure) if args.matrix else markdown_table(result)
+        text = f"{table}\n\n{markdown_notes(result)}"
     if args.insert:
         document = read_text(args.insert, "document")
         write_text_atomic(Path(args.insert), replace_between(document, args.marker, text, args.insert))
