@@ -126,8 +126,9 @@ def read_workbook(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     try:
         lines = iter(book.worksheets[0].iter_rows(values_only=True))
         header = [None if cell is None else str(cell).strip() for cell in next(lines, ())]
+        # A workbook need not say how wide it is; rows then end with their last cell that is not empty.
         return [
-            {name: cell for name, cell in zip(header, cells, strict=False) if name}
+            {name: cell for name, cell in itertools.zip_longest(header, cells[: len(header)]) if name}
             for cells in lines
             if any(cell is not None for cell in cells)
         ]

@@ -116,13 +116,13 @@ def check_same_questions(result_file: str, texts: Mapping[str, str], answers: Se
     prompts do not hold the question of the same id.
 
     Raises:
-        UserError: no prompt does, and the ids do not fit well either (a tenth of them on one side has no partner).
+        UserError: no prompt does, and the ids do not fit either (half of them on one side have no partner).
     """
     pairs = [(texts[str(a["question_id"])], a.get("prompt")) for a in answers if str(a["question_id"]) in texts]
     known = [(_plain(text), _plain(prompt)) for text, prompt in pairs if isinstance(prompt, str)]
     known = [pair for pair in known if all(pair)]
     strange = sum(text not in prompt for text, prompt in known)
-    if known and strange == len(known) and len(pairs) < 0.9 * max(len(answers), len(texts)):
+    if known and strange == len(known) and 2 * len(pairs) < max(len(answers), len(texts)):
         raise UserError(
             f"{result_file}: none of its prompts holds the question with the same id; answers of another benchmark?"
         )

@@ -158,6 +158,16 @@ def test_answers_of_another_benchmark_are_refused(scorer, data):
     assert refused == len(SCORERS) - 1
 
 
+def test_other_prompts_with_the_right_ids_are_scored(data, tmp_path, capsys):
+    """A part of the answers, in a prompt of the user's own: a warning, not a refusal."""
+    folder = data / "gqa"
+    annotation = folder / "data" / "testdev_balanced_questions.json"
+    ids = list(read_json(annotation))[:2]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"question_id": i, "prompt": "My words", "text": "red"} for i in ids])
+    eval_gqa.main(["--annotation-file", str(annotation), "--result-file", str(path)])
+    assert "2 of 2 answers have a prompt that does not hold" in capsys.readouterr().err
+
+
 def test_a_few_strange_prompts_are_told(data, tmp_path, capsys):
     entry = get_entry("pope")
     questions = load_questions(entry, data / entry.folder / entry.question_file)

@@ -1,4 +1,4 @@
-"""Two thousand seeded mutations of question files, answer files and images: no hang, no traceback, no lost answer.
+"""Some thousand seeded mutations of question files, answer files and images: no hang, no traceback, no lost answer.
 
 Everything runs in this process, so an error that is no `UserError` or `SampleError` fails the test with its seed.
 """
@@ -6,22 +6,32 @@ Everything runs in this process, so an error that is no `UserError` or `SampleEr
 import io
 import json
 import random
+import runpy
 import signal
 from contextlib import contextmanager
 
 import pytest
 from PIL import Image
 
-from llava.eval import eval_gqa, eval_mme, eval_pope, eval_textvqa
+from llava.eval import (
+    eval_gqa,
+    eval_mmbench,
+    eval_mme,
+    eval_mmvet,
+    eval_pope,
+    eval_science_qa,
+    eval_textvqa,
+    eval_vqa,
+)
 from llava.eval.answers import AnswerFile
 from llava.eval.images import SampleError, open_image
 from llava.eval.merge_answers import choose_lines, read_part
 from llava.eval.questions import read_questions
 from llava.eval.trace_summary import read_traces
 from llava.utils import UserError
-from tests.eval.helpers import TINY_DATA, write_jsonl
+from tests.eval.helpers import ROOT, TINY_DATA, answer, write_json, write_jsonl
 
-QUESTIONS, ANSWERS, IMAGES, SCORED = 600, 600, 600, 200
+QUESTIONS, ANSWERS, IMAGES, SCORED, SMALL = 600, 600, 600, 200, 40
 TOKENS = [b"{", b"}", b"[", b"]", b'"', b"\\", b"\n", b"\r", b"\0", b",", b":", b"null", b"true", b"-1e999", b"\xff",
           b"\\ud800", b"NaN", b"1" * 5000, b"\xef\xbb\xbf", b"[" * 3000, b'"question_id"', b'"text": 5']  # fmt: skip
 
@@ -187,6 +197,102 @@ def test_scorers(name, tmp_path, capsys):
             module.main([*flags, "--result-file", str(path)])
     capsys.readouterr()
     assert sum(counts.values()) == SCORED // len(SCORERS)
+
+
+# Small benchmarks with every kind of file: name -> content. What a tool reads is mutated, one file at a time.
+TSV = "index\tquestion\thint\tA\tB\tC\tD\tanswer\tcategory\timage\tl2-category\tsplit\n" + "".join(
+    f'{index}\t"Which\none?"\tnan\tcat\tdog\t\t\t{letter}\tanimals\tAAAA\tall\tdev\n'
+    for index, letter in ((0, "A"), (1, "B"), (1_000_000, "B"), (1_000_001, "A"))
+)
+PROBLEM = {"question": "Which?", "choices": ["cat", "dog"], "answer": 1, "image": "i.png", "subject": "nature"}
+ANNOTATED = {"question_id": 1, "answer_type": "other", "answers": [{"answer": "a red dog", "answer_id": 1}] * 10}
+FILES = {
+    "answers.jsonl": [
+        answer(i, text, "Which?\n<image>")
+        for i, text in enumerate(("A", "B. dog", "The answer is C.", "None of them, isn't it?"))
+    ] + [{**answer(1_000_000, "B"), "round_id": 1, "options": ["dog", "cat"], "option_char": ["B", "A"]}],
+    "questions.jsonl": [{"question_id": i, "image": f"{i}.png", "text": "Which?"} for i in range(4)],
+    "problems.json": {str(i): PROBLEM for i in range(4)},
+    "pid_splits.json": {"test": ["0", "1", "2"]},
+    "rows.tsv": TSV,
+    "mm-vet.json": {f"v1_{i}": {"question": "?", "answer": "a", "capability": ["rec", "ocr"]} for i in range(4)},
+    "grades.json": {f"v1_{i}": {"score": [0.5, 1.0], "content": ["0.5", "1"]} for i in range(4)},
+    "plain_grades.json": {f"v1_{i}": 0.25 for i in range(4)},
+    "vqa.json": {"annotations": [{**ANNOTATED, "question_id": i} for i in range(4)]},
+    "vizwiz.json": [{**ANNOTATED, "image": f"{i}.png"} for i in range(4)],
+    "upload.json": [{"question_id": i, "answer": "dog"} for i in range(4)],
+    "questions.json": {
+        str(i): {"question": "Which?", "answer": "dog", "isBalanced": True, "types": {"structural": "query"}}
+        for i in range(4)
+    },
+    "predictions.json": [{"questionId": str(i), "prediction": "dog"} for i in range(4)],
+    "SEED-Bench.json": {
+        "question_type": {"Scene": 1, "Action": 2},
+        "questions": [
+            {"question_id": i, "question_type_id": 1 + i % 2, "answer": "A", "data_type": "image"} for i in range(4)
+        ],
+    },
+}  # fmt: skip
+# The tool and its flags; `@` stands before files that are read, `>` before what is written.
+TOOLS = [
+    (eval_science_qa.main, "--base-dir . --result-file @answers.jsonl --output-file >o --output-result >r --json >j",
+     "problems.json pid_splits.json"),
+    (eval_mmbench.main, "--annotation-file @rows.tsv --result-file @answers.jsonl --json >j", ""),
+    (eval_mmvet.main, "--annotation-file @mm-vet.json --result-file @grades.json --json >j", ""),
+    (eval_mmvet.main, "--annotation-file @mm-vet.json --result-file @plain_grades.json --json >j", ""),
+    (eval_vqa.main, "--annotation-file @vqa.json --result-file @answers.jsonl --json >j", ""),
+    (eval_vqa.main, "--annotation-file @vizwiz.json --question-file @questions.jsonl --result-file @answers.jsonl", ""),
+    (eval_vqa.main, "--annotation-file @vqa.json --result-file @upload.json", ""),
+    (eval_gqa.main, "--annotation-file @questions.json --result-file @predictions.json --json >j", ""),
+    ("gqa_for_eval", "--src @answers.jsonl --dst >u", ""),
+    ("mmvet_for_eval", "--src @answers.jsonl --dst >u", ""),
+    ("vizwiz_for_submission",
+     "--annotation-file @questions.jsonl --result-file @answers.jsonl --result-upload-file >u", ""),
+    ("vqav2_for_submission",
+     "--question-file @questions.jsonl --result-file @answers.jsonl --result-upload-file >u", ""),
+    ("seed_for_submission",
+     "--annotation-file @SEED-Bench.json --result-file @answers.jsonl --result-upload-file >u --json >j", ""),
+    ("mmbench_for_submission",
+     "--annotation-file @rows.tsv --result-dir . --upload-dir >u --experiment answers", "answers.jsonl"),
+    ("sqa_to_llava", "--base-dir . --prompt-format CQM-A", "problems.json pid_splits.json"),
+]  # fmt: skip
+
+
+def write_small(folder, name):
+    content = FILES[name]
+    if isinstance(content, str):
+        (folder / name).write_text(content, encoding="utf-8", newline="")
+    elif name.endswith(".jsonl"):
+        write_jsonl(folder / name, content)
+    else:
+        write_json(folder / name, content)
+    return folder / name
+
+
+@pytest.mark.parametrize("number", range(len(TOOLS)))
+def test_scorers_and_converters_on_every_file_they_read(number, tmp_path, capsys, monkeypatch):
+    """What is refused says so in one line and leaves no upload behind; the intact files pass."""
+    tool, flags, more = TOOLS[number]
+    if isinstance(tool, str):
+        tool = runpy.run_path(str(ROOT / "scripts" / f"convert_{tool}.py"))["main"]
+    monkeypatch.chdir(tmp_path)
+    read = [flag[1:] for flag in flags.split() if flag[0] == "@"] + more.split()
+    argv = [flag.lstrip("@").replace(">", "out/") for flag in flags.split()]
+    for name in read:
+        write_small(tmp_path, name)
+    tool(argv)
+    counts = {"fine": 0, "refused": 0}
+    for name in read:
+        path = tmp_path / name
+        original = path.read_bytes()
+        for seed in range(SMALL):
+            path.write_bytes(mutate(original, random.Random(2000 + seed)))
+            with only_user_errors((name, seed), counts):
+                tool(argv)
+        path.write_bytes(original)
+    capsys.readouterr()
+    assert min(counts.values()) > 3, counts
+    assert not list(tmp_path.glob("out/.*")), "a temporary file is left"
 
 
 def test_traces(tmp_path):

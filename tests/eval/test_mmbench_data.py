@@ -1,5 +1,6 @@
 """MMBench's tsv and workbooks: quoting, empty cells, damage; workbooks survive what spreadsheets do to text."""
 
+import openpyxl
 import pytest
 
 from llava.eval import mmbench_data
@@ -83,6 +84,19 @@ def test_workbook_keeps_text_as_it_is(tmp_path):
     expected = ["=1+1", "two\nlines", None, None, "verticaltab", 7, "x" * 32767, "+1", "café 红"]
     assert mmbench_data.read_workbook(path) == [dict(zip("abcdefghi", expected, strict=True))]
     assert mmbench_data.is_workbook(path) and [p.name for p in path.parent.iterdir()] == ["w.xlsx"]
+
+
+def test_rows_of_a_workbook_without_a_size_may_be_short(tmp_path):
+    """A workbook written row by row does not say how wide it is: rows end with their last full cell."""
+    book = openpyxl.Workbook(write_only=True)
+    sheet = book.create_sheet()
+    for cells in (["index", "A", "prediction", None, "answer"], [1, "x", "B", None, None, 9, 9], [2, "y"]):
+        sheet.append(cells)
+    book.save(tmp_path / "w.xlsx")
+    assert mmbench_data.read_workbook(tmp_path / "w.xlsx") == [
+        {"index": 1, "A": "x", "prediction": "B", "answer": None},
+        {"index": 2, "A": "y", "prediction": None, "answer": None},
+    ]
 
 
 def test_bad_workbooks(tmp_path, monkeypatch):
