@@ -110,14 +110,8 @@ def exists(scene: Scene, rng: np.random.Generator, category: str = "", want: boo
     if want:
         index = int(rng.integers(len(scene.things)))
         name = full_name(scene.things[index])
-        return Question(
-            "exists",
-            f"Is there {article(name)} in the image?",
-            "Yes",
-            (index,),
-            category=category,
-            names=((name, index),),
-        )
+        text = f"Is there {article(name)} in the image?"
+        return Question("exists", text, "Yes", (index,), category=category, names=((name, index),))
     present = {(t.color, t.shape) for t in scene.things}
     colors, shapes = {c for c, _ in present}, {s for _, s in present}
     level = {"random": (0, 1, 2), "popular": (1,), "adversarial": (2,)}[category]
@@ -142,13 +136,8 @@ def color_of(scene: Scene, rng: np.random.Generator) -> Question | None:
         return None
     index = pick(rng, able)
     thing = scene.things[index]
-    return Question(
-        "color",
-        f"What color is the {SHAPES[thing.shape]}?",
-        COLORS[thing.color],
-        (index,),
-        names=((SHAPES[thing.shape], index),),
-    )
+    name = SHAPES[thing.shape]
+    return Question("color", f"What color is the {name}?", COLORS[thing.color], (index,), names=((name, index),))
 
 
 def shape_of(scene: Scene, rng: np.random.Generator) -> Question | None:
@@ -158,13 +147,8 @@ def shape_of(scene: Scene, rng: np.random.Generator) -> Question | None:
         return None
     index = pick(rng, able)
     thing = scene.things[index]
-    return Question(
-        "shape",
-        f"What shape is the {COLORS[thing.color]} object?",
-        SHAPES[thing.shape],
-        (index,),
-        names=((f"{COLORS[thing.color]} object", index),),
-    )
+    name = f"{COLORS[thing.color]} object"
+    return Question("shape", f"What shape is the {name}?", SHAPES[thing.shape], (index,), names=((name, index),))
 
 
 def verify_color(scene: Scene, rng: np.random.Generator, want: bool | None = None) -> Question | None:
@@ -177,13 +161,9 @@ def verify_color(scene: Scene, rng: np.random.Generator, want: bool | None = Non
     thing = scene.things[index]
     others = [t.color for t in scene.things if t.color != thing.color] or [(thing.color + 1) % len(COLORS)]
     color = thing.color if want else pick(rng, others)
-    return Question(
-        "verify_color",
-        f"Is the {SHAPES[thing.shape]} {COLORS[color]}?",
-        yes_no(want),
-        (index,),
-        names=((SHAPES[thing.shape], index),),
-    )
+    name = SHAPES[thing.shape]
+    text = f"Is the {name} {COLORS[color]}?"
+    return Question("verify_color", text, yes_no(want), (index,), names=((name, index),))
 
 
 def verify_shape(scene: Scene, rng: np.random.Generator, want: bool | None = None) -> Question | None:
@@ -196,13 +176,9 @@ def verify_shape(scene: Scene, rng: np.random.Generator, want: bool | None = Non
     thing = scene.things[index]
     others = [t.shape for t in scene.things if t.shape != thing.shape] or [(thing.shape + 1) % len(SHAPES)]
     shape = thing.shape if want else pick(rng, others)
-    return Question(
-        "verify_shape",
-        f"Is the {COLORS[thing.color]} object {article(SHAPES[shape])}?",
-        yes_no(want),
-        (index,),
-        names=((f"{COLORS[thing.color]} object", index),),
-    )
+    name = f"{COLORS[thing.color]} object"
+    text = f"Is the {name} {article(SHAPES[shape])}?"
+    return Question("verify_shape", text, yes_no(want), (index,), names=((name, index),))
 
 
 def choose_color(scene: Scene, rng: np.random.Generator) -> Question | None:
@@ -216,13 +192,9 @@ def choose_color(scene: Scene, rng: np.random.Generator) -> Question | None:
     pair = [COLORS[thing.color], COLORS[pick(rng, others)]]
     if rng.integers(2):
         pair.reverse()
-    return Question(
-        "choose_color",
-        f"Is the {SHAPES[thing.shape]} {pair[0]} or {pair[1]}?",
-        COLORS[thing.color],
-        (index,),
-        names=((SHAPES[thing.shape], index),),
-    )
+    name = SHAPES[thing.shape]
+    text = f"Is the {name} {pair[0]} or {pair[1]}?"
+    return Question("choose_color", text, COLORS[thing.color], (index,), names=((name, index),))
 
 
 def relation(scene: Scene, rng: np.random.Generator, want: bool | None = None) -> Question | None:

@@ -291,7 +291,7 @@ def test_scorers_and_converters_on_every_file_they_read(number, tmp_path, capsys
                 tool(argv)
         path.write_bytes(original)
     capsys.readouterr()
-    assert min(counts.values()) > 3, counts
+    assert counts["refused"] > 10, counts
     assert not list(tmp_path.glob("out/.*")), "a temporary file is left"
 
 
