@@ -157,8 +157,8 @@ def select_best_resolution(
     `rule="fill"` (AutoPrune's published code): the largest share of the canvas that the scaled image
     covers, upscaling included. `rule="effective"` (LLaVA's own code): the most image pixels without
     counting upscaling, then the least unused canvas. The two differ for small images ("fill" gives a
-    336 x 336 image the 672 x 672 canvas, "effective" the 336 x 672 one) and for some shapes at any size
-    (1920 x 1080: 672 x 336 and 672 x 672).
+    336 x 336 image the 672 x 672 canvas, "effective" the 336 x 672 one) and, with LLaVA-1.6's resolutions, for
+    large ones whose sides are as sqrt(2) to sqrt(6) : 1 (1920 x 1080: 672 x 336 and 672 x 672).
     """
     width, height = original_size
     best, best_rank = None, None

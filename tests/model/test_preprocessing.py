@@ -89,7 +89,7 @@ def test_best_resolutions_of_the_published_code(golden):
         assert select_best_resolution((case["w"], case["h"]), GOLDEN_PINPOINTS) == tuple(case["best_resolution"])
 
 
-def test_the_two_published_resolution_rules_differ_for_small_images():
+def test_the_two_published_resolution_rules_differ_for_small_images_and_for_wide_ones():
     assert select_best_resolution((336, 336), NEXT_PINPOINTS, "fill") == (672, 672)
     # LLaVA's rule counts no upscaling: pictures smaller than every canvas get the first of the smallest.
     assert select_best_resolution((336, 336), NEXT_PINPOINTS, "effective") == (336, 672)
@@ -99,6 +99,10 @@ def test_the_two_published_resolution_rules_differ_for_small_images():
     assert select_best_resolution((1920, 1080), NEXT_PINPOINTS, "fill") == (672, 336)
     for size in ((1200, 1200), (2000, 600), (700, 1400)):
         assert len({select_best_resolution(size, NEXT_PINPOINTS, rule) for rule in ("fill", "effective")}) == 1
+    for long in range(2010, 6000, 70):  # large pictures: from sqrt(2) to sqrt(6), as the footguns say
+        for size in ((long, 2000), (2000, long)):
+            rules = {select_best_resolution(size, NEXT_PINPOINTS, rule) for rule in ("fill", "effective")}
+            assert len(rules) == 1 + (2**0.5 < long / 2000 < 6**0.5), size
     with pytest.raises(ValueError, match="unknown resolution rule"):
         select_best_resolution((1, 1), NEXT_PINPOINTS, "best")
     with pytest.raises(ValueError, match="empty"):
