@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import BitsAndBytesConfig, CLIPImageProcessorPil, GenerationConfig
 
 from llava.model.adapters import apply_adapter, base_named_by, is_adapter
@@ -266,8 +267,12 @@ def load_image_processor(folder: Path, tower_folder: Path | None, config: LlavaC
         try:
             processor = CLIPImageProcessorPil.from_dict(raw)
             crop = int(processor.crop_size["height"])
+            # Most of what a setting can be wrong about shows only when a picture goes through.
+            red, green, blue = (int(255 * mean) for mean in processor.image_mean)
+            processor(Image.new("RGB", (crop, crop), (red, green, blue)), return_tensors="pt")
         except Exception as error:
-            raise UserError(f"{path}: not a usable image processor ({error})") from None
+            reason = " ".join(str(error).split())
+            raise UserError(f"{path}: not a usable image processor ({reason}); copy or download it again") from None
         if crop != side:
             raise UserError(f"{path}: crop_size is {crop} pixels but the vision tower takes {side}")
         return processor
@@ -283,8 +288,10 @@ def _build_model(checkpoint: Checkpoint, options: dict[str, Any]) -> LlavaLlamaF
     try:
         with torch.device("meta"):
             expected = model_class(config).state_dict()
-    except ValueError as error:
-        raise UserError(f"{folder / 'config.json'}: not a usable configuration ({error})") from None
+    except Exception as error:
+        # Sizes that make no model; what torch and transformers raise for them depends on the field.
+        reason = " ".join(str(error).split())
+        raise UserError(f"{folder / 'config.json'}: not a usable configuration ({reason})") from None
     if NEWLINE not in expected:
         # It belongs to an arrangement of tiles that this checkpoint does not use; some store one nevertheless.
         checkpoint.weights.pop(NEWLINE, None)

@@ -278,7 +278,7 @@ def llava_config(raw: Mapping[str, Any], path: Path, vision_config: CLIPVisionCo
 
 
 def _text_config(raw: Mapping[str, Any], path: Path) -> Any:
-    mistral = raw["model_type"] == "llava_mistral" or "LlavaMistralForCausalLM" in (raw.get("architectures") or [])
+    mistral = raw["model_type"] == "llava_mistral" or "LlavaMistralForCausalLM" in str(raw.get("architectures"))
     text = {name: raw[name] for name in REQUIRED_TEXT_FIELDS}
     text |= {name: raw[name] for name in OPTIONAL_TEXT_FIELDS if raw.get(name) is not None}
     if mistral and "sliding_window" in raw:

@@ -54,6 +54,7 @@ def load_tokenizer(folder: Path, config: LlavaConfig) -> Any | None:
                 _blank_before_every_text(tokenizer)
         else:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer("a")  # settings that cannot be used, a length that is no number for one, show only now
     except ImportError as error:
         raise UserError(f"{folder}: the tokenizer needs a package: {' '.join(str(error).split())[:200]}") from None
     except Exception as error:

@@ -66,6 +66,12 @@ BROKEN = {
         edit("config.json", num_attention_heads=5),
         "config.json: not a usable configuration",
     ),
+    "negative size": (
+        "safetensors",
+        True,
+        edit("config.json", intermediate_size=-1),
+        "config.json: not a usable configuration",
+    ),
     "other projector": (
         "safetensors",
         True,
@@ -150,6 +156,18 @@ BROKEN = {
         overwrite("tokenizer_config.json", b'{"tokenizer_class": "LlamaTokenizer"}'),
         "tokenizer.model: no such file .nor tokenizer.json., but the folder has tokenizer_config.json",
     ),
+    "processor without a mean": (
+        "safetensors",
+        True,
+        edit("vision_tower/preprocessor_config.json", image_mean=None),
+        "vision_tower/preprocessor_config.json: not a usable image processor .*; copy or download it again",
+    ),
+    "processor with one deviation": (
+        "safetensors",
+        True,
+        edit("vision_tower/preprocessor_config.json", image_std=[0.5]),
+        "vision_tower/preprocessor_config.json: not a usable image processor .*3 elements",
+    ),
     "resampler": ("safetensors", True, edit("config.json", mm_resampler_type="perceiver"), "mm_resampler_type 'perc"),
     "corrupt tokenizer": ("safetensors", True, overwrite("tokenizer.model", b"hello"), "tokenizer cannot be read"),
     "corrupt generation config": (
@@ -178,6 +196,13 @@ def test_a_tokenizer_that_needs_a_package_says_which(tmp_path, source, monkeypat
     monkeypatch.setattr("llava.model.tokenizer.LlamaTokenizer.from_pretrained", refuse)
     with pytest.raises(UserError, match="needs a package: LlamaTokenizer requires the protobuf library"):
         load(write_tokenizer(write_original(tmp_path, source)))
+
+
+def test_tokenizer_settings_that_cannot_be_used_are_told_at_loading(tmp_path, source):
+    folder = write_tokenizer(write_original(tmp_path, source))
+    edit("tokenizer_config.json", model_max_length="long")(folder)
+    with pytest.raises(UserError, match=f"{folder}: tokenizer cannot be read .*copy or download its files again"):
+        load(folder)
 
 
 @pytest.mark.parametrize("tower_inside", [True, False])
