@@ -1,10 +1,11 @@
-"""The only file that touches names of transformers that have changed between releases.
+"""The only file that touches names of transformers (and accelerate) that have changed between releases.
 
 Written for transformers 5.17 to 5.x. The engine asks for masks, caches and the decoder through these functions.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
@@ -17,6 +18,7 @@ __all__ = [
     "cached_length",
     "causal_mask",
     "check_cache",
+    "execution_device",
     "find_decoder",
     "new_cache",
 ]
@@ -35,6 +37,13 @@ def find_decoder(model: nn.Module) -> nn.Module:
     return decoder
 
 
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module computes: its weights' device, or the one accelerate moves them to when they are offloaded."""
+    hook = getattr(module, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    return torch.device(device) if device is not None else next(module.parameters()).device
+
+
 def causal_mask(
     config, hidden: Tensor, padding_mask: Tensor | None, cache: Cache | None = None, layer: int | None = None
 ) -> Tensor | None:
@@ -43,7 +52,7 @@ def causal_mask(
     Args:
         config: configuration of the decoder.
         hidden: ``[B, Q, C]``, for shape, dtype and device.
-        padding_mask: bool ``[B, K]`` over all keys, True for real tokens.
+        padding_mask: bool ``[B, K]`` over all keys, True for real tokens; None if no row is padded.
         cache: keys already there; None for a prefill.
         layer: which cache layer sizes the mask. Layers of a pruned cache differ in length, and without this argument
             transformers sizes every mask by layer 0.
@@ -56,6 +65,8 @@ def causal_mask(
         past_key_values=cache,
         position_ids=None,
         layer_idx=layer,
+        # To see whether nothing is padded it would read the mask back, in every layer. Our masks always hide something.
+        allow_is_causal_skip=padding_mask is None,
     )
 
 

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, LlavaForConditionalGeneration
 
+from llava.compat import execution_device
 from llava.mm_utils import padding_mask
 from llava.model.assemble import MERGE_TYPES, arrangement_of
 from llava.model.configuration import LlavaConfig
+from llava.model.image_arguments import Images, size_list, split_images
 from llava.model.multimodal import (
     MultimodalInputs,
     VisualTokens,
@@ -27,45 +29,12 @@ from llava.model.multimodal import (
     splice,
 )
 from llava.model.projector import DEFAULT_PROJECTOR, Projector, projector_depth, projector_dtype
-from llava.model.vision import VisionTower, encode_crops, execution_device
+from llava.model.vision import VisionTower, encode_crops
 from llava.model.visual_tokens import encode_images
 from llava.pruning.layout import VisualLayout
 from llava.utils import UserError
 
-Images = Tensor | Sequence[Tensor]
 STATIC_CACHES = ("static", "sliding_window", "hybrid", "hybrid_chunked")
-
-
-def split_images(images: Images | None) -> list[Tensor]:
-    """One tensor per image: `[3, S, S]`, or `[crops, 3, S, S]` for an image cut into crops.
-
-    Accepts a list of such tensors, a stack `[n, 3, S, S]` or `[n, crops, 3, S, S]`, or one image `[3, S, S]`.
-    """
-    if images is None:
-        return []
-    if isinstance(images, Tensor):
-        if images.ndim not in (3, 4, 5):
-            raise UserError(f"images must have 3 to 5 dimensions, got shape {tuple(images.shape)}")
-        return [images] if images.ndim == 3 else list(images)
-    for image in images:
-        if not isinstance(image, Tensor) or image.ndim not in (3, 4):
-            found = f"a tensor of shape {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
-            raise UserError(
-                f"images must be tensors [3, S, S] or [crops, 3, S, S], found {found}: "
-                "use llava.mm_utils.process_images first"
-            )
-    return list(images)
-
-
-def _size_list(image_sizes: Any) -> list[tuple[int, int]] | None:
-    if image_sizes is None:
-        return None
-    if isinstance(image_sizes, Tensor):
-        image_sizes = image_sizes.tolist()
-    sizes = list(image_sizes)
-    if len(sizes) == 2 and all(isinstance(x, int) for x in sizes):
-        sizes = [sizes]  # a single (width, height)
-    return [(int(w), int(h)) for w, h in sizes]
 
 
 class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
@@ -189,7 +158,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         per_image = split_images(images)
         if not per_image:
             return []
-        sizes = _size_list(image_sizes)
+        sizes = size_list(image_sizes)
         for name, values in (("image_sizes", sizes), ("image_masks", image_masks)):
             if values is not None and len(values) != len(per_image):
                 raise UserError(f"{name} has {len(values)} entries for {len(per_image)} image(s)")

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from llava.compat import execution_device
 from llava.model.tower_merging import TowerMerger
 from llava.pruning.scores import attention_rows
 from llava.pruning.vision import CLS_ATTENTION, TowerValue, VisionFact
@@ -34,13 +35,6 @@ class VisionFeatures:
     facts: Mapping[str, Tensor] = field(default_factory=dict)
     # The CLS token of the selected layer, `[N, C]`; None where it is among the features or tokens were merged.
     cls_NC: Tensor | None = None
-
-
-def execution_device(module: nn.Module) -> torch.device:
-    """Where a module computes: its weights' device, or the one accelerate moves them to when they are offloaded."""
-    hook = getattr(module, "_hf_hook", None)
-    device = getattr(hook, "execution_device", None)
-    return torch.device(device) if device is not None else next(module.parameters()).device
 
 
 def layers_to_run(select_layer: int, num_layers: int) -> int:

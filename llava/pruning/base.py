@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -121,7 +122,8 @@ class LayerView:
 
     def vision_fact(self, name: str) -> Tensor:
         """A declared fact of the vision tower for the current visual tokens, ``[B, V, ...]``; 0 for merged tokens."""
-        values, origins = self.initial_facts[name], self.sequences.visual_origins()
+        origins = self.sequences.visual_origins()
+        values = self.initial_facts[name].to(origins.device)  # given where the embeddings are
         shape = (*origins.shape, *[1] * (values.ndim - 2))
         index = origins.clamp_min(0).view(shape).expand(*origins.shape, *values.shape[2:])
         return values.gather(1, index).masked_fill((origins < 0).view(shape), 0)
@@ -153,6 +155,7 @@ class PruningMethod:
     name: ClassVar[str]
     needs_cls: ClassVar[bool] = False
     published_budget: ClassVar[str] = "nominal"  # what the paper's budget counts
+    instead_of_target: ClassVar[str | None] = None  # an option that replaces `target_tokens` where it is given
     rows: ClassVar[Rows] = Rows.NONE  # attention rows that `choose` looks at
     reduces_vision: ClassVar[bool] = False  # whether `reduce` takes part
     merges_in_tower: ClassVar[bool] = False  # whether `merge` takes part
@@ -166,6 +169,14 @@ class PruningMethod:
             raise OptionError(f"positions must be 'compact' or 'original', got {self.positions!r}")
         if self.budget not in BUDGETS:
             raise OptionError(f"budget must be 'nominal' or 'processed', got {self.budget!r}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            self.require(field.name, not isinstance(value, float) or math.isfinite(value), "must be a finite number")
+        # What works in front of the decoder can do with the cap alone.
+        free = type(self).target_tokens is None or self.reduces_vision or self.merges_in_tower
+        if self.target_tokens is None and self._replacement is None and not free:
+            options = " or ".join(filter(None, ("target_tokens", self.instead_of_target)))
+            raise OptionError(f"{self.name} needs {options}")
 
     def require(self, option: str, valid: bool, wish: str) -> None:
         """Raise an :class:`OptionError` that names the option, what is wished of it, and its value."""
@@ -214,7 +225,11 @@ class PruningMethod:
     @property
     def aim(self) -> int | None:
         """The mean that the method tries to meet; None if other options decide how much is kept."""
-        return self.target_tokens
+        return self.target_tokens if self._replacement is None else None
+
+    @property
+    def _replacement(self) -> Any:
+        return None if self.instead_of_target is None else getattr(self, self.instead_of_target)
 
     @property
     def parts(self) -> tuple[PruningMethod, ...]:

@@ -253,13 +253,14 @@ def _joined(reports: Sequence[dict[str, list]]) -> dict[str, list]:
 
 def _next_layer_attention(layer: nn.Module, rotary, sequences: Sequences) -> Tensor:
     """What the last token will attend to in ``layer``, which has not run yet: ``[B, H, 1, V]``."""
-    attention, device = layer.self_attn, layer.input_layernorm.weight.device
-    normed = layer.input_layernorm(sequences.hidden_BNC.to(device))
+    attention, here = layer.self_attn, sequences.hidden_BNC.device
+    there = sequences.advance(sequences.hidden_BNC.to(compat.execution_device(layer.input_layernorm)))
+    normed = layer.input_layernorm(there.hidden_BNC)
     heads = (-1, attention.head_dim)
     queries = attention.q_proj(normed[:, -1:]).unflatten(-1, heads).transpose(1, 2)
     keys = attention.k_proj(normed).unflatten(-1, heads).transpose(1, 2)
-    keys = rotate_rows(keys, *(table.to(device) for table in rotary))
-    return _visual_attention(attention.scaling, queries, keys, rotary, sequences, (1,) * len(queries))
+    keys = rotate_rows(keys, *(table.to(keys.device) for table in rotary))
+    return _visual_attention(attention.scaling, queries, keys, rotary, there, (1,) * len(queries)).to(here)
 
 
 def _visual_attention(

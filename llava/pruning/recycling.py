@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -12,28 +13,31 @@ from llava.pruning.retention import PruneStep
 from llava.pruning.selection import (
     counts_to_mask,
     density_peaks,
+    descending_order,
     first_in_sequence_order,
     merge_clusters,
     on_device,
 )
 
 
-def keep_and_recycle(view: LayerView, order_BV: Tensor, steps: Sequence[PruneStep]) -> tuple[Selection, list[int]]:
-    """Keep the first tokens of an order; cluster the next ones (DPC-kNN) and append the cluster means.
+def keep_and_recycle(
+    view: LayerView, scores_BV: Tensor, steps: Sequence[PruneStep], memory: SimpleNamespace
+) -> Selection:
+    """Keep the tokens with the highest scores; cluster the next ones (DPC-kNN) and append the cluster means.
 
     Args:
         view: the layer.
-        order_BV: visual tokens by falling score.
+        scores_BV: a score per visual token.
         steps: per row how many are kept, how many recycled, and into how many tokens.
-
-    Returns:
-        The selection, and the multiply-adds of merging per row.
+        memory: the method's; its report counts the multiply-adds of merging as ``merge_flops``.
     """
+    order_BV = descending_order(scores_BV, view.counts)
     keep = tuple(step.keep for step in steps)
     kept = first_in_sequence_order(order_BV, keep)
+    costs = memory.report.setdefault("merge_flops", [0] * len(steps))
     recycled = [step.recycled for step in steps]
     if max(recycled) == 0:
-        return Selection(kept, keep), [0] * len(steps)
+        return Selection(kept, keep)
 
     # The recycled tokens follow the kept ones in the order; they are merged from the layer's output.
     candidates = _behind(order_BV, keep, max(recycled))
@@ -44,8 +48,9 @@ def keep_and_recycle(view: LayerView, order_BV: Tensor, steps: Sequence[PruneSte
     source = candidates.gather(1, peaks.centers_BK)
     if min(clusters) < max(clusters):
         source = source.masked_fill(~counts_to_mask(clusters, max(clusters), view.device), order_BV.shape[1])
-    flops = [(step.recycled + step.merged) * step.recycled * tokens.shape[2] for step in steps]
-    return Selection(kept, keep, merged, tuple(clusters), source), flops
+    for row, step in enumerate(steps):
+        costs[row] += (step.recycled + step.merged) * step.recycled * tokens.shape[2]
+    return Selection(kept, keep, merged, tuple(clusters), source)
 
 
 def _behind(order_BV: Tensor, keep: tuple[int, ...], width: int) -> Tensor:

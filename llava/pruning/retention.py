@@ -15,6 +15,7 @@ import numpy as np
 _MAX_SCALE = 20.0
 _MAX_STEPS = 200
 _EXACT = 0.01
+_PUBLISHED_DEPTH = 32
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,16 @@ def dynamic_slope(mutual_information: float, k0: float = 0.4, gamma: float = 0.2
     return max(k0 - gamma * mutual_information, 0.0)
 
 
-def retention_curve(num_layers: int, slope: float, x0: float = 14.9, amplitude: float = 0.75) -> np.ndarray:
+def retention_curve(
+    num_layers: int, slope: float, x0: float = 14.9, amplitude: float = 0.75, *, relative: bool = False
+) -> np.ndarray:
     """Unscaled share of visual tokens kept after layers ``1 .. num_layers - 1``, float64 ``[num_layers - 1]``.
 
-    The inflection lies at ``x0 + slope``, not at ``x0``, as in the published code. ``x0`` counts layers absolutely.
+    The inflection lies at ``x0 + slope``, not at ``x0``, as in the published code. ``x0`` counts layers absolutely, or
+    with ``relative`` on a scale of 32 layers.
     """
+    if relative:
+        x0 = x0 * num_layers / _PUBLISHED_DEPTH
     layers = np.arange(1, num_layers, dtype=np.float64)
     with np.errstate(over="ignore"):  # a very steep curve overflows to a share of exactly 0
         return amplitude / (1.0 + np.exp(slope * (layers - (x0 + slope))))
@@ -146,30 +152,45 @@ def tokens_to_keep(coarse_tokens: int, share: float) -> int:
     return math.ceil(np.float32(coarse_tokens - 1) * np.float32(share))
 
 
-def coarse_token_count(visual_tokens: int, target_tokens: float, coarse_factor: float = 2.5) -> int:
-    """Visual tokens kept after layer 0, ``min(int(2.5 * target), visual_tokens)``."""
+def coarse_token_count(
+    visual_tokens: int, target_tokens: float, coarse_factor: float = 2.5, charged_layers: int | None = None
+) -> int:
+    """Visual tokens kept after layer 0, ``min(int(2.5 * target), visual_tokens)``.
+
+    With ``charged_layers`` (all layers of the decoder) the target is a processed mean, of which layer 0, working on all
+    tokens, takes ``visual_tokens / charged_layers`` away (at least 1 is left).
+    """
+    if charged_layers is not None:
+        target_tokens = max(target_tokens - visual_tokens / charged_layers, 1)
     return min(int(coarse_factor * target_tokens), visual_tokens)
 
 
-def layer_shares(
-    num_layers: int,
-    slope: float,
+def keep_counts(
+    curve: np.ndarray,
     coarse_tokens: int,
     target_tokens: int,
-    x0: float,
-    amplitude: float,
-    recycle_fraction: float,
+    recycle_fraction: float = 0.3,
     *,
     first: int = 1,
     entering: int | None = None,
-) -> list[float]:
-    """Scaled share of the tokens after layer 0 that every layer keeps; 0 in front of layer ``first``, where none drops.
+) -> list[int]:
+    """Tokens to keep after every layer, merged ones not included.
 
-    See :func:`retention_curve` and :func:`fit_to_budget` (``entering``: meet the processed mean).
+    The base of all counts is ``coarse_tokens``, whatever was merged since (published). Layers in front of ``first``
+    keep all of them.
+
+    Args:
+        curve: unscaled shares after layers 1..L-1, see :func:`retention_curve`.
+        coarse_tokens: visual tokens after layer 0.
+        target_tokens: wanted mean per layer.
+        recycle_fraction: see :func:`prune_step`.
+        first: the first layer that follows the curve, at least 1.
+        entering: see :func:`fit_to_budget`.
     """
-    curve = retention_curve(num_layers, slope, x0, amplitude)[first - 1 :]
-    scaled = fit_to_budget(curve, coarse_tokens, target_tokens, recycle_fraction, held=first, entering=entering)
-    return [0.0] * first + list(scaled)
+    shares = fit_to_budget(
+        curve[first - 1 :], coarse_tokens, target_tokens, recycle_fraction, held=first, entering=entering
+    )
+    return [coarse_tokens] * first + [tokens_to_keep(coarse_tokens, share) for share in shares]
 
 
 def retention_schedule(
@@ -204,8 +225,7 @@ def retention_schedule(
             f"{num_layers}, {target_tokens}, {visual_tokens}"
         )
     coarse = coarse_token_count(visual_tokens, target_tokens, coarse_factor)
-    shares = fit_to_budget(retention_curve(num_layers, slope, x0, amplitude), coarse, target_tokens)
     counts = [coarse]
-    for share in shares:
-        counts.append(prune_step(counts[-1], tokens_to_keep(coarse, share)).total)
+    for keep in keep_counts(retention_curve(num_layers, slope, x0, amplitude), coarse, target_tokens)[1:]:
+        counts.append(prune_step(counts[-1], keep).total)
     return counts

@@ -16,6 +16,8 @@ from llava.pruning.vision import merge_tokens
 from tests.pruning import naive
 from tests.pruning.models import Batch, generate, random_llama
 
+CONSTANT = ("random", "uniform", "fastervlm", "divprune")
+
 
 @pytest.fixture(scope="module")
 def model():
@@ -266,6 +268,10 @@ def test_selection_time_is_measured_on_request(model):
     [
         ("sparsevlm", {"layers": "3/2"}, "2/6/15"),
         ("sparsevlm", {"target_tokens": None}, "needs target_tokens"),
+        ("fastv", {"target_tokens": None}, "fastv needs target_tokens or ratio"),
+        *((name, {"target_tokens": None}, f"{name} needs target_tokens") for name in CONSTANT),
+        ("autoprune", {"gamma": float("nan")}, "gamma must be a finite number, got nan"),
+        ("autoprune", {"amplitude": float("inf")}, "amplitude must be a finite number, got inf"),
         ("sparsevlm", {"layers": "3/9"}, "6 layers"),
         ("pdrop", {"layers": "0/2"}, "from 1"),
         ("pdrop", {"layers": "2/6"}, "6 layers"),
@@ -283,6 +289,11 @@ def test_selection_time_is_measured_on_request(model):
 def test_bad_options(model, name, options, message):
     with pytest.raises(OptionError, match=message):
         get_method(name)(**options).attach(model)
+
+
+@pytest.mark.parametrize("name", ["visionzip", "prumerge_plus", "hiprune", "tome"])
+def test_the_cap_alone_is_budget_enough_in_front_of_the_decoder(name):
+    assert get_method(name)(target_tokens=None, visual_token_num=8).aim is None
 
 
 def test_missing_facts_are_named(model):

@@ -23,7 +23,6 @@ from types import SimpleNamespace
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from llava.pruning.base import LayerView, OptionError, PruningMethod, Rows, Selection
 from llava.pruning.information import mutual_information
@@ -31,13 +30,11 @@ from llava.pruning.recycling import keep_and_recycle
 from llava.pruning.retention import (
     coarse_token_count,
     dynamic_slope,
-    layer_shares,
+    keep_counts,
     prune_step,
-    tokens_to_keep,
+    retention_curve,
 )
-from llava.pruning.selection import descending_order, on_device, top_k
-
-_PUBLISHED_DEPTH = 32
+from llava.pruning.selection import on_device, top_k
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +78,6 @@ class AutoPrune(PruningMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.target_tokens is None:
-            raise OptionError("autoprune needs target_tokens")
         self.require("coarse_factor", self.coarse_factor >= 1, "must be at least 1")
         for option in ("amplitude", "eps"):
             self.require(option, getattr(self, option) > 0, "must be above 0")
@@ -98,89 +93,86 @@ class AutoPrune(PruningMethod):
     def needs_cls(self) -> bool:
         return self.coarse_cut and self.cls_weight != 0
 
+    @property
+    def _first(self) -> int:
+        """The first layer that the curve decides on."""
+        return max(self.mi_layer, 1)
+
+    def _measures(self, layer: int) -> bool:
+        """Whether the mutual information of a layer is needed: for the text term of the cut, or for the slope."""
+        cuts = layer == 0 and self.coarse_cut and self.text_weight != 0
+        return cuts or (layer == self.mi_layer and self.slope is None)
+
     def stages(self, num_layers: int) -> Mapping[int, Rows]:
         self.require("mi_layer", self.mi_layer < max(num_layers, 2), f"must be below the decoder's {num_layers} layers")
-        start = max(self.mi_layer, 1)
-        first = Rows.TEXT if self.mi_layer == 0 or (self.coarse_cut and self.text_weight) else Rows.NONE
-        return {0: first, **{layer: Rows.TEXT for layer in range(start, num_layers)}}
+        curve = dict.fromkeys(range(self._first, num_layers), Rows.TEXT)
+        return {0: Rows.TEXT if self._measures(0) else Rows.NONE, **curve}
 
     def select(self, view: LayerView, memory: SimpleNamespace) -> Selection | None:
-        if view.layer == 0:
-            memory.report = {"mutual_information": None, "slope": None, "merge_flops": [0] * len(view.counts)}
-            memory.entering = view.counts
-            memory.information, memory.text_rows = {}, view.query_rows
-        if view.layer in (0, self.mi_layer) and self.slope is None and view.attention_BHTV is not None:
-            memory.information[view.layer] = self._information(view)
         selection = None
         if view.layer == 0:
-            memory.coarse = tuple(self._coarse(count, view.num_layers) for count in view.counts)
-            selection = self._coarse_cut(view, memory) if self.coarse_cut else None
+            memory.report = {"mutual_information": None, "slope": None}
+            memory.information, memory.entering = {}, view.counts
+            memory.coarse = self._coarse(view)
+        if self._measures(view.layer):
+            # Summed, not averaged, over the heads (published).
+            rows = on_device(view.query_rows, view.device)[:, None]
+            memory.information[view.layer] = mutual_information(view.attention_BHTV, self.eps, rows).sum(1)
+        if view.layer == 0 and self.coarse_cut:
+            selection = self._cut(view, memory)
         if view.layer == self.mi_layer:
-            self._plan(view, memory)
-        return self._follow_curve(view, memory) if view.layer >= max(self.mi_layer, 1) else selection
+            memory.keep = self._plan(view, memory)
+        return self._follow_curve(view, memory) if view.layer >= self._first else selection
 
-    def _coarse(self, count: int, num_layers: int) -> int:
+    def _coarse(self, view: LayerView) -> tuple[int, ...]:
+        """Per sample the visual tokens after layer 0."""
         if not self.coarse_cut:
-            return count
-        target = self.target_tokens
-        if self.budget == "processed":
-            target = max(target - count / num_layers, 1)
-        return coarse_token_count(count, target, self.coarse_factor)
+            return view.counts
+        charged = view.num_layers if self.budget == "processed" else None
+        return tuple(coarse_token_count(n, self.target_tokens, self.coarse_factor, charged) for n in view.counts)
 
-    def _information(self, view: LayerView) -> Tensor:
-        """Mutual information per sample, summed (not averaged) over the heads (published)."""
-        rows = on_device(view.query_rows, view.device)[:, None]
-        return mutual_information(view.attention_BHTV, self.eps, rows).sum(1)
-
-    def _coarse_cut(self, view: LayerView, memory: SimpleNamespace) -> Selection:
+    def _cut(self, view: LayerView, memory: SimpleNamespace) -> Selection:
         scores = torch.zeros((), device=view.device)
         if self.text_weight:
             # Published: only here the information is divided by the number of text tokens. It may be negative.
-            total = memory.information[0] if self.slope is None else self._information(view)
-            information = total / on_device(view.query_rows, view.device)
+            information = memory.information[0] / on_device(view.query_rows, view.device)
             scores = self.text_weight * information[:, None] * view.relevance_BV
         if self.needs_cls:
-            cls = view.cls_attention_BV
-            scores = scores + (cls if self.cls_weight == 1 else self.cls_weight * cls)
+            scores = scores + self.cls_weight * view.cls_attention_BV
         return Selection(top_k(scores, view.counts, memory.coarse), memory.coarse)
 
-    def _plan(self, view: LayerView, memory: SimpleNamespace) -> None:
-        """Lay out the rest of the decoder: the one place where the host waits for the device."""
-        slopes = [self.slope] * len(view.counts)
-        if self.slope is None:
-            names = {f"layer{layer}": values for layer, values in memory.information.items()}
-            if 0 in memory.information:
-                names["layer0"] = memory.information[0] / on_device(memory.text_rows, view.device)
-            measured = torch.stack((*names.values(), memory.information[self.mi_layer])).tolist()
-            slopes = [dynamic_slope(information, self.k0, self.gamma) for information in measured[-1]]
-            memory.report["mutual_information"] = [
-                dict(zip(names, values, strict=True)) for values in zip(*measured[:-1], strict=True)
-            ]
+    def _plan(self, view: LayerView, memory: SimpleNamespace) -> list[list[int]]:
+        """Per sample the tokens to keep after each layer."""
+        slopes = [self.slope] * len(view.counts) if self.slope is not None else self._slopes(view, memory)
         memory.report["slope"] = slopes
-        x0 = self.x0 * view.num_layers / _PUBLISHED_DEPTH if self.x0_relative else self.x0
-        memory.shares = [
-            layer_shares(
-                view.num_layers,
-                slope,
+        entering = memory.entering if self.budget == "processed" else [None] * len(slopes)
+        return [
+            keep_counts(
+                retention_curve(view.num_layers, slope, self.x0, self.amplitude, relative=self.x0_relative),
                 coarse,
                 self.target_tokens,
-                x0,
-                self.amplitude,
                 self.recycle_fraction,
-                first=max(self.mi_layer, 1),
-                entering=entering if self.budget == "processed" else None,
+                first=self._first,
+                entering=tokens,
             )
-            for slope, coarse, entering in zip(slopes, memory.coarse, memory.entering, strict=True)
+            for slope, coarse, tokens in zip(slopes, memory.coarse, entering, strict=True)
         ]
+
+    def _slopes(self, view: LayerView, memory: SimpleNamespace) -> list[float]:
+        """Slope per sample, from the mutual information: the one place where the host waits for the device."""
+        layers = list(memory.information)
+        measured = torch.stack([bits.to(view.device) for bits in memory.information.values()]).tolist()
+        memory.report["mutual_information"] = [
+            {f"layer{layer}": bits if layer else bits / rows for layer, bits in zip(layers, sample, strict=True)}
+            for sample, rows in zip(zip(*measured, strict=True), view.query_rows, strict=True)
+        ]
+        return [dynamic_slope(bits, self.k0, self.gamma) for bits in measured[layers.index(self.mi_layer)]]
 
     def _follow_curve(self, view: LayerView, memory: SimpleNamespace) -> Selection | None:
         steps = [
-            # Published: the base of the count stays the token count after layer 0, whatever was merged since.
-            prune_step(count, tokens_to_keep(coarse, shares[view.layer]), self.recycle_fraction)
-            for count, coarse, shares in zip(view.counts, memory.coarse, memory.shares, strict=True)
+            prune_step(count, keep[view.layer], self.recycle_fraction)
+            for count, keep in zip(view.counts, memory.keep, strict=True)
         ]
         if tuple(step.keep for step in steps) == view.counts:
             return None
-        selection, flops = keep_and_recycle(view, descending_order(view.relevance_BV, view.counts), steps)
-        memory.report["merge_flops"] = [a + b for a, b in zip(memory.report["merge_flops"], flops, strict=True)]
-        return selection
+        return keep_and_recycle(view, view.relevance_BV, steps, memory)

@@ -37,16 +37,13 @@ class FastV(PruningMethod):
 
     name: ClassVar[str] = "fastv"
     published_budget: ClassVar[str] = "processed"
+    instead_of_target: ClassVar[str | None] = "ratio"
     rows: ClassVar[Rows] = Rows.LAST
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require("layer", self.layer >= 1, "must be at least 1")
         self.require("ratio", self.ratio is None or 0 <= self.ratio < 1, "must lie in 0..1, 1 excluded")
-
-    @property
-    def aim(self) -> int | None:
-        return None if self.ratio is not None else self.target_tokens
 
     def stages(self, num_layers: int) -> Mapping[int, Rows]:
         self.require("layer", self.layer < num_layers, f"must be below the decoder's {num_layers} layers")

@@ -22,7 +22,7 @@ from functools import lru_cache
 from types import SimpleNamespace
 from typing import ClassVar
 
-from llava.pruning.base import LayerView, OptionError, PruningMethod, Rows, Selection
+from llava.pruning.base import LayerView, PruningMethod, Rows, Selection
 from llava.pruning.budget import mean_tokens, nearest_plan, parse_layers
 from llava.pruning.selection import top_k
 
@@ -46,18 +46,13 @@ class PDrop(PruningMethod):
 
     name: ClassVar[str] = "pdrop"
     published_budget: ClassVar[str] = "processed"
+    instead_of_target: ClassVar[str | None] = "ratio"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         rising = self.layers is None or (parse_layers(self.layers) or (0,))[0] >= 1
         self.require("layers", rising, "must be rising layer indices from 1 such as 8/16/24")
         self.require("ratio", self.ratio is None or 0 < self.ratio <= 1, "must lie in 0..1, 0 excluded")
-        if self.target_tokens is None and self.ratio is None:
-            raise OptionError("pdrop needs target_tokens or ratio")
-
-    @property
-    def aim(self) -> int | None:
-        return None if self.ratio is not None else self.target_tokens
 
     def stages(self, num_layers: int) -> Mapping[int, Rows]:
         if self.layers is not None:

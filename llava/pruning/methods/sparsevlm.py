@@ -26,12 +26,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llava.pruning.base import BEFORE_DECODER, LayerView, OptionError, PruningMethod, Rows, Selection
+from llava.pruning.base import BEFORE_DECODER, LayerView, PruningMethod, Rows, Selection
 from llava.pruning.budget import nearest_plan, parse_layers, scaled_layers
 from llava.pruning.recycling import keep_and_recycle
 from llava.pruning.retention import prune_step
 from llava.pruning.scores import received_attention
-from llava.pruning.selection import descending_order, on_device
+from llava.pruning.selection import on_device
 
 _LAYERS, _DEPTH, _TOKENS = (2, 6, 15), 32, 576
 _LISTS = {64: (66, 30, 17), 96: (238, 48, 26), 128: (303, 110, 36), 192: (300, 200, 110)}
@@ -55,8 +55,6 @@ class SparseVLM(PruningMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.target_tokens is None:
-            raise OptionError("sparsevlm needs target_tokens")
         rising = self.layers is None or parse_layers(self.layers) is not None
         self.require("layers", rising, "must be rising layer indices such as 2/6/15")
         self.require("recycle_fraction", 0 <= self.recycle_fraction <= 1, "must lie in 0..1")
@@ -76,17 +74,15 @@ class SparseVLM(PruningMethod):
         if view.layer == BEFORE_DECODER:
             memory.raters = text_raters(view.hidden_BVC, view.counts, view.text_BTC, view.query_rows)
             memory.keep = [self._keep(count, view.num_layers, layers) for count in view.counts]
-            memory.report = {"merge_flops": [0] * len(view.counts)}
             return None
         stage = layers.index(view.layer)
-        scores = received_attention(view.attention_BHTV * memory.raters[:, None, :, None], memory.raters.sum(1))
+        raters = memory.raters.to(view.device)  # chosen where the embeddings are
+        scores = received_attention(view.attention_BHTV * raters[:, None, :, None], raters.sum(1))
         steps = [
             prune_step(count, min(keep[stage], count), self.recycle_fraction)
             for count, keep in zip(view.counts, memory.keep, strict=True)
         ]
-        selection, flops = keep_and_recycle(view, descending_order(scores, view.counts), steps)
-        memory.report["merge_flops"] = [a + b for a, b in zip(memory.report["merge_flops"], flops, strict=True)]
-        return selection
+        return keep_and_recycle(view, scores, steps, memory)
 
     def _keep(self, count: int, num_layers: int, layers: tuple[int, ...]) -> tuple[int, ...]:
         return keep_list(count, num_layers, layers, self.target_tokens, self.budget_kind, self.recycle_fraction)
