@@ -240,5 +240,5 @@ class Chat:
         if tokens >= self._limit:
             raise UserError(
                 f"the conversation has {tokens} tokens or more, and this model takes {self._limit} with the answer: "
-                "ask something shorter or start again"
+                "ask something shorter, show fewer images or start again"
             )

@@ -125,7 +125,7 @@ def translate_tower_name(name: str) -> str | None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; every way to fail is a `UserError` naming the file."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a byte order mark in front
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; is the folder a complete LLaVA checkpoint?") from None
     except OSError as error:

@@ -8,7 +8,9 @@ checkpoints.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -33,6 +35,8 @@ from llava.model.vision import VisionTower, encode_crops
 from llava.model.visual_tokens import encode_images
 from llava.pruning.layout import VisualLayout
 from llava.utils import UserError
+
+_LOGGER = logging.getLogger(__name__)
 
 STATIC_CACHES = ("static", "sliding_window", "hybrid", "hybrid_chunked")
 
@@ -167,6 +171,8 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         run, merge_type, patches = self.pruning_run, self.merge_type(), self._features_per_crop()
         if run is not None and run.method.merges_in_tower and merge_type == "spatial_unpad":
             merge_type = "spatial"  # what stands for several patches cannot be cut at the border of the picture
+            if self._chosen_merge_type is not None:
+                _say_spatial(run.method.name)
         arrangements = [
             arrangement_of(
                 self.config,
@@ -372,6 +378,14 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
                 raise UserError(f"{type(cache).__name__} cannot be used with pruning: use DynamicCache")
             if cache.get_seq_length() > 0:
                 raise UserError("pruning cannot continue a filled cache: pass the whole conversation as one prompt")
+
+
+@lru_cache
+def _say_spatial(method: str) -> None:
+    # Cached: once per program, not per image.
+    _LOGGER.warning(
+        "%s merges tokens inside the vision tower: mm_patch_merge_type 'spatial' instead of 'spatial_unpad'", method
+    )
 
 
 def _set_text_only(run: Any, input_ids: Tensor) -> None:

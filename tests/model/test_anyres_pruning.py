@@ -170,6 +170,19 @@ def test_pruned_runs_are_spatial_by_default(model):
     assert [trace.structure_tokens for trace in run.traces] == [0, 0]
 
 
+@torch.no_grad()
+def test_a_merging_tower_is_spatial_and_says_so_where_something_else_was_chosen(model, caplog):
+    call = inputs(model)
+    counts = []
+    for choice in (None, "spatial_unpad", "spatial_unpad"):
+        model.set_patch_merge_type(choice)
+        with get_method("tome")(target_tokens=30).attach(model) as run:
+            model.generate(**call, max_new_tokens=1, **GREEDY)
+        counts.append([(trace.visual_tokens, trace.structure_tokens) for trace in run.traces])
+        assert ("'spatial' instead of 'spatial_unpad'" in caplog.text) == (choice is not None)
+    assert counts[0] == counts[1] == counts[2] and caplog.text.count("instead of") == 1
+
+
 def test_newlines_need_a_checkpoint_that_has_them():
     with pytest.raises(UserError, match="needs a checkpoint with image_newline"):
         tiny_model().set_patch_merge_type("spatial_unpad")

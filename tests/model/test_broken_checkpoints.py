@@ -232,6 +232,13 @@ def test_long_lists_of_names_are_cut(tmp_path, source):
         load(folder)
 
 
+def test_a_byte_order_mark_and_windows_lines_are_read(tmp_path, source):
+    folder = write_original(tmp_path, source)
+    text = (folder / "config.json").read_bytes()
+    (folder / "config.json").write_bytes(b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n"))
+    assert load(folder)[1].config.text_config.vocab_size == source.config.text_config.vocab_size
+
+
 def test_pickles_cannot_run_code(tmp_path, source):
     class Bomb:
         def __reduce__(self):
