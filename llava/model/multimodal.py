@@ -127,10 +127,13 @@ def splice(
     Raises:
         UserError: numbers of placeholders and images differ.
     """
-    check_image_count(count_placeholders(input_ids, attention_mask), len(visual))
     # One transfer to the host before the decoder runs; everything below indexes with host integers.
     ids_BT = input_ids.tolist()
     valid_BT = None if attention_mask is None else attention_mask.bool().tolist()
+    kept = [[t for t in range(len(ids)) if valid_BT is None or valid_BT[b][t]] for b, ids in enumerate(ids_BT)]
+    check_image_count(
+        [sum(ids[t] == IMAGE_TOKEN_INDEX for t in keep) for ids, keep in zip(ids_BT, kept, strict=True)], len(visual)
+    )
     # Placeholders and padding have no row in the table; what is looked up for them is never used.
     embeds_BTC = embed(input_ids.clamp(min=0))
 
@@ -139,8 +142,7 @@ def splice(
     places: list[_Places] = []
     row_images: list[list[VisualTokens]] = []
     row_labels: list[Tensor] = []
-    for b, ids_T in enumerate(ids_BT):
-        keep = [t for t in range(len(ids_T)) if valid_BT is None or valid_BT[b][t]]
+    for b, (ids_T, keep) in enumerate(zip(ids_BT, kept, strict=True)):
         pieces, label_pieces = [], []
         row_images.append([])
         place = _Places()

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from llava.model.multimodal import VisualTokens, splice
 from tests.model.tiny import tiny_model, write_original, write_tokenizer
 
 VOCABULARY = 400
@@ -277,3 +278,11 @@ def test_names_and_attributes(lmms):
     # `stop_str = conv.sep if conv.sep_style != SeparatorStyle.TWO else conv.sep2` in many scripts
     conv = conv_templates["vicuna_v1"].copy()
     assert (conv.sep if conv.sep_style != SeparatorStyle.TWO else conv.sep2) == "</s>"
+
+
+def test_splicing_reads_the_ids_once(monkeypatch):
+    reads, tolist = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(tuple(self.shape)) or tolist(self))
+    image = VisualTokens(torch.ones(5, 4))
+    prompt = splice(lambda ids: torch.zeros(*ids.shape, 4), torch.tensor([[1, -200, 2], [3, 4, 5]]), [image])
+    assert reads == [(2, 3)] and prompt.layout.counts == (5, 0)

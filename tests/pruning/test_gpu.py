@@ -51,7 +51,7 @@ def test_prefill_waits_for_the_device_once():
     """The schedule depends on data: one transfer of the mutual information to the host, nothing else."""
     model = random_llama().cuda()
     with AutoPrune(target_tokens=8).attach(model) as run, torch.inference_mode():
-        # Padding makes the stock mask factory look at the mask; a single sample isolates the engine.
+        # A single sample: the lengths of padded rows are read from the attention mask, unless the layout has them.
         alone = on_gpu(Batch(model).alone(0))
         run.set_visual(alone["layout"], alone["cls"])
         model(inputs_embeds=alone["embeds"])  # first call: lazy initializations
