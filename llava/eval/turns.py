@@ -69,7 +69,8 @@ def take_turns(
     of them alike. What comes before the decoder is shared where it can be; prefill times do not include it.
     Batches are cut from all questions, so a resumed run forms the batches that the interrupted one formed.
 
-    on_skip: called with a question whose image cannot be read and the reason; without it the `SampleError` is raised.
+    on_skip: called with a question whose image cannot be read, or whose numbers are not finite, and the reason; without
+    it a `SampleError` is raised.
     bar: advanced by one for each answer.
     """
     # Prompts of one length share a batch: less padding, and the attention kernels run without a mask.
@@ -87,7 +88,11 @@ def take_turns(
             batch = [samples[question.index] for question in wanted if question.index in samples]
             if batch:
                 with contender.method.attach(answerer.model) as run:
-                    contender.add(answerer.generate(encodings.of(batch, run), run))
+                    answers = answerer.generate(encodings.of(batch, run), run)
+                contender.add([answer for answer in answers if answer.failed is None])
+                for answer in answers:
+                    if answer.failed is not None:
+                        _report(on_skip, answer.question, SampleError(answer.failed))
             if bar is not None:
                 bar.update(len(wanted))
 
@@ -100,10 +105,14 @@ def _prepare(
         try:
             samples[question.index] = answerer.prepare(question)
         except SampleError as error:
-            if on_skip is None:
-                raise
-            on_skip(question, str(error))
+            _report(on_skip, question, error)
     return samples
+
+
+def _report(on_skip: Callable[[Question, str], None] | None, question: Question, error: SampleError) -> None:
+    if on_skip is None:
+        raise error
+    on_skip(question, str(error))
 
 
 def progress_bar(total: int, description: str) -> tqdm:

@@ -49,7 +49,13 @@ def prune_step(visual_tokens: int, keep: int, recycle_fraction: float = 0.3) -> 
 
 
 def dynamic_slope(mutual_information: float, k0: float = 0.4, gamma: float = 0.2) -> float:
-    """Slope of the logistic curve, ``max(k0 - gamma * MI, 0)``: the closer text and image are coupled, the flatter."""
+    """Slope of the logistic curve, ``max(k0 - gamma * MI, 0)``: the closer text and image are coupled, the flatter.
+
+    Information that is not finite counts as none: such a sample is lost, but its schedule is still made of numbers, so
+    that the samples beside it go on and the fault is reported where the answer is read.
+    """
+    if not math.isfinite(mutual_information):
+        return max(k0, 0.0)
     return max(k0 - gamma * mutual_information, 0.0)
 
 

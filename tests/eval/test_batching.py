@@ -217,7 +217,7 @@ def poisoned(data, loaded, monkeypatch):
 @pytest.mark.parametrize("method", ["autoprune", "dense"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_numbers_that_are_not_finite_cost_one_sample(
-    argv, data, preloaded, poisoned, capsys, method, value, batch_size
+    argv, data, preloaded, poisoned, capsys, recwarn, method, value, batch_size
 ):
     flags = ("--method", method, "--batch-size", batch_size)
     main(argv(*flags, answers="good.jsonl"))
@@ -231,6 +231,7 @@ def test_numbers_that_are_not_finite_cost_one_sample(
     assert [r for i, r in enumerate(records) if i != 3] == [g for i, g in enumerate(good) if i != 3]
     printed = capsys.readouterr().err
     assert "failed" in printed and "q.jsonl:4 (question img1)" in printed and "Traceback" not in printed
+    assert not [warning for warning in recwarn if issubclass(warning.category, RuntimeWarning)], "numpy's, on stderr"
     meta = read_json(data / "a.meta.json")
     assert meta["counts"] == {"total": 7, "answered": 6, "skipped": 0, "failed": 1} and meta["complete"]
     with pytest.raises(SystemExit) as exit_info:

@@ -330,6 +330,29 @@ def test_a_damaged_image_costs_one_question(argv, data, capsys):
     assert "q 5 of 7" in captured.out
 
 
+def test_numbers_that_are_not_finite_cost_one_question(argv, data, capsys, monkeypatch):
+    from llava.eval.numerics import FiniteWatch
+    from llava.eval.runner import Answerer
+
+    generate = Answerer.generate
+
+    def poisoned(self, encoded, run):
+        bad = [s.question.index == 2 and run.method.name == "uniform" for s in encoded.samples]
+        monkeypatch.setattr(FiniteWatch, "bad", lambda watch: bad)
+        return generate(self, encoded, run)
+
+    monkeypatch.setattr(Answerer, "generate", poisoned)
+    with pytest.raises(SystemExit) as exit_info:
+        compare.main(argv("--methods", "uniform", "--budgets", "4", "--no-plot"))
+    assert exit_info.value.code == 3
+    captured = capsys.readouterr()
+    assert "q.jsonl:3: logits that are not finite" in captured.err and "q 6 of 7" in captured.out
+    assert len(read_jsonl(data / "out/answers/q/uniform_4.jsonl")) == 6, "asked again by the rerun"
+    monkeypatch.setattr(Answerer, "generate", generate)
+    monkeypatch.setattr(FiniteWatch, "bad", lambda watch: [False] * watch.samples)
+    assert compare.main(argv("--methods", "uniform", "--budgets", "4", "--no-plot")) == 0
+
+
 def test_ablations_on_a_benchmark(checkpoint, tmp_path, capsys):
     flags = ["--ablations", "gamma", "--budgets", "4", "--benchmarks", "gqa", "--limit", "3", "--max-new-tokens", 3]
     flags += ["--model-path", checkpoint, "--output-dir", tmp_path, "--device", "cpu", "--resamples", 100]

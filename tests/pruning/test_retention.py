@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -55,6 +57,14 @@ def test_dynamic_slope_goldens(golden):
 
 def test_negative_information_steepens_the_curve():
     assert dynamic_slope(-0.5) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("information", [math.nan, math.inf, -math.inf])
+@pytest.mark.filterwarnings("error")
+def test_information_that_is_not_finite_still_gives_a_schedule(information):
+    assert dynamic_slope(information) == dynamic_slope(0.0)
+    counts = retention_schedule(12, 576, 64, dynamic_slope(information))
+    assert counts == retention_schedule(12, 576, 64, 0.4)
 
 
 @pytest.mark.parametrize("target", [1, 2, 64, 128, 192, 320, 575, 576])
