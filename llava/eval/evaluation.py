@@ -85,7 +85,9 @@ class Evaluation:
         from llava.eval.runner import answer_questions
 
         args, model = self.args, answerer.model
-        self.metadata.set_model(describe_device(model.device), str(model.dtype).removeprefix("torch."))
+        self.metadata.set_model(
+            describe_device(model.device), str(model.dtype).removeprefix("torch."), model.merge_type()
+        )
         self.answers.open()
         self.traces.start()
         self._began = time.perf_counter()

@@ -207,7 +207,7 @@ def merged_metadata(
     loaded = next((meta for meta in metas if meta.get("device")), first)  # a part without questions loads no model
     return {
         **{name: value for name, value in first.items() if name not in ("plan", "parts")},
-        **{name: loaded[name] for name in ("versions", "device", "dtype")},
+        **{name: loaded.get(name) for name in ("versions", "device", "dtype", "mm_patch_merge_type")},
         "arguments": dict(first["arguments"]),
         "question_file": {**first["question_file"], "questions": len(questions)},
         "counts": {

@@ -144,7 +144,10 @@ def label(method: str, tokens: int | None) -> str:
 
 
 def build(
-    table: Table, checkpoint: str, collected: Mapping[tuple[str, int | None], Mapping[str, Run]]
+    table: Table,
+    checkpoint: str,
+    collected: Mapping[tuple[str, int | None], Mapping[str, Run]],
+    limit: int | None = None,
 ) -> dict[str, Any]:
     """The table as JSON-able data: columns, rows and, under each row, the published ones."""
     keys = (*table.columns, *table.extra)
@@ -182,7 +185,7 @@ def build(
             }
         )
     columns = [{"key": key, "title": COLUMNS[key].title, "retained": key in table.columns} for key in keys]
-    return {"checkpoint": checkpoint, "columns": columns, "rows": rows}
+    return {"checkpoint": checkpoint, "limit": limit, "columns": columns, "rows": rows}
 
 
 def _number(value: float | None, digits: int = 1, unit: str = "") -> str:
@@ -222,9 +225,19 @@ def notes(data: Mapping[str, Any]) -> str:
         "with every ratio at most 100%; published ones as published. Tokens: visual tokens per decoder layer, mean "
         "over samples and benchmarks. FLOPs: decoder prefill from processed tokens, relative to dense."
     ]
+    if data["limit"] is not None:
+        lines.insert(0, f"Only the first {data['limit']} questions of each benchmark (--limit): no official figures.")
     if any(not column["retained"] for column in data["columns"]):
-        lines[0] += " † not part of the retained mean."
+        lines[-1] += " † not part of the retained mean."
+    dense = next((row["costs"].get("visual") for row in data["rows"] if row["tokens"] is None), None)
     for row in data["rows"]:
+        visual = row["costs"].get("visual")
+        if dense is not None and visual is not None and abs(visual - dense) >= 1:
+            # LLaVA-1.6: dense runs arrange crops as the checkpoint says, pruned ones as the paper's rows ("spatial").
+            lines.append(
+                f"{row['label']}: starts from {visual:.0f} visual tokens, the dense row from {dense:.0f}; FLOPs are "
+                f"relative to a dense run on those {visual:.0f} (another --mm-patch-merge-type)."
+            )
         if row["retained"] is not None and row["retained_over"] < whole:
             lines.append(f"{row['label']}: retained is over {row['retained_over']} of {whole} figures only.")
         groups: dict[str, list[str]] = {}

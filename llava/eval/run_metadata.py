@@ -159,15 +159,15 @@ class RunMetadata:
         pairs = [{**identity(meta), "dtype": None} for meta in (earlier, self.values)]
         self._refuse(first_difference(*pairs))
         self._earlier = dict(earlier)
-        for name in ("dtype", "device", "versions", "started"):
+        for name in ("dtype", "device", "versions", "mm_patch_merge_type", "started"):
             self.values[name] = earlier.get(name)
 
     def _refuse(self, difference: str | None) -> None:
         if difference is not None:
             raise UserError(f"{self.path}: the answers belong to another run ({difference}); {_REMEDY}")
 
-    def set_model(self, device: str, dtype: str) -> None:
-        """What the answers are computed with.
+    def set_model(self, device: str, dtype: str, merge_type: str | None = None) -> None:
+        """What the answers are computed with. merge_type: how the crops of a tiled picture are put together.
 
         Raises:
             UserError: the answers that are there were computed in another precision.
@@ -175,6 +175,7 @@ class RunMetadata:
         if self._earlier.get("dtype"):
             self._refuse(first_difference({"dtype": self._earlier["dtype"]}, {"dtype": dtype}))
         self.values |= {"device": device, "dtype": dtype, "versions": package_versions()}
+        self.values["mm_patch_merge_type"] = merge_type
 
     def save(
         self,
@@ -222,6 +223,7 @@ def describe_run(args: Any, model: str, options: Mapping[str, Any], questions: i
         "versions": None,
         "device": None,
         "dtype": None,
+        "mm_patch_merge_type": None,
         "git_revision": git_revision(),
         "question_file": {
             "path": str(args.question_file),

@@ -171,12 +171,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     table, settings = describe_table(args)
     collected = paper_tables.collect(table, args.out_dir, args.data_dir, table.checkpoint, settings, args.limit)
     if args.missing:
+        from llava.pruning import get_method
+
+        for method in {method for method, _ in settings}:
+            get_method(method)  # an unknown name is told now, not after the dense runs
         for (method, tokens), runs in collected.items():
             for name, run in runs.items():
                 if run.status != COMPLETE:
                     print(name, "dense" if tokens is None else tokens, method)
         return
-    data = paper_tables.build(table, table.checkpoint, collected)
+    data = paper_tables.build(table, table.checkpoint, collected, args.limit)
     text = paper_tables.markdown(data)
     print(text)
     if args.csv:

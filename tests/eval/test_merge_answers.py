@@ -40,6 +40,7 @@ def test_metadata_says_what_was_run(argv, data, checkpoint):
     assert meta["model"] == "random llava" and meta["checkpoint"]["path"] == str(checkpoint)
     assert meta["counts"] == {"total": 7, "answered": 7, "skipped": 0, "failed": 0}
     assert meta["arguments"]["batch_size"] == 2 and (meta["device"], meta["dtype"]) == ("cpu", "float32")
+    assert meta["mm_patch_merge_type"] == "spatial"  # as pruned runs load; with one crop there is nothing to join
     assert set(meta["versions"]) == {"python", "torch", "transformers", "llava"}
     assert meta["question_file"]["sha256"] == file_sha256(data / "q.jsonl")
     # Everything in the answers' metadata that is not of the sample alone, and nothing else, decides answers.

@@ -194,6 +194,20 @@ def test_table_of_what_is_there(finished, capsys):
     assert "FastV 64: scored without samples that could not be read: gqa (1)." in printed
 
 
+def test_table_says_what_its_figures_refer_to(finished, capsys):
+    """A limit, and a dense row on another number of tokens than the FLOPs of a pruned one refer to."""
+    argv = ["--checkpoint", "llava-v1.5-7b", "--data-dir", str(finished), "--benchmarks", "gqa"]
+    table.main(argv)
+    printed = capsys.readouterr().out
+    assert "--limit" not in printed and "starts from" not in printed
+    meta = {"complete": True, "counts": {"total": 4}, "flops_ratio": 0.18}
+    write_run(finished, "gqa", "llava-v1.5-7b/autoprune/n_64", {"accuracy": 57.0}, tokens=(2880, 640, 835), meta=meta)
+    table.main([*argv, "--limit", "4", "--json", str(finished / "t.json")])
+    printed = capsys.readouterr().out
+    assert "Only the first 4 questions of each benchmark" in printed and read_json(finished / "t.json")["limit"] == 4
+    assert "AutoPrune 64: starts from 2880 visual tokens, the dense row from 576; FLOPs are relative" in printed
+
+
 def test_missing_runs_are_listed(finished, capsys):
     argv = ["--table", "1", "--data-dir", str(finished), "--budgets", "64", "--missing"]
     table.main(argv)
@@ -214,6 +228,7 @@ def test_bad_input(finished, capsys):
         (["--table", "1", *data, "--benchmarks", "seed"], "none of seed is part of table 1"),
         (["--table", "1", *data, "--benchmarks", "nosuch"], "unknown benchmark"),
         (["--table", "1", *data, "--limit", "0"], "--limit"),
+        (["--table", "1", *data, "--methods", "nope", "--missing"], "unknown pruning method 'nope'"),
         (["--table", "1", "--insert", "x.md"], "--insert"),
         (["--checkpoint", "other", *data], "no run of 'other'"),
     ):
