@@ -5,6 +5,7 @@ Knows LLaVA's answer format and nothing of models. Line order at the end of a ru
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -208,8 +209,12 @@ def run_options(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def first_difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
-    """`key OLD, now NEW` for the first key in which two runs differ, or None."""
+    """`key OLD, now NEW` for the first key in which two runs differ, or None.
+
+    Options are compared as JSON has them: the tuple of a composition's members comes back from a file as a list.
+    """
     for key in [*wanted, *found]:
-        if found.get(key) != wanted.get(key):
+        old, new = found.get(key), wanted.get(key)
+        if old != new and json.dumps(old, sort_keys=True) != json.dumps(new, sort_keys=True):
             return f"{key} {found.get(key)!r}, now {wanted.get(key)!r}"
     return None

@@ -49,9 +49,18 @@ def test_chunks_give_the_answers_of_the_whole(argv, data):
     assert b"".join(parts) == (data / "a.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("method", ["autoprune", "random"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        ("autoprune",),
+        ("random",),
+        ("divprune+random", "--method-args", "divprune.target_tokens=12"),
+        ("0:random:0.5;1:random:0.5",),
+    ],
+    ids=lambda method: method[0],
+)
 def test_interrupted_run_continues_and_ends_the_same(argv, data, monkeypatch, method):
-    main(argv("--method", method))
+    main(argv("--method", *method))
     done = []
     append = AnswerFile.append
 
@@ -61,7 +70,7 @@ def test_interrupted_run_continues_and_ends_the_same(argv, data, monkeypatch, me
         done.append(args)
         append(self, *args)
 
-    flags = argv("--method", method, answers="b.jsonl")
+    flags = argv("--method", *method, answers="b.jsonl")
     with monkeypatch.context() as patch:
         patch.setattr(AnswerFile, "append", killed)
         with pytest.raises(SystemExit) as exit_info:
