@@ -31,6 +31,7 @@ from llava.eval.demo import DEFAULT_BUDGETS, MAX_NEW_TOKENS, ROOT, describe_run,
 from llava.eval.evaluation import INCOMPLETE_STATUS
 from llava.eval.interrupts import Interrupts
 from llava.eval.jsonio import read_json, require_folder, write_json, write_text_atomic
+from llava.eval.progress import Progress
 from llava.eval.questions import Question, read_questions
 from llava.eval.run_metadata import checkpoint_fingerprint
 from llava.eval.variants import Setting, Variant, ablation_variants, make_settings, read_variants
@@ -77,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="keep the answers that are already there; --no-resume starts over",
     )
     group.add_argument("--overwrite", dest="resume", action="store_false", help="start over")
+    group.add_argument("--quiet", action="store_true", help="no progress, only what was skipped and the results")
     group.add_argument("--resamples", type=int, default=RESAMPLES, help="bootstrap samples of the intervals")
     group.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
     group.add_argument("--plot", action=argparse.BooleanOptionalAction, default=True, help="draw compare.png")
@@ -185,7 +187,7 @@ class _Once(logging.Filter):
 def answer_missing(args: argparse.Namespace, table: Sequence[Sequence[Cell]]) -> int:
     """Answers what the cells lack; returns the number of questions that could not be asked."""
     from llava.eval.answerers import VariedAnswerer
-    from llava.eval.turns import progress_bar, take_turns
+    from llava.eval.turns import take_turns
 
     # One input for all settings: tiles are joined as pruning wants them, for dense too.
     args.method = next((cell.method.name for cell in table[0] if cell.setting.budget is not None), "dense")
@@ -196,7 +198,8 @@ def answer_missing(args: argparse.Namespace, table: Sequence[Sequence[Cell]]) ->
     logging.getLogger("llava.pruning.run").addFilter(_Once())
     skipped: set[tuple[str, int]] = set()
     peaks: dict[str, int | None] = {}
-    with progress_bar(sum(cell.pending for cells in table for cell in cells), "") as bar:
+    total = sum(cell.pending for cells in table for cell in cells)
+    with Progress(total, "", args.quiet, what="answers") as progress:
         for cells in table:
             task = cells[0].task
             todo = [cell for cell in cells if cell.pending]
@@ -216,9 +219,9 @@ def answer_missing(args: argparse.Namespace, table: Sequence[Sequence[Cell]]) ->
             def skip(question: Question, reason: str, task: Task = task) -> None:
                 if (task.key, question.index) not in skipped:
                     skipped.add((task.key, question.index))
-                    bar.write(f"skipped {question.source}: {reason}", file=sys.stderr)
+                    progress.message(f"skipped {question.source}: {reason}")
 
-            bar.set_description(task.name)
+            progress.relabel(task.name)
             new = [cell for cell in todo if cell.setting.label not in peaks]
             peaks |= measure_memory(answerer, task.questions[: args.batch_size], new)
             with ExitStack() as files:
@@ -226,7 +229,7 @@ def answer_missing(args: argparse.Namespace, table: Sequence[Sequence[Cell]]) ->
                     cell.peak_bytes = peaks.get(cell.setting.label)
                     cell.start()
                     files.callback(cell.finish)
-                take_turns(answerer, task.questions, todo, args.batch_size, skip, bar)
+                take_turns(answerer, task.questions, todo, args.batch_size, skip, progress)
     return len(skipped)
 
 

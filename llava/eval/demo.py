@@ -20,6 +20,7 @@ from llava.eval.answering import load_model, max_visual_tokens
 from llava.eval.arguments import DTYPES, GenerationOptions, Parser, check_budget
 from llava.eval.benchmarks import BENCHMARKS, Benchmark, spread
 from llava.eval.jsonio import require_folder, write_json, write_text_atomic
+from llava.eval.progress import Progress
 from llava.eval.questions import Question, read_questions
 from llava.eval.table import markdown_report, retained_percent
 from llava.utils import UserError, cli_main
@@ -81,6 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--budgets", default=",".join(map(str, DEFAULT_BUDGETS)), help="target tokens, by commas")
     parser.add_argument("--limit", type=int, default=0, help="questions per benchmark, spread over it; 0: all of them")
     parser.add_argument("--batch-size", type=int, default=DEFAULT_BATCH_SIZE, help="questions per forward pass")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("--device", default=None, help="cuda, mps, cpu; default: the best there is")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: float16 on a GPU, float32 on a CPU")
     parser.add_argument("--attn-implementation", default=None, help="eager, sdpa or flash_attention_2; default: sdpa")
@@ -177,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from llava.eval.demo_plots import plot_retention_curves, plot_survivors
     from llava.eval.runner import Answerer, SampleError
-    from llava.eval.turns import progress_bar, take_turns
+    from llava.eval.turns import take_turns
 
     started = time.perf_counter()
     tokenizer, model, image_processor, _ = load_model(args)
@@ -197,8 +199,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 warm_up(answerer, questions[benchmark.name][: args.batch_size], settings)
             for setting in settings:
                 setting.benchmark = benchmark
-            with progress_bar(len(settings) * len(questions[benchmark.name]), benchmark.name) as bar:
-                take_turns(answerer, questions[benchmark.name], settings, args.batch_size, bar=bar)
+            total = len(settings) * len(questions[benchmark.name])
+            with Progress(total, benchmark.name, args.quiet, what="answers") as progress:
+                take_turns(answerer, questions[benchmark.name], settings, args.batch_size, progress=progress)
         except SampleError as error:
             raise UserError(f"{benchmark.name}: {error}") from None
 

@@ -17,12 +17,14 @@ LINE_INTERVAL = 30.0  # seconds between lines of a log
 class Progress:
     """Context manager that is told of every sample with `advance` and prints on stderr.
 
-    process: (number, how many) where several processes share the work; their bars stand below one another and their
-    lines say whose they are.
+    what: the samples, in the plural. process: (number, how many) where several processes share the work; their bars
+    stand below one another and their lines say whose they are.
     """
 
-    def __init__(self, total: int, label: str, quiet: bool = False, process: tuple[int, int] = (0, 1)) -> None:
-        self.total, self.quiet = total, quiet
+    def __init__(
+        self, total: int, label: str, quiet: bool = False, process: tuple[int, int] = (0, 1), what: str = "questions"
+    ) -> None:
+        self.total, self.quiet, self.what = total, quiet, what
         number, processes = process
         self.label = label if processes == 1 else f"{label} [{number + 1}/{processes}]"
         self.done = 0
@@ -48,14 +50,20 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def advance(self, tokens: float | None = None) -> None:
-        """One sample is done. tokens: mean of the visual tokens that a layer keeps, over the samples so far."""
-        self.done += 1
+    def relabel(self, label: str) -> None:
+        """Another part of the same work begins."""
+        self.label = label
+        if self._bar is not None:
+            self._bar.set_description(label)
+
+    def advance(self, tokens: float | None = None, count: int = 1) -> None:
+        """Samples are done. tokens: mean of the visual tokens that a layer keeps, over the samples so far."""
+        self.done += count
         self._tokens = tokens if tokens is not None else self._tokens
         if self._bar is not None:
             if self._tokens is not None:
                 self._bar.set_postfix_str(f"{self._tokens:.1f} tokens/layer", refresh=False)
-            self._bar.update()
+            self._bar.update(count)
         elif not self.quiet and (self.done == self.total or time.perf_counter() - self._printed >= LINE_INTERVAL):
             self._printed = time.perf_counter()
             print(self.line(), file=sys.stderr, flush=True)
@@ -65,7 +73,7 @@ class Progress:
         seconds = max(time.perf_counter() - self._started, 1e-9)
         rate = self.done / seconds
         left = tqdm.format_interval((self.total - self.done) / rate) if rate else "?"
-        text = f"{self.label}: {self.done}/{self.total} questions, {rate:.2f} questions/s, {left} left"
+        text = f"{self.label}: {self.done}/{self.total} {self.what}, {rate:.2f} {self.what}/s, {left} left"
         return text if self._tokens is None else f"{text}, {self._tokens:.1f} tokens/layer"
 
     def message(self, text: str) -> None:

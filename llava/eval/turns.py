@@ -5,12 +5,10 @@ Knows batches and whose turn it is; what becomes of an answer is the contender's
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
-from tqdm import tqdm
-
+from llava.eval.progress import Progress
 from llava.eval.questions import Question
 from llava.eval.runner import Answered, Answerer, Encoded, Sample, SampleError
 
@@ -61,7 +59,7 @@ def take_turns(
     contenders: Sequence[Contender],
     batch_size: int,
     on_skip: Callable[[Question, str], None] | None = None,
-    bar: tqdm | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Has every contender answer every question it wants.
 
@@ -71,7 +69,7 @@ def take_turns(
 
     on_skip: called with a question whose image cannot be read, or whose numbers are not finite, and the reason; without
     it a `SampleError` is raised.
-    bar: advanced by one for each answer.
+    progress: told of every answer.
     """
     # Prompts of one length share a batch: less padding, and the attention kernels run without a mask.
     ordered = sorted(questions, key=lambda question: len(answerer.prompt_ids(question)))
@@ -93,8 +91,8 @@ def take_turns(
                 for answer in answers:
                     if answer.failed is not None:
                         _report(on_skip, answer.question, SampleError(answer.failed))
-            if bar is not None:
-                bar.update(len(wanted))
+            if progress is not None:
+                progress.advance(count=len(wanted))
 
 
 def _prepare(
@@ -113,8 +111,3 @@ def _report(on_skip: Callable[[Question, str], None] | None, question: Question,
     if on_skip is None:
         raise error
     on_skip(question, str(error))
-
-
-def progress_bar(total: int, description: str) -> tqdm:
-    """A bar over answers on stderr."""
-    return tqdm(total=total, desc=description, unit="q", mininterval=2.0, file=sys.stderr)

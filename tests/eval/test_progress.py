@@ -56,3 +56,12 @@ def test_a_terminal_gets_a_bar_and_messages_stay_whole(monkeypatch):
         text = sys.stderr.getvalue()
     assert "autoprune [2/2]" in text and "1/4" in text and "64.0 tokens/layer" in text and "q/s" in text
     assert "failed q.jsonl:7" in re.split(r"[\r\n]|\x1b\[A", text)
+
+
+def test_parts_of_one_run_are_named(capsys):
+    """As the comparison does: batches at once, a new name per benchmark."""
+    with Progress(4, "", what="answers") as bar:
+        bar.relabel("GQA")
+        bar.advance(count=3)
+        bar.advance()
+    assert capsys.readouterr().err.startswith("GQA: 4/4 answers, ")
