@@ -7,7 +7,6 @@ embedding are trained on them in both merge modes. The tower is that of the 1.5 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from playground.tiny import guidance, packing, wide
-from playground.tiny.common import Log, autocast, save_state, train_rng
+from playground.tiny.common import Log, autocast, follow, save_state, train_rng
 from playground.tiny.extend import OPTIONS, WATCH, mixture, sample, without_picture
 from playground.tiny.joint import TinyLlava
 from playground.tiny.language import WIDTH, make_optimizers
@@ -141,11 +140,7 @@ def train_anyres(
         for optimizer in optimizers:
             optimizer.step()
         step += 1
-        by_kind = defaultdict(list)
-        for kind, good in zip(data.kinds, right.tolist(), strict=True):
-            by_kind[kind].append(good)
-        for kind, good in by_kind.items():
-            scores[kind] = 0.93 * scores.get(kind, float(np.mean(good))) + 0.07 * float(np.mean(good))
+        follow(scores, data.kinds, right.tolist())
         if step % 25 == 0:
             log.write(
                 step=step,

@@ -8,7 +8,6 @@ says about patches does not change.
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from torch import nn
 
 from playground.tiny import chinese, formats, guidance, packing, scenes, text
 from playground.tiny import questions as q
-from playground.tiny.common import Log, autocast, save_state, train_rng
+from playground.tiny.common import Log, autocast, follow, save_state, train_rng
 from playground.tiny.joint import TinyLlava
 from playground.tiny.language import make_optimizers
 from playground.tiny.questions import Question
@@ -196,11 +195,7 @@ def train_extend(
         for optimizer in optimizers:
             optimizer.step()
         step += 1
-        by_kind = defaultdict(list)
-        for kind, good in zip(data.kinds, right.tolist(), strict=True):
-            by_kind[kind].append(good)
-        for kind, good in by_kind.items():
-            scores[kind] = 0.93 * scores.get(kind, float(np.mean(good))) + 0.07 * float(np.mean(good))
+        follow(scores, data.kinds, right.tolist())
         mean = right.float().mean().item() if step == 1 else 0.95 * mean + 0.05 * right.float().mean().item()
         if step % 25 == 0:
             log.write(

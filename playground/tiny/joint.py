@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from playground.tiny import guidance, packing, scenes
-from playground.tiny.common import Log, autocast, save_state, train_rng
+from playground.tiny.common import Log, autocast, follow, save_state, train_rng
 from playground.tiny.language import WIDTH, Symbols, build_decoder, grow, make_optimizers
 from playground.tiny.questions import sample_questions
 from playground.tiny.vision import HEADS, attention_loss, build_tower, normalize, patch_labels, run_tower
@@ -162,11 +162,7 @@ def train_joint(
         for optimizer in optimizers:
             optimizer.step()
         step += 1
-        by_kind = defaultdict(list)
-        for kind, good in zip(data.kinds, right.tolist(), strict=True):
-            by_kind[kind].append(good)
-        for kind, good in by_kind.items():
-            scores[kind] = 0.93 * scores.get(kind, float(np.mean(good))) + 0.07 * float(np.mean(good))
+        follow(scores, data.kinds, right.tolist())
         mean = right.float().mean().item() if step == 1 else 0.95 * mean + 0.05 * right.float().mean().item()
         if step % 25 == 0:
             on = labels["color"] > 0
