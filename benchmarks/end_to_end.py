@@ -2,19 +2,17 @@
 
     python -m benchmarks.end_to_end --methods autoprune,fastv --budgets 64 --limit 40 --save
 
-Everything is measured on one answerer, method after method on each batch in turn. `vision` holds the tower and, for
-some methods, a selection in it; `prefill` the decoder's selection; `encode` putting the prompt together; `decode` also
-`generate`'s own work; `other` what the parts do not explain. On CUDA every part is waited for, so the sum is larger
-than an undisturbed run.
+Everything is measured on one answerer, method after method on each batch in turn. `selection` is what only pruning
+needs, in the tower, in front of the decoder or between its layers, and is in none of the other parts; `encode` is
+putting the prompt together; `decode` has `generate`'s own work too; `other` is what the parts do not explain. On CUDA
+nothing waits between the parts: a part has the device's time, and what the host does meanwhile is in none.
 """
 
 from __future__ import annotations
 
 import sys
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,8 @@ import torch
 from benchmarks.candidates import build_method
 from benchmarks.environment import use_fixed_allocator
 from benchmarks.output import add_running_arguments, deliver, numbers, prepare
-from benchmarks.timing import synchronize
+from benchmarks.parts import Parts, replaced, selection_apart
+from llava import compat
 from llava.eval.arguments import GenerationOptions, Parser
 from llava.eval.benchmarks import BENCHMARKS, spread
 from llava.eval.demo import MAX_NEW_TOKENS, ROOT
@@ -31,63 +30,15 @@ from llava.eval.jsonio import require_folder
 from llava.pruning import get_method
 from llava.utils import UserError, cli_main
 
-PARTS = ("image", "tokenize", "vision", "projector", "encode", "prefill", "decode", "detokenize", "other")
+PARTS = ("image", "tokenize", "vision", "projector", "encode", "prefill", "selection", "decode", "detokenize", "other")
 COLUMNS = ("method", "budget", "questions", "tokens_processed", "ms", "of_dense", *PARTS)
-
-
-class Parts:
-    """Seconds by part. A part that runs inside another is taken from the outer one."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-        self._open: list[str] = []
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Times a block."""
-        synchronize(self.device)
-        started = time.perf_counter()
-        self._open.append(name)
-        try:
-            yield
-        finally:
-            synchronize(self.device)
-            elapsed = time.perf_counter() - started
-            self._open.pop()
-            self.seconds[name] += elapsed
-            if self._open:
-                self.seconds[self._open[-1]] -= elapsed
-
-    def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function with its time counted."""
-
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            with self.part(name):
-                return function(*args, **kwargs)
-
-        return wrapped
-
-
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """An attribute of an instance, for a while."""
-    own = vars(owner).get(name)
-    object.__setattr__(owner, name, value)
-    try:
-        yield
-    finally:
-        if own is None:
-            object.__delattr__(owner, name)
-        else:
-            object.__setattr__(owner, name, own)
 
 
 def answer_in_parts(answerer: Any, questions: Sequence[Any], method: Any, parts: Parts) -> list[Any]:
     """Answers one batch; the parts are told apart at the answerer's and the model's own seams."""
     model = answerer.model
     projector = model.model.multi_modal_projector
-    answerer._cache.clear()  # every method decodes its images
+    answerer.forget_images()  # every method decodes its images
     with ExitStack() as stack:
         for owner, name, part in (
             (answerer, "_pixels", "image"),
@@ -100,12 +51,13 @@ def answer_in_parts(answerer: Any, questions: Sequence[Any], method: Any, parts:
         ):
             stack.enter_context(replaced(owner, name, parts.around(part, getattr(owner, name))))
         with parts.part("other"), method.attach(model) as run:
-            answered = answerer.answer([answerer.prepare(question) for question in questions], run)
-            prefill = sum(run.prefill_seconds)
-    # The run times its own prefill, inside generate.
-    parts.seconds["prefill"] += prefill
-    parts.seconds["decode"] -= prefill
-    return answered
+            in_decoder = parts.around(_prefill_or_decode, run.decoder.forward)
+            with replaced(run.decoder, "forward", in_decoder), selection_apart(run, parts):
+                return answerer.answer([answerer.prepare(question) for question in questions], run)
+
+
+def _prefill_or_decode(*args: Any, past_key_values: Any = None, **kwargs: Any) -> str:
+    return "decode" if compat.cached_length(past_key_values) else "prefill"
 
 
 def measure(answerer: Any, batches: Sequence[Sequence[Any]], methods: dict, device: torch.device) -> list[dict]:

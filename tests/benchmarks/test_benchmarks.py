@@ -10,6 +10,7 @@ from benchmarks import decode, end_to_end, memory, prefill, report, scaling
 from benchmarks.candidates import build_method, floor_prefill, layer_widths, run_pruned, traces_of
 from benchmarks.environment import FIXED_ALLOCATOR, environment, result_path, slug
 from benchmarks.geometry import GEOMETRIES, geometry, random_decoder, random_prompt
+from benchmarks.parts import Parts
 from benchmarks.timing import Summary, interleaved_rounds, median_ratio
 from llava.utils import UserError
 from tests.eval.helpers import fails_with_one_line
@@ -184,19 +185,16 @@ def test_decoding_grows_every_layer_by_one_token_a_step(model, prompt):
     assert [layer.keys.shape[2] for layer in run.cache.layers] == [width + 3 for width in widths]
 
 
-def test_nested_parts_count_once():
-    parts = end_to_end.Parts(CPU)
-    moments = iter([0.0, 1.0, 4.0, 10.0])
-    import time as clock
-
-    original = clock.perf_counter
-    try:
-        end_to_end.time.perf_counter = lambda: next(moments)
-        with parts.part("outer"), parts.part("inner"):
-            pass
-    finally:
-        end_to_end.time.perf_counter = original
-    assert dict(parts.seconds) == {"inner": 3.0, "outer": 7.0}
+def test_nested_parts_count_once(monkeypatch):
+    clock = Parts(CPU)
+    moments = iter([0.0, 1.0, 4.0, 10.0, 20.0, 21.0])
+    monkeypatch.setattr("benchmarks.parts.time.perf_counter", lambda: next(moments))
+    with clock.part("outer"), clock.part("inner"):
+        pass
+    assert dict(clock.seconds) == {"inner": 3.0, "outer": 7.0}
+    with clock.part("inner"):
+        pass
+    assert dict(clock.seconds) == {"inner": 4.0, "outer": 7.0}, "what is between two blocks belongs to none"
 
 
 def test_end_to_end_parts_add_up(checkpoint, capsys):
@@ -207,6 +205,7 @@ def test_end_to_end_parts_add_up(checkpoint, capsys):
     for row in rows:
         assert sum(row[part] for part in end_to_end.PARTS) == pytest.approx(row["ms"])
         assert all(row[part] > 0 for part in ("image", "vision", "projector", "prefill", "decode"))
+        assert (row["selection"] > 0) == (row["method"] == "autoprune"), "a part of its own"
     assert rows[0]["tokens_processed"] == 16 and 8 < rows[1]["tokens_processed"] < 16
 
 
