@@ -1,4 +1,4 @@
-"""Decoders by name, with random weights: time and memory do not depend on what the weights say.
+"""Decoders and their vision towers by name, with random weights: time and memory do not depend on what the weights say.
 
 Knows sizes. The schedule of a method that measures its input (AutoPrune) does depend on the weights; random ones give
 almost no mutual information, so the steepest of its curves.
@@ -6,18 +6,45 @@ almost no mutual information, so the steepest of its curves.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava.pruning import VisualLayout
 from llava.utils import UserError
 
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Tower:
+    """Sizes of a CLIP vision tower: `image` pixels along each side of a crop, `patch` of a patch."""
+
+    hidden: int
+    layers: int
+    heads: int
+    ffn: int
+    image: int
+    patch: int
+
+    @property
+    def patches(self) -> int:
+        """Visual tokens of a crop."""
+        return (self.image // self.patch) ** 2
+
+
+VIT_L_14_336 = Tower(1024, 24, 16, 4096, image=336, patch=14)
+
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes of a decoder and of its prompt: `before` text tokens, the visual tokens, `after` text tokens."""
+    """Sizes of a decoder, of its prompt (`before` text tokens, the visual tokens, `after` text tokens) and of the tower
+    in front of it.
+    """
 
     name: str
     hidden: int
@@ -28,6 +55,7 @@ class Geometry:
     before: int
     visual: int
     after: int
+    tower: Tower = VIT_L_14_336
 
     def config(self, attention: str) -> LlamaConfig:
         """For transformers' Llama."""
@@ -56,7 +84,7 @@ GEOMETRIES = {
         Geometry("llava-1.5-13b", 5120, 40, 40, 13824, 32064, before=35, visual=576, after=50),
         Geometry("llava-next-7b", 4096, 32, 32, 11008, 32064, before=35, visual=2880, after=50),
         Geometry("cpu-1024x24", 1024, 24, 16, 2752, 2048, before=10, visual=576, after=50),
-        Geometry("tiny", 64, 6, 4, 128, 128, before=3, visual=48, after=8),
+        Geometry("tiny", 64, 6, 4, 128, 128, 3, 48, 8, Tower(32, 4, 4, 64, image=28, patch=7)),
     )
 }
 
@@ -71,13 +99,18 @@ def geometry(name: str) -> Geometry:
 def random_decoder(
     shape: Geometry, device: torch.device, dtype: torch.dtype, attention: str, seed: int = 0
 ) -> LlamaForCausalLM:
-    """transformers' Llama of these sizes, random weights made where they stay and in the type they stay in."""
+    """transformers' Llama of these sizes, with random weights."""
+    return random_model(lambda: LlamaForCausalLM(shape.config(attention)), device, dtype, seed)
+
+
+def random_model(build: Callable[[], Model], device: torch.device, dtype: torch.dtype, seed: int = 0) -> Model:
+    """What `build` makes, its random weights made where they stay and in the type they stay in."""
     torch.manual_seed(seed)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with device:
-            model = LlamaForCausalLM(shape.config(attention))
+            model = build()
     finally:
         torch.set_default_dtype(before)
     return model.to(dtype).eval().requires_grad_(False)

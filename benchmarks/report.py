@@ -24,11 +24,14 @@ DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
 _SHOWN = {
     "prefill": ("method", "budget", "batch", "processed", "ms", "p10", "p90", "of_dense", "flops_of_dense",
                 "over_floor", "selection_ms", "of_peak", "peak_mib", "kv_mib"),
+    "first_token": ("method", "budget", "model", "batch", "processed", "ms", "p10", "p90", "of_dense", "flops_of_dense",
+                    "vision", "projector", "prefill", "selection", "head", "other", "vision_percent", "tower_layers",
+                    "extra_rows"),
     "decode": ("method", "budget", "batch", "processed", "ms", "p10", "p90", "of_dense", "kv_mib", "kv_of_dense"),
     "memory": ("method", "budget", "batch", "visual", "mib", "p10", "p90", "floor_mib", "of_floor", "kv_mib"),
     "scaling": ("method", "visual", "processed", "ms", "p10", "p90", "of_dense", "flops_of_dense", "over_floor"),
     "end_to_end": ("benchmark", "method", "budget", "ms", "of_dense", "image", "vision", "projector", "prefill",
-                   "decode", "other"),
+                   "selection", "decode", "other"),
 }  # fmt: skip
 _RATIOS = ("of_dense", "flops_of_dense", "of_peak", "kv_of_dense", "of_floor", "over_floor")
 

@@ -197,6 +197,36 @@ def test_nested_parts_count_once(monkeypatch):
     assert dict(clock.seconds) == {"inner": 4.0, "outer": 7.0}, "what is between two blocks belongs to none"
 
 
+def test_parts_on_cuda_are_told_apart_by_events_without_waiting(monkeypatch):
+    """The stream is behind the host: events have the time at which it reaches them, known once it is waited for."""
+    stream, waited = iter([0.0, 500.0, 4500.0, 10000.0]), []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream):
+            self.stream = stream
+
+        def elapsed_time(self, later):
+            assert waited, "not before the device has got there"
+            return later.time - self.time
+
+    def synchronize(device):
+        waited.append(device)
+        for _, event in clock._marks:
+            event.time = next(stream)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "current")
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    clock = Parts(torch.device("cuda"))
+    with clock.part("outer"), clock.part("inner"):
+        pass
+    assert not waited
+    assert dict(clock.seconds) == {"outer": 6.0, "inner": 4.0}, "milliseconds of events as seconds"
+
+
 def test_end_to_end_parts_add_up(checkpoint, capsys):
     flags = ["--model-path", checkpoint, "--limit", 2, "--budgets", 8, "--device", "cpu"]
     end_to_end.main([str(flag) for flag in flags])

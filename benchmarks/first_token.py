@@ -1,0 +1,175 @@
+"""Time to first token of a whole LLaVA, from pixels on the device to logits, and where it goes.
+
+    python -m benchmarks.first_token --geometry llava-1.5-7b --budgets 192,128,64 --batch-sizes 1,4,16 --save
+    python -m benchmarks.first_token --geometry llava-next-7b --budgets 640,320,160 --save
+
+dense is transformers' own LLaVA; a second row says what ours takes with nothing attached to it, on the same modules.
+The parts are medians of passes of their own. vision: the tower and putting crops together. selection: what only pruning
+needs, wherever it is, and in no other part. other: text embeddings, putting the prompt together, attaching, masks.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.environment import use_fixed_allocator
+from benchmarks.geometry import geometry
+from benchmarks.output import add_method_arguments, common_parser, deliver, numbers, prepare
+from benchmarks.parts import Parts, replaced, selection_apart
+from benchmarks.prefill import count_row, describe_geometry, settings_of
+from benchmarks.timing import Summary, interleaved_rounds, median_ratio
+from benchmarks.whole_model import (
+    ImagePrompt,
+    TowerWatch,
+    Watch,
+    first_token,
+    random_image_prompt,
+    random_llava,
+    transformers_first_token,
+    transformers_own,
+)
+from llava.pruning import get_method
+from llava.pruning.base import PruningMethod
+from llava.pruning.trace import Trace
+from llava.utils import cli_main
+
+PARTS = ("vision", "projector", "prefill", "selection", "head", "other")
+COLUMNS = ("method", "budget", "model", "batch", "visual", "processed", "ms", "p10", "p90", "of_dense",
+           "flops_of_dense", *PARTS, "vision_percent", "tower_layers", "extra_rows")  # fmt: skip
+DENSE = ("dense", None, "transformers")
+
+Key = tuple[str, int | None, str]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model with a method; without one it is transformers' own."""
+
+    model: Any
+    method: PruningMethod | None
+    prompt: ImagePrompt
+
+    def work(self, watch: Watch = nullcontext) -> Callable[[], torch.Tensor]:
+        """A pass from pixels to logits."""
+        if self.method is None:
+            return transformers_first_token(self.model, self.prompt, watch)
+        return first_token(self.model, self.method, self.prompt, watch)
+
+    def seconds_by_part(self) -> dict[str, float]:
+        """One pass, split."""
+        parts = Parts(self.prompt.pixels.device)
+        with torch.inference_mode(), parts.part("other"):
+            self.work(lambda run: self._split(run, parts))()
+        return dict(parts.seconds)
+
+    @contextmanager
+    def _split(self, run: Any, parts: Parts) -> Iterator[None]:
+        inner = self.model.model
+        encoder = (inner, "get_image_features") if run is None else (self.model, "encode_visual_tokens")
+        with ExitStack() as stack:
+            for owner, name, part in (
+                (*encoder, "vision"),
+                (inner.multi_modal_projector, "forward", "projector"),
+                (inner.language_model, "forward", "prefill"),
+                (self.model.lm_head, "forward", "head"),
+            ):
+                stack.enter_context(replaced(owner, name, parts.around(part, getattr(owner, name))))
+            if run is not None:
+                stack.enter_context(selection_apart(run, parts))
+            yield
+
+    def facts(self) -> tuple[list[Trace], dict[str, int]]:
+        """What a pass does, whatever time it takes: its traces and what ran in the vision tower."""
+        runs: list[Any] = []
+        with torch.inference_mode(), TowerWatch(self.model.model.vision_tower) as tower:
+            self.work(lambda run: nullcontext(runs.append(run)))()
+        traces = [] if runs[0] is None else runs[0].traces
+        return traces, {"tower_layers": tower.layers, "extra_rows": tower.extra_rows}
+
+
+def candidates(model: Any, prompt: ImagePrompt, settings: Mapping[tuple[str, int], Any]) -> dict[Key, Candidate]:
+    """(method, budget, whose model) -> what is timed, the two dense ones first."""
+    ours = {("dense", None): get_method("dense").from_options({}), **settings}
+    return {DENSE: Candidate(transformers_own(model), None, prompt)} | {
+        (*key, "llava"): Candidate(model, method, prompt) for key, method in ours.items()
+    }
+
+
+def median_parts(found: Mapping[Key, Candidate], rounds: int) -> dict[Key, dict[str, float]]:
+    """Milliseconds by part, medians over interleaved passes."""
+    passes: dict[Key, list[dict[str, float]]] = {key: [] for key in found}
+    keys = list(found)
+    for number in range(rounds):
+        for turn in range(len(keys)):
+            key = keys[(number + turn) % len(keys)]
+            passes[key].append(found[key].seconds_by_part())
+    return {
+        key: {part: 1000 * statistics.median(one.get(part, 0.0) for one in own) for part in PARTS}
+        for key, own in passes.items()
+    }
+
+
+def measure(model: Any, prompt: ImagePrompt, settings: Mapping[tuple[str, int], Any], args: Any) -> list[dict]:
+    """Rows for one batch size: dense twice, then every setting."""
+    device, batch = prompt.pixels.device, len(prompt.pixels)
+    found = candidates(model, prompt, settings)
+    facts = {key: candidate.facts() for key, candidate in found.items()}
+    facts[DENSE] = (facts["dense", None, "llava"][0], facts[DENSE][1])  # the same tokens
+    seconds = interleaved_rounds(
+        {str(key): candidate.work() for key, candidate in found.items()},
+        args.rounds,
+        device,
+        args.warmup,
+        description=f"first token, batch {batch}",
+    )
+    parts = median_parts(found, args.rounds)
+    rows = []
+    for key, (traces, tower) in facts.items():
+        own = seconds[str(key)]
+        summary = Summary.of(own)
+        rows.append(
+            {
+                **dict(zip(("method", "budget", "model"), key, strict=True)),
+                **count_row(traces),
+                "ms": summary.median,
+                "p10": summary.p10,
+                "p90": summary.p90,
+                "rounds": summary.rounds,
+                "of_dense": median_ratio(own, seconds[str(DENSE)]),
+                **parts[key],
+                "vision_percent": 100 * parts[key]["vision"] / sum(parts[key].values()),
+                **tower,
+            }
+        )
+    return rows
+
+
+@cli_main
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = common_parser("Time to first token of a whole LLaVA, from pixels to logits, and its parts.")
+    add_method_arguments(parser)
+    args = parser.parse_args(argv)
+    if argv is None and args.allocator == "fixed":
+        use_fixed_allocator("benchmarks.first_token", sys.argv[1:])
+    device, dtype = prepare(args)
+    shape = geometry(args.geometry)
+    visual = args.visual_tokens or shape.visual
+    settings = settings_of(args, visual)
+    prompts = [random_image_prompt(shape, n, device, dtype, visual) for n in numbers(args.batch_sizes, "--batch-sizes")]
+    model = random_llava(shape, device, dtype, args.attn_implementation)
+    rows = []
+    for prompt in prompts:
+        rows += measure(model, prompt, settings, args)
+    name = describe_geometry(rows, shape, dtype, args)
+    deliver("first_token", f"{name} {visual} visual tokens", rows, COLUMNS, args, device)
+
+
+if __name__ == "__main__":
+    main()
