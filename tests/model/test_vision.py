@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from llava.model import vision
@@ -84,6 +86,33 @@ def test_cls_attention_needs_one_query_row_and_the_tower_keeps_its_kernel():
     rows.clear()
     encode_crops(model, tiny_images(2), -2)
     assert rows == [PATCHES + 1]
+
+
+class Shapes(TorchDispatchMode):
+    """Shapes of all that operations return; what is inside a fused kernel is not seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.seen |= {tuple(tensor.shape) for tensor in tree_leaves(result) if isinstance(tensor, torch.Tensor)}
+        return result
+
+
+@torch.no_grad()
+def test_no_map_of_all_tokens_is_made_for_the_cls_row():
+    tokens = PATCHES + 1
+    maps = {}
+    for implementation in ("eager", "sdpa"):
+        model = tower(implementation)
+        with Shapes() as shapes:
+            encode_crops(model, tiny_images(2), -2, with_cls_attention=True)
+        maps[implementation] = {shape for shape in shapes.seen if shape.count(tokens) > 1}
+        assert (2, 4, 1, tokens) in shapes.seen, "the CLS row of each head"
+    assert (2, 4, tokens, tokens) in maps["eager"], "the watch sees one where there is one"
+    assert not maps["sdpa"]
 
 
 def test_what_cannot_work_is_refused():
