@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from benchmarks.geometry import RandomPrompt
+from benchmarks.published import Published, published_prefill, run_published
 from llava import compat
 from llava.pruning import get_method
 from llava.pruning.base import PruningMethod
@@ -28,8 +29,10 @@ def build_method(name: str, budget: int, **options: Any) -> PruningMethod:
         raise UserError(f"--methods: {error}") from None
 
 
-def run_pruned(model: nn.Module, method: PruningMethod, prompt: RandomPrompt) -> tuple[Any, list[Trace]]:
+def run_pruned(model: nn.Module, method: PruningMethod | Published, prompt: RandomPrompt) -> tuple[Any, list[Trace]]:
     """One pruned prefill of the decoder: its output and the traces."""
+    if isinstance(method, Published):
+        return run_published(model, method.method, prompt)
     with method.attach(model) as run:
         run.set_visual(prompt.layout, prompt.cls_BV if run.needs_cls_attention else None)
         output = model.model(inputs_embeds=prompt.embeds_BNC, use_cache=True)
@@ -41,8 +44,10 @@ def dense_prefill(model: nn.Module, prompt: RandomPrompt) -> Callable[[], Any]:
     return lambda: model.model(inputs_embeds=prompt.embeds_BNC, use_cache=True)
 
 
-def pruned_prefill(model: nn.Module, method: PruningMethod, prompt: RandomPrompt) -> Callable[[], Any]:
+def pruned_prefill(model: nn.Module, method: PruningMethod | Published, prompt: RandomPrompt) -> Callable[[], Any]:
     """The decoder with a method attached; attaching and telling where the visual tokens are included."""
+    if isinstance(method, Published):
+        return published_prefill(model, method.method, prompt)
     return lambda: run_pruned(model, method, prompt)
 
 
@@ -84,7 +89,7 @@ def floor_prefill(model: nn.Module, widths: Sequence[int], prompt: RandomPrompt)
     return run
 
 
-def traces_of(model: nn.Module, method: PruningMethod | None, prompt: RandomPrompt) -> list[Trace]:
+def traces_of(model: nn.Module, method: PruningMethod | Published | None, prompt: RandomPrompt) -> list[Trace]:
     """What happens to each row; None is dense."""
     if method is None:
         batch = len(prompt.embeds_BNC)
@@ -93,10 +98,14 @@ def traces_of(model: nn.Module, method: PruningMethod | None, prompt: RandomProm
         return run_pruned(model, method, prompt)[1]
 
 
-def choice_seconds(model: nn.Module, method: PruningMethod, prompt: RandomPrompt, rounds: int = 3) -> float:
+def choice_seconds(
+    model: nn.Module, method: PruningMethod | Published, prompt: RandomPrompt, rounds: int = 3
+) -> float | None:
     """Median seconds that scores and choices take in a prefill, by the run's own clock; moving what is kept and the
-    masks of the new lengths are not in it.
+    masks of the new lengths are not in it. None for what has no such clock.
     """
+    if isinstance(method, Published):
+        return None
     with torch.inference_mode(), method.attach(model) as run:
         run.time_selection = True
         run.set_visual(prompt.layout, prompt.cls_BV if run.needs_cls_attention else None)

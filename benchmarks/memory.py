@@ -20,6 +20,7 @@ from benchmarks.environment import use_fixed_allocator
 from benchmarks.geometry import Geometry, RandomPrompt, geometry, random_decoder, random_prompt
 from benchmarks.output import add_method_arguments, common_parser, deliver, numbers, prepare
 from benchmarks.prefill import MIB, count_row, describe_geometry, settings_of
+from benchmarks.published import add_published_argument, with_published
 from benchmarks.timing import interleaved_rounds
 from llava.eval.memory import PeakMemory
 from llava.pruning.scores import attention_rows
@@ -48,20 +49,21 @@ def scoring(shape: Geometry, visual: int, device: torch.device, dtype: torch.dty
 
 
 def measure(model: Any, prompt: RandomPrompt, settings: dict, args: Any) -> list[dict[str, Any]]:
-    """Rows for one batch size: dense, then every setting with its floor."""
+    """Rows for one batch size: dense, then every setting with its floor (one for all that have the same lengths)."""
     device = prompt.embeds_BNC.device
     candidates = {"dense": dense_prefill(model, prompt)}
     traces = {("dense", None): traces_of(model, None, prompt)}
     for key, method in settings.items():
         traces[key] = traces_of(model, method, prompt)
         candidates[str(key)] = pruned_prefill(model, method, prompt)
-        candidates[f"{key} floor"] = floor_prefill(model, layer_widths(traces[key]), prompt)
+        widths = layer_widths(traces[key])
+        candidates.setdefault(f"floor {widths}", floor_prefill(model, widths, prompt))
     found = interleaved_rounds(candidates, args.rounds, device, args.warmup, peak_bytes, "memory")
     rows = []
     for (name, budget), counted in traces.items():
         key = "dense" if name == "dense" else str((name, budget))
         low, middle, high = np.percentile(found[key], [10, 50, 90]) / MIB
-        floor = float(np.median(found[f"{key} floor"])) / MIB if name != "dense" else None
+        floor = float(np.median(found[f"floor {layer_widths(counted)}"])) / MIB if name != "dense" else None
         rows.append(
             {
                 "method": name,
@@ -82,6 +84,7 @@ def measure(model: Any, prompt: RandomPrompt, settings: dict, args: Any) -> list
 def main(argv: Sequence[str] | None = None) -> None:
     parser = common_parser("Peak memory of the prefill above the loaded model.", rounds=5)
     add_method_arguments(parser)
+    add_published_argument(parser)
     args = parser.parse_args(argv)
     if argv is None and args.allocator == "fixed":
         use_fixed_allocator("benchmarks.memory", sys.argv[1:])
@@ -90,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     visual = args.visual_tokens or shape.visual
     settings = settings_of(args, visual)
     sizes = numbers(args.batch_sizes, "--batch-sizes")
+    if args.published:
+        settings = with_published(settings, sizes)
     model = random_decoder(shape, device, dtype, args.attn_implementation)
     work, full = scoring(shape, visual, device, dtype)
     seconds = interleaved_rounds({"scores": work}, args.rounds, device, args.warmup, peak_bytes, "scores")

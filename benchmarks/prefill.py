@@ -30,6 +30,7 @@ from benchmarks.candidates import (
 from benchmarks.environment import use_fixed_allocator
 from benchmarks.geometry import Geometry, RandomPrompt, geometry, random_decoder, random_prompt
 from benchmarks.output import add_method_arguments, common_parser, deliver, numbers, prepare
+from benchmarks.published import add_published_argument, with_published
 from benchmarks.timing import Summary, interleaved_rounds, median_ratio
 from llava.eval.memory import PeakMemory
 from llava.pruning.trace import Trace
@@ -48,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     """All flags."""
     parser = common_parser("Time of the decoder's prefill: dense, pruned, floor.")
     add_method_arguments(parser)
+    add_published_argument(parser)
     return parser
 
 
@@ -98,13 +100,14 @@ def time_row(seconds: Sequence[float], dense: Sequence[float], flops: int, peak:
 def measure(
     model: Any, prompt: RandomPrompt, settings: Mapping[tuple[str, int], Any], args: argparse.Namespace, peak: float
 ) -> list[dict[str, Any]]:
-    """Rows for one batch size: dense, then every setting with its floor."""
+    """Rows for one batch size: dense, then every setting with its floor (one for all that have the same lengths)."""
     device = prompt.embeds_BNC.device
     traces = {key: traces_of(model, method, prompt) for key, method in settings.items()}
     candidates = {"dense": dense_prefill(model, prompt)}
     for key, method in settings.items():
         candidates[f"{key}"] = pruned_prefill(model, method, prompt)
-        candidates[f"{key} floor"] = floor_prefill(model, layer_widths(traces[key]), prompt)
+        widths = layer_widths(traces[key])
+        candidates.setdefault(f"floor {widths}", floor_prefill(model, widths, prompt))
     label = f"prefill, batch {len(prompt.embeds_BNC)}"
     seconds = interleaved_rounds(candidates, args.rounds, device, args.warmup, description=label)
     counts = count_row(traces_of(model, None, prompt))
@@ -114,7 +117,8 @@ def measure(
         | {"peak_mib": peak_mib(candidates["dense"], device)}
     ]
     for (name, budget), method in settings.items():
-        own, floor = seconds[f"{(name, budget)}"], seconds[f"{(name, budget)} floor"]
+        own, floor = seconds[f"{(name, budget)}"], seconds[f"floor {layer_widths(traces[name, budget])}"]
+        choice = choice_seconds(model, method, prompt)
         counts = count_row(traces[name, budget])
         rows.append(
             {
@@ -126,7 +130,7 @@ def measure(
                 "floor_of_dense": median_ratio(floor, dense),
                 "over_floor": median_ratio(own, floor),
                 "selection_ms": 1000 * statistics.median(a - b for a, b in zip(own, floor, strict=True)),
-                "choice_ms": 1000 * choice_seconds(model, method, prompt),
+                "choice_ms": None if choice is None else 1000 * choice,
                 "peak_mib": peak_mib(candidates[f"{(name, budget)}"], device),
             }
         )
@@ -167,6 +171,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     visual = args.visual_tokens or shape.visual
     settings = settings_of(args, visual)
     sizes = numbers(args.batch_sizes, "--batch-sizes")
+    if args.published:
+        settings = with_published(settings, sizes)
     model = random_decoder(shape, device, dtype, args.attn_implementation)
     peak = peak_flops(device, dtype)
     rows = []
