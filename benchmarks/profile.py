@@ -1,0 +1,215 @@
+"""Where the time of a prefill goes, and how often the device is asked for something: dense, floor and pruned.
+
+    python -m benchmarks.profile --geometry cpu-1024x24 --threads 1 --budgets 64 --save
+    python -m benchmarks.profile --geometry llava-1.5-7b --device cuda --budgets 64 --trace prefill.json
+
+Parts: self time, nested parts taken from the outer ones, so that they add up to the pass; on CUDA the device's time,
+with `host only` for the time in which the device had nothing to do. Of several rounds the pass of median length is
+shown. The profiler itself takes time; `pass`, `without profiler` says how much.
+
+count: in `part` and `pass` the operators that compute, each at least one kernel launch (benchmarks/launches.py); in
+`operator` calls, views included; in `count` what the name says. per_boundary: (pruned - floor) / pruning boundaries,
+the places where the number of visual tokens changes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, record_function
+from torch.profiler import profile as profiler
+
+from benchmarks.candidates import dense_prefill, floor_prefill, layer_widths, pruned_prefill, traces_of
+from benchmarks.environment import use_fixed_allocator
+from benchmarks.geometry import RandomPrompt, geometry, random_decoder, random_prompt
+from benchmarks.launches import LaunchCounter
+from benchmarks.output import add_method_arguments, common_parser, deliver, numbers, prepare
+from benchmarks.passes import PART, PASS, WAITING, Pass, passes_in
+from benchmarks.prefill import describe_geometry, settings_of
+from benchmarks.seams import ATTENTION, LAYER, MLP, PARTS, Seam, cut, dense_seams, pruned_seams
+from benchmarks.timing import Summary, interleaved_rounds, synchronize
+from llava.pruning.base import PruningMethod
+from llava.pruning.trace import Trace
+from llava.utils import UserError, cli_main
+
+RUNS = ("dense", "floor", "pruned")
+COLUMNS = ("method", "budget", "batch", "what", "name", *(f"{run}_ms" for run in RUNS), "over_floor_ms",
+           *(f"{run}_percent" for run in RUNS), *(f"{run}_count" for run in RUNS), "per_boundary")  # fmt: skip
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags."""
+    parser = common_parser("Where the time of a prefill goes, and its launches: dense, floor, pruned.", rounds=3)
+    add_method_arguments(parser)
+    parser.set_defaults(budgets="64")
+    parser.add_argument("--top", type=int, default=10, help="operators by self time, pruned minus floor")
+    parser.add_argument("--trace", default=None, help="write the last round as a chrome trace into this file")
+    return parser
+
+
+def boundaries(traces: Sequence[Trace]) -> int:
+    """How often the number of visual tokens changes, in any row of the batch: before the decoder or after a layer."""
+    steps = [
+        [(trace.visual_tokens, trace.tokens_in[0]), *zip(trace.tokens_in, trace.tokens_out, strict=True)]
+        for trace in traces
+    ]
+    return sum(any(entering != leaving for entering, leaving in step) for step in zip(*steps, strict=True))
+
+
+def profiled(
+    runs: Mapping[str, tuple[Callable[[], Any], Sequence[Seam]]], args: argparse.Namespace, device: torch.device
+) -> dict[str, Pass]:
+    """Run -> its pass of median length; in every round each run takes one pass, in rotating order."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    names, passes = list(runs), {name: [] for name in runs}
+    for number in range(args.warmup + args.rounds):
+        with torch.inference_mode(), profiler(activities=activities) as session:
+            for turn in range(len(names)):
+                name = names[(number + turn) % len(names)]
+                work, seams = runs[name]
+                with cut(seams, lambda part: record_function(PART + part)):
+                    synchronize(device)
+                    with record_function(PASS + name):
+                        work()
+                        with record_function(PART + WAITING):  # no host time of `other`
+                            synchronize(device)
+        if number >= args.warmup:
+            for name, found in passes_in(session.events()).items():
+                passes[name].append(found)
+    if args.trace is not None:
+        session.export_chrome_trace(args.trace)
+    return {name: sorted(found, key=lambda one: one.wall)[len(found) // 2] for name, found in passes.items()}
+
+
+def counted(work: Callable[[], Any], seams: Sequence[Seam], device: torch.device) -> LaunchCounter:
+    """What one pass asks the device for, by part."""
+    with torch.inference_mode(), LaunchCounter(device) as counter, cut(seams, counter.part):
+        work()
+    return counter
+
+
+def measure(model: Any, method: PruningMethod, prompt: RandomPrompt, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of one setting: the whole pass, its parts, what was counted, the operators of the difference."""
+    device = prompt.embeds_BNC.device
+    traces = traces_of(model, method, prompt)
+    steps = boundaries(traces)
+    if not steps:
+        raise UserError(f"--budgets: {method.name} prunes nothing of {prompt.layout.counts[0]} visual tokens")
+    dense = dense_seams(model)
+    runs = {
+        "dense": (dense_prefill(model, prompt), dense),
+        "floor": (floor_prefill(model, layer_widths(traces), prompt), dense),
+        "pruned": (pruned_prefill(model, method, prompt), pruned_seams(model, method)),
+    }
+    plain = {name: work for name, (work, _) in runs.items()}
+    seconds = interleaved_rounds(plain, args.rounds, device, args.warmup, description="without profiler")
+    counters = {name: counted(work, seams, device) for name, (work, seams) in runs.items()}
+    passes = profiled(runs, args, device)
+
+    walls = {name: one.wall for name, one in passes.items()}
+    rows = [
+        _row("pass", "all", steps, walls, walls, {name: c.launches_of() for name, c in counters.items()}),
+        _row("pass", "without profiler", steps, {n: 1000 * Summary.of(s).median for n, s in seconds.items()}),
+    ]
+    times = {name: one.times(PARTS) for name, one in passes.items()}
+    for part in dict.fromkeys([*PARTS, *(part for found in times.values() for part in found)]):
+        micros = {name: found.get(part, 0.0) for name, found in times.items()}
+        launches = {name: counter.launches_of(part) for name, counter in counters.items()}
+        rows.append(_row("part", part, steps, micros, walls, launches if part in PARTS else None))
+        if any(one.busy for one in passes.values()) and part in PARTS:
+            rows[-1] |= {f"{name}_host_ms": one.host[part] / 1000 for name, one in passes.items()}
+    rows += _counts(counters, passes, steps, len(model.model.layers))
+    return rows + _operators(passes, steps, walls, args.top)
+
+
+def _counts(
+    counters: Mapping[str, LaunchCounter], passes: Mapping[str, Pass], steps: int, layers: int
+) -> list[dict[str, Any]]:
+    def row(name: str, counts: Mapping[str, float]) -> dict[str, Any]:
+        return _row("count", name, steps, counts=counts)
+
+    in_layers = {n: sum(c.launches_of(part) for part in (ATTENTION, MLP, LAYER)) for n, c in counters.items()}
+    rows = [
+        row("pruning boundaries", {"pruned": steps}) | {"per_boundary": None},
+        row("launches per layer", {name: count / layers for name, count in in_layers.items()}) | {"per_boundary": None},
+        row("copies from the host", {name: counter.uploads.total() for name, counter in counters.items()}),
+        row("waits for the device", {name: counter.waits.total() for name, counter in counters.items()}),
+    ]
+    kinds = dict.fromkeys(kind for one in passes.values() for kind in one.cuda)
+    return rows + [row(kind, {name: one.cuda[kind] for name, one in passes.items()}) for kind in kinds]
+
+
+def _operators(passes: Mapping[str, Pass], steps: int, walls: Mapping[str, float], top: int) -> list[dict[str, Any]]:
+    """Those with the largest self time in the pruned pass beyond that in the floor."""
+    floor, pruned = passes["floor"].operators, passes["pruned"].operators
+    names = sorted({*floor, *pruned}, key=lambda name: (floor[name] - pruned[name], name))[:top]
+    return [
+        _row(
+            "operator",
+            name,
+            steps,
+            {run: one.operators[name] for run, one in passes.items()},
+            walls,
+            {run: one.calls[name] for run, one in passes.items()},
+        )
+        for name in names
+    ]
+
+
+def _row(
+    what: str,
+    name: str,
+    steps: int,
+    micros: Mapping[str, float] | None = None,
+    walls: Mapping[str, float] | None = None,
+    counts: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"what": what, "name": name}
+    if micros is not None:
+        row |= {f"{run}_ms": value / 1000 for run, value in micros.items()}
+        row["over_floor_ms"] = row["pruned_ms"] - row["floor_ms"]
+    if walls is not None:
+        row |= {f"{run}_percent": 100 * micros[run] / wall for run, wall in walls.items()}
+    if counts is not None:
+        row |= {f"{run}_count": value for run, value in counts.items()}
+        row["per_boundary"] = (counts["pruned"] - counts.get("floor", 0)) / steps
+    return row
+
+
+@cli_main
+def main(argv: Sequence[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    if args.top < 0:
+        raise UserError(f"--top must be at least 0, got {args.top}")
+    if argv is None and args.allocator == "fixed":
+        use_fixed_allocator("benchmarks.profile", sys.argv[1:])
+    device, dtype = prepare(args)
+    shape = geometry(args.geometry)
+    visual = args.visual_tokens or shape.visual
+    settings = settings_of(args, visual)
+    sizes = numbers(args.batch_sizes, "--batch-sizes")
+    if not settings:
+        raise UserError("--methods: needs a pruning method; dense is always measured")
+    if args.trace is not None:
+        if len(settings) * len(sizes) > 1:
+            raise UserError("--trace: holds one method, one budget and one batch size")
+        if Path(args.trace).is_dir() or not Path(args.trace).absolute().parent.is_dir():
+            raise UserError(f"--trace: cannot be written: {args.trace}")
+    model = random_decoder(shape, device, dtype, args.attn_implementation)
+    rows: list[dict[str, Any]] = []
+    for size in sizes:
+        prompt = random_prompt(shape, size, device, dtype, visual)
+        for (name, budget), method in settings.items():
+            setting = {"method": name, "budget": budget, "batch": size}
+            rows += [{**setting, **row} for row in measure(model, method, prompt, args)]
+    label = describe_geometry(rows, shape, dtype, args)
+    deliver("profile", f"{label} {visual} visual tokens", rows, COLUMNS, args, device)
+
+
+if __name__ == "__main__":
+    main()
