@@ -17,6 +17,8 @@ import torch
 
 from benchmarks.timing import synchronize
 
+_ABSENT = object()
+
 
 class Parts:
     """Seconds by part. A part that runs inside another is taken from the outer one.
@@ -77,16 +79,17 @@ class Parts:
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """An attribute of an instance, for a while."""
-    own = vars(owner).get(name)
-    object.__setattr__(owner, name, value)
+    """An attribute of an instance (a frozen one too), a class or a Python module, for a while."""
+    put, take = (setattr, delattr) if isinstance(owner, type) else (object.__setattr__, object.__delattr__)
+    own = vars(owner).get(name, _ABSENT)
+    put(owner, name, value)
     try:
         yield
     finally:
-        if own is None:
-            object.__delattr__(owner, name)
+        if own is _ABSENT:
+            take(owner, name)
         else:
-            object.__setattr__(owner, name, own)
+            put(owner, name, own)
 
 
 def selection_apart(run: Any, parts: Parts) -> AbstractContextManager[None]:

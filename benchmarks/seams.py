@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from benchmarks.parts import replaced
 from llava import compat
 from llava.pruning.base import PruningMethod
 from llava.pruning.run import PruningRun
@@ -25,7 +26,6 @@ from llava.pruning.sequence import Sequences
 ATTENTION, MLP, LAYER = "attention", "mlp", "norms and residuals"
 MASKS, SCORES, CHOICE, MOVING, OTHER = "masks and rotary", "scores", "choice", "moving tokens", "other"
 PARTS = (ATTENTION, MLP, LAYER, MASKS, SCORES, CHOICE, MOVING, OTHER)
-_ABSENT = object()
 
 
 @dataclass(frozen=True)
@@ -124,20 +124,3 @@ def _around_block(seam: Seam, part: Callable[[str], AbstractContextManager], cal
             yield value
 
     return wrapped
-
-
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """An attribute of a class, a module or an instance (a frozen one too), for a while."""
-    put, take = setattr, delattr
-    if not isinstance(owner, type):
-        put, take = object.__setattr__, object.__delattr__
-    own = vars(owner).get(name, _ABSENT)
-    put(owner, name, value)
-    try:
-        yield
-    finally:
-        if own is _ABSENT:
-            take(owner, name)
-        else:
-            put(owner, name, own)
