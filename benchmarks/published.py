@@ -242,6 +242,17 @@ def _merge(tokens_MC: Tensor, clusters: int) -> Tensor:
     return torch.zeros_like(tokens_MC[:clusters]).index_add_(0, assignment, tokens_MC * weights[assignment][:, None])
 
 
+@dataclass
+class _Trace(Trace):
+    """A trace whose survivors come from this loop, not from the engine."""
+
+    origins: list[Tensor] = field(default_factory=list, repr=False)
+
+    @property
+    def kept(self) -> list[Tensor]:
+        return [origins.cpu() for origins in self.origins]
+
+
 def _trace(decoder: nn.Module, method: AutoPrune, prompt: RandomPrompt, record: _Record) -> Trace:
     (visual,) = prompt.layout.counts
     current = torch.arange(visual, device=prompt.embeds_BNC.device)
@@ -253,7 +264,7 @@ def _trace(decoder: nn.Module, method: AutoPrune, prompt: RandomPrompt, record: 
         origins.append(current)
     text = prompt.tokens - prompt.layout.text_starts[0]
     information = {f"layer{layer}": bits.item() / (1 if layer else text) for layer, bits in enumerate(record.bits)}
-    return Trace(
+    return _Trace(
         shape=decoder_shape(decoder, prompt.embeds_BNC.element_size()),
         text_tokens=prompt.tokens - visual,
         visual_tokens=visual,
@@ -262,5 +273,5 @@ def _trace(decoder: nn.Module, method: AutoPrune, prompt: RandomPrompt, record: 
         details={"mutual_information": information, "slope": record.slope, "merge_flops": record.merge_flops},
         target_tokens=method.aim,
         budget=method.budget_kind,
-        _origins=origins,
+        origins=origins,
     )
