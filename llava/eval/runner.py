@@ -187,10 +187,10 @@ class Answerer:
             images = torch.stack(images)  # as LLaVA's tools: a list would mean images cut into crops
         with torch.inference_mode():
             inputs = self.model.prepare_multimodal_inputs(
-                input_ids.to(device),
+                input_ids,
                 images=images,
                 image_sizes=[s.image_size for s in with_image] if with_image else None,
-                attention_mask=mask.to(device),
+                attention_mask=mask,
                 with_cls_attention=with_cls_attention,
             )
         return Encoded(tuple(samples), inputs, time.perf_counter() - started)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -61,8 +61,16 @@ class Arrangement:
 
     def gather(self, values: Tensor) -> Tensor:
         """Per-patch values `[crops, P, ...]` of the patch tokens, in sequence order: `[visual tokens, ...]`."""
+        flat = self._flat(values)
+        if self._in_order and len(flat) == len(self.source_N):
+            return flat
         source = self.source_N[self.source_N != NEWLINE] if self.newlines else self.source_N
-        return self._flat(values).index_select(0, source.to(values.device, non_blocking=True))
+        return flat.index_select(0, source.to(values.device, non_blocking=True))
+
+    @cached_property
+    def _in_order(self) -> bool:
+        """Whether it is patches as they come, one crop behind the other, without newlines: nothing to gather."""
+        return torch.equal(self.source_N, torch.arange(len(self.source_N)))
 
     def tokens(self, features: Tensor, newline: Tensor | None = None) -> Tensor:
         """Features `[crops, P, C]` as the sequence `[N, C]`, `newline` `[C]` in its places."""
@@ -80,6 +88,7 @@ class Arrangement:
         return values.flatten(0, 1)
 
 
+@lru_cache
 def arrange_crop(patches: int, newline: bool = False) -> Arrangement:
     """A single crop in its own order; `newline` puts one behind it, as LLaVA does when it merges with unpadding."""
     source = torch.arange(patches)

@@ -193,7 +193,9 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         if image_masks is None and sizes is not None and self.config_pads_images():
             side = self.get_vision_tower().num_patches_per_side
             masks = [
-                padding_mask(size, side) if len(stack) == 1 else None for size, stack in zip(sizes, stacks, strict=True)
+                # A square picture has no padding.
+                padding_mask(size, side) if len(stack) == 1 and size[0] != size[1] else None
+                for size, stack in zip(sizes, stacks, strict=True)
             ]
         return encode_images(
             self.get_vision_tower(),
@@ -251,12 +253,18 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         if with_cls_attention is None:
             with_cls_attention = run is not None and bool(run.needs_cls_attention)
         embeddings = self.get_input_embeddings()
-        input_ids = input_ids.to(execution_device(embeddings))
+
+        def embed(ids: Tensor) -> Tensor:
+            return embeddings(ids.to(execution_device(embeddings), non_blocking=True))
+
+        # Read here, if they are on a device at all: behind the tower the host would wait for it.
+        input_ids = input_ids.cpu()
+        attention_mask = None if attention_mask is None else attention_mask.cpu()
         placeholders = count_placeholders(input_ids, attention_mask)
         check_image_count(placeholders, len(split_images(images)))
         visual = self.encode_visual_tokens(images, image_sizes, image_masks, with_cls_attention, placeholders)
         max_length = getattr(self.config, "tokenizer_model_max_length", None)
-        return splice(embeddings, input_ids, visual, attention_mask, labels, max_length)
+        return splice(embed, input_ids, visual, attention_mask, labels, max_length)
 
     def forward(
         self,

@@ -18,6 +18,7 @@ from torch import Tensor
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.model.reduction import Place
 from llava.pruning.layout import VisualLayout
+from llava.pruning.selection import on_device
 from llava.pruning.vision import ReducedRow
 from llava.utils import UserError
 
@@ -127,7 +128,7 @@ def splice(
     Raises:
         UserError: numbers of placeholders and images differ.
     """
-    # One transfer to the host before the decoder runs; everything below indexes with host integers.
+    # Everything below indexes with host integers. Ids on a device are waited for here.
     ids_BT = input_ids.tolist()
     valid_BT = None if attention_mask is None else attention_mask.bool().tolist()
     kept = [[t for t in range(len(ids)) if valid_BT is None or valid_BT[b][t]] for b, ids in enumerate(ids_BT)]
@@ -149,10 +150,9 @@ def splice(
         length = start = 0
         for i in [*(i for i, t in enumerate(keep) if ids_T[t] == IMAGE_TOKEN_INDEX), len(keep)]:
             if i > start:
-                index = torch.tensor(keep[start:i], device=embeds_BTC.device)
-                pieces.append(embeds_BTC[b].index_select(0, index))
+                pieces.append(_at(embeds_BTC[b], keep[start:i]))
                 if labels is not None:
-                    label_pieces.append(labels[b].index_select(0, index.to(labels.device)))
+                    label_pieces.append(_at(labels[b], keep[start:i]))
                 length += i - start
             start = i + 1
             if i == len(keep):
@@ -182,6 +182,13 @@ def splice(
         if any(image.place is not None for image in visual)
         else None,
     )
+
+
+def _at(values_T: Tensor, places: Sequence[int]) -> Tensor:
+    """`values_T` at rising places; a slice where there is no hole, so that no index has to go to the device."""
+    if places[-1] - places[0] + 1 == len(places):
+        return values_T[places[0] : places[-1] + 1]
+    return values_T.index_select(0, on_device(places, values_T.device))
 
 
 @dataclass
@@ -246,12 +253,14 @@ def _pad_left(
     length = max(len(row) for row in rows)
     pads = [length - len(row) for row in rows]
     device = rows[0].device
-    embeds = rows[0].new_zeros((len(rows), length, rows[0].shape[-1]))
-    for b, row in enumerate(rows):
-        embeds[b, pads[b] :] = row
     mask = positions = None
-    if any(pads):
-        pad_B = torch.tensor(pads, device=device)
+    if not any(pads):
+        embeds = rows[0][None] if len(rows) == 1 else torch.stack(rows)
+    else:
+        embeds = rows[0].new_zeros((len(rows), length, rows[0].shape[-1]))
+        for b, row in enumerate(rows):
+            embeds[b, pads[b] :] = row
+        pad_B = on_device(pads, device)
         mask = (torch.arange(length, device=device)[None, :] >= pad_B[:, None]).long()
         positions = positions_from_mask(mask)
     layout = VisualLayout.from_spans(

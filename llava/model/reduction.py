@@ -100,12 +100,12 @@ def reduce_images(
         patches = arrangement.source_N[arrangement.source_N != NEWLINE] % arrangement.patches
         for crop in dict.fromkeys(arrangement.crops):
             own = _members(arrangement, crop)
-            index = own.to(values.device)
+            index = own.to(values.device, non_blocking=True)  # a plain copy to a GPU would wait for the tower
             crops.append(
                 Crop(
                     values[index],
                     {name: fact[index] for name, fact in facts[i].items()},
-                    patches[own].to(values.device),
+                    patches[own].to(values.device, non_blocking=True),
                     arrangement.patches,
                     None if cls_tokens is None else cls_tokens[i][crop],
                 )
@@ -122,12 +122,12 @@ def put_together(arrangement: Arrangement, crops: Sequence[ReducedCrop]) -> Redu
     """One image of its reduced crops: tokens at the places of their patches, what stands behind at the end."""
     device = crops[0].tokens_KC.device
     is_patch = arrangement.source_N != NEWLINE
-    places = is_patch.nonzero().flatten().to(device)
-    newlines = (~is_patch).nonzero().flatten().to(device)
+    places = is_patch.nonzero().flatten().to(device, non_blocking=True)
+    newlines = (~is_patch).nonzero().flatten().to(device, non_blocking=True)
     end = int(is_patch.nonzero()[-1]) + 1
     keys, tokens, origins, sources = [newlines.double()], [], [newlines.new_full(newlines.shape, -2)], [newlines]
     for crop, part in zip(dict.fromkeys(arrangement.crops), crops, strict=True):
-        index = _members(arrangement, crop).to(device)
+        index = _members(arrangement, crop).to(device, non_blocking=True)
         keys.append(part.order(places[index], end))
         tokens.append(part.tokens_KC)
         origins.append(torch.where(part.origin_K < 0, -1, index[part.origin_K.clamp_min(0)]))

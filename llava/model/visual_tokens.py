@@ -157,7 +157,8 @@ def _merge_inside(
 
 def _masked(scores: Tensor, mask: Tensor) -> Tensor:
     """`scores` `[V]` with 0 where `mask` (raster order) is True; a CLS entry in front is left alone."""
-    hidden = torch.as_tensor(mask, device=scores.device).bool().flatten()
+    # A plain copy to a GPU would wait for the tower.
+    hidden = torch.as_tensor(mask).to(scores.device, non_blocking=True).bool().flatten()
     extra = len(scores) - len(hidden)
     if extra not in (0, 1):
         raise UserError(f"an image mask has {len(hidden)} entries for {len(scores)} visual tokens")
