@@ -26,6 +26,11 @@ FIXED_ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
     "MALLOC_TOP_PAD_": str(256 << 20),
 }
+# What `environment` tells, and with it the columns that every line of a saved result repeats.
+ENVIRONMENT = (
+    "hardware", "device", "cores", "threads", "load_average", "system", "python", "torch", "cuda", "transformers",
+    "llava", "allocator", "variables",
+)  # fmt: skip
 _ALLOCATOR = (*FIXED_ALLOCATOR, "MALLOC_ARENA_MAX", "LD_PRELOAD", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 _THREADS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS")
 
@@ -74,8 +79,9 @@ def environment(device: torch.device) -> dict[str, Any]:
 def describe(env: Mapping[str, Any]) -> str:
     """One paragraph for people."""
     variables = ", ".join(f"{name}={value}" for name, value in env["variables"].items()) or "none set"
+    threads = f"{env['threads']} thread" + ("" if str(env["threads"]) == "1" else "s")
     return (
-        f"{env['hardware']}, {env['threads']} threads on {env['cores']} cores, load average {env['load_average']} at "
+        f"{env['hardware']}, {threads} on {env['cores']} cores, load average {env['load_average']} at "
         f"the end; torch {env['torch']}, transformers {env['transformers']}, python {env['python']}; allocator "
         f"{env['allocator']} ({variables})"
     )
