@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 
-from benchmarks import decode, end_to_end, memory, prefill, report, scaling
+from benchmarks import decode, end_to_end, memory, prefill, scaling
 from benchmarks.candidates import build_method, floor_prefill, layer_widths, run_pruned, traces_of
-from benchmarks.environment import FIXED_ALLOCATOR, environment, result_path, slug
+from benchmarks.environment import ENVIRONMENT, FIXED_ALLOCATOR, environment, result_path, slug
 from benchmarks.geometry import GEOMETRIES, geometry, random_decoder, random_prompt
 from benchmarks.parts import Parts
 from benchmarks.timing import Summary, interleaved_rounds, median_ratio
@@ -110,6 +110,7 @@ def test_exponents_of_known_laws():
 
 def test_result_files_are_named_by_hardware_and_versions():
     env = environment(CPU)
+    assert tuple(env) == ENVIRONMENT
     name = result_path("prefill", "cpu-1024x24 float32 sdpa", env).name
     assert name.startswith("prefill--cpu-1024x24-float32-sdpa--") and f"torch{torch.__version__.split('+')[0]}" in name
     assert f"-{torch.get_num_threads()}t-" in name
@@ -133,8 +134,7 @@ def arguments(folder, *flags):
     return [str(flag) for flag in (*tiny, *flags)]
 
 
-def test_from_measurements_to_the_document(tmp_path, capsys):
-    """Every tool saves, prints one JSON object last, and the report shows its figures."""
+def test_every_tool_saves_and_prints_one_object_last(tmp_path, capsys):
     prefill.main(arguments(tmp_path, "--methods", "autoprune,random", "--budgets", "8", "--batch-sizes", "1,2"))
     result = last_line(capsys)
     settings = (("dense", None), ("autoprune", 8), ("random", 8))
@@ -148,20 +148,12 @@ def test_from_measurements_to_the_document(tmp_path, capsys):
     assert rows[1]["kv_of_dense"] == pytest.approx(rows[1]["kv_mib"] / rows[0]["kv_mib"]) and rows[1]["kv_of_dense"] < 1
     scaling.main(arguments(tmp_path, "--visual-tokens", "18,36", "--methods", "random"))
     assert [(r["visual"], r["budget"]) for r in last_line(capsys)["rows"]] == [(18, None), (18, 2), (36, None), (36, 4)]
-
-    document = tmp_path / "performance.md"
-    document.write_text("before\n<!-- results: begin -->\n<!-- results: end -->\nafter\n")
-    report.main(["--results-dir", str(tmp_path), "--document", str(document)])
-    text = document.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and text.count("### ") == 3
     saved = next(tmp_path.glob("prefill--*.csv"))
     with open(saved, newline="") as file:
         lines = list(csv.DictReader(file))
     assert float(lines[1]["ms"]) == pytest.approx(result["rows"][1]["ms"], rel=1e-4)
     assert lines[1]["hardware"] == result["environment"]["hardware"]
-    assert f"{float(lines[1]['over_floor']):.3f}" in text and f"images/{saved.stem}.png" in text
-    assert (tmp_path / "images" / f"{saved.stem}.png").stat().st_size > 5000
-    assert "Fitted exponents" in text
+    assert {path.name.split("--")[0] for path in tmp_path.glob("*.csv")} == {"prefill", "decode", "scaling"}
 
 
 def test_memory_of_scores_and_prefill(tmp_path, capsys):
@@ -249,7 +241,6 @@ def test_bad_input(tmp_path, capsys):
         (["--device", "nosuch"], ["--device"]),
     ):
         fails_with_one_line(prefill.main, arguments(tmp_path, *flags), capsys, *parts)
-    fails_with_one_line(report.main, ["--results-dir", tmp_path], capsys, "--results-dir", "--save")
     with pytest.raises(UserError, match="empty.md.*results"):
         from llava.eval.table import replace_between
 
