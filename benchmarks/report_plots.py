@@ -21,6 +21,13 @@ from llava.eval.demo_plots import FAINT, INK, MUTED, pyplot, save
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8c6d1f", "#4d4d9f")
 DENSE = "#8a8a8a"
 MARKERS = "os^Dv<>P"
+# Parts in the order in which they happen; a part has one colour in all pictures.
+_PARTS = {
+    "image": COLOURS[0], "tokenize": COLOURS[7], "vision": COLOURS[1], "projector": COLOURS[6], "encode": "#b58b6b",
+    "prefill": COLOURS[2], "selection": COLOURS[4], "head": COLOURS[5], "decode": COLOURS[3], "detokenize": "#444444",
+    "other": FAINT,
+}  # fmt: skip
+_PRICES = {"scores, choices": COLOURS[0], "gathering, masks": COLOURS[4], "not split": "#b5b5b5"}
 _SOURCE = "Source"
 Row = Mapping[str, Any]
 
@@ -71,37 +78,43 @@ def _prefill(plot: Any, result: Result) -> Any:
     return figure
 
 
-def _prices(result: Result) -> list[tuple[str, float, float, float]]:
-    """(setting, choosing, the rest, both as measured) in percent of the floor."""
-    rows = _pruned(result, "floor_ms", "selection_ms", "choice_ms")
+def _prices(result: Result) -> list[tuple[str, float, float | None]]:
+    """(setting, time above the floor, what scores and choices are of it if that is known), in percent of the floor."""
+    rows = [row for row in _pruned(result, "floor_ms", "selection_ms") if row["floor_ms"] > 0]
     several = len({row.get("batch") for row in rows}) > 1
     found = []
     for row in rows:
-        if row["floor_ms"] <= 0:
-            continue
         label = setting_name(row) + (f", batch {row['batch']}" if several else "")
-        whole, choice = (100 * row[name] / row["floor_ms"] for name in ("selection_ms", "choice_ms"))
-        # The choice is timed in passes of its own and can come out a little above the whole; the whole is a difference
-        # of two times, and noise can bring it below zero.
-        choice = min(choice, max(whole, 0.0))
-        found.append((label, choice, max(whole, 0.0) - choice, whole))
+        choice = 100 * row["choice_ms"] / row["floor_ms"] if numeric(row, "choice_ms") else None
+        found.append((label, 100 * row["selection_ms"] / row["floor_ms"], choice))
     return found
 
 
-def _draw_prices(axis: Any, priced: Sequence[tuple[str, float, float, float]]) -> None:
-    places = range(len(priced))
-    choices, rests = ([price[i] for price in priced] for i in (1, 2))
-    axis.barh(places, choices, height=0.62, color=COLOURS[0], label="scores and choices")
-    axis.barh(places, rests, left=choices, height=0.62, color=COLOURS[4], label="moving what is kept, masks")
-    widest = max(choice + rest for _, choice, rest, _ in priced) or 1
-    for place, (_, choice, rest, whole) in enumerate(priced):
-        axis.text(choice + rest + 0.015 * widest, place, f"{whole:.1f}", va="center", fontsize=7.5, color=INK)
-    axis.set_yticks(places, [price[0] for price in priced])
+def _draw_prices(axis: Any, priced: Sequence[tuple[str, float, float | None]]) -> None:
+    # A difference of two times can come out below zero; choices are timed in passes of their own, and can exceed it.
+    spans: dict[str, list[tuple[float, float]]] = {name: [] for name in _PRICES}
+    for _, whole, choice in priced:
+        end = max(whole, 0.0)
+        middle = min(choice or 0.0, end)
+        known = choice is not None
+        own = ((0.0, middle), (middle, end), (0.0, 0.0)) if known else ((0.0, 0.0), (0.0, 0.0), (0.0, end))
+        for name, span in zip(_PRICES, own, strict=True):
+            spans[name].append(span)
+    for name, colour in _PRICES.items():
+        starts, ends = zip(*spans[name], strict=True)
+        sizes = [end - start for start, end in zip(starts, ends, strict=True)]
+        if any(sizes):
+            axis.barh(range(len(priced)), sizes, left=starts, height=0.62, color=colour, label=name)
+    widest = max(0.0, *(whole for _, whole, _ in priced)) or 1.0
+    for place, (_, whole, _) in enumerate(priced):
+        axis.text(max(whole, 0) + 0.015 * widest, place, f"{whole:.1f}", va="center", fontsize=7.5, color=INK)
+    axis.set_yticks(range(len(priced)), [label for label, _, _ in priced])
     # Room below the last bar for the legend.
     axis.set_ylim(len(priced) - 0.4 + max(0.9, 0.16 * len(priced)), -0.6)
     axis.set_xlim(0, 1.14 * widest)
     axis.set_xlabel("time above the floor, % of the floor", fontsize=9)
-    axis.legend(fontsize=7.5, frameon=False, loc="lower right", ncols=2, columnspacing=1.2, handlelength=1.2)
+    if axis.patches:
+        axis.legend(fontsize=7.5, frameon=False, loc="lower right", ncols=3, columnspacing=1.0, handlelength=1.0)
     _plain(axis, "Price of selecting")
 
 
@@ -172,39 +185,41 @@ def _decode(plot: Any, result: Result) -> Any:
     return figure
 
 
-# --- end to end -----------------------------------------------------------------------------------------------------
+# --- parts: end to end, time to first token -------------------------------------------------------------------------
 
 
-def _averaged(result: Result) -> list[Row]:
-    return [
-        row for row in mean_rows(result) or result.rows if numeric(row, "ms") and any(numeric(row, p) for p in PARTS)
-    ]
+def _with_parts(result: Result) -> list[Row]:
+    """End to end: means over the benchmarks; time to first token: the smallest batch."""
+    rows = [r for r in mean_rows(result) or result.rows if numeric(r, "ms") and any(numeric(r, p) for p in PARTS)]
+    batches = [row["batch"] for row in rows if numeric(row, "batch")]
+    return [row for row in rows if not batches or row.get("batch") == min(batches)]
 
 
-def _end_to_end(plot: Any, result: Result) -> Any:
-    """A stacked bar per setting, averaged over the benchmarks; parts that are small everywhere are put together."""
-    rows = _averaged(result)
-    parts = [part for part in PARTS if any(numeric(row, part) for row in rows)]
+def _stacked(plot: Any, result: Result) -> Any:
+    """A bar per setting, its parts stacked; those that are small everywhere are put together."""
+    rows = _with_parts(result)
+    parts = [part for part in _PARTS if any(numeric(row, part) for row in rows)]
     small = {p for p in parts if all((row.get(p) or 0) < 0.015 * row["ms"] for row in rows)} | {"other"}
-    shown = [part for part in parts if part not in small]
     figure, axis = plot.subplots(figsize=(8.2, 1.5 + 0.36 * len(rows)), layout="constrained")
     ends = [0.0] * len(rows)
-    for number, part in enumerate([*shown, "other"]):
+    for part in [*(part for part in parts if part not in small), "other"]:
         within = [part] if part != "other" else sorted(small)
+        # Medians of parts need not add up to the median of the whole: what is left over can be below zero.
         sizes = [max(sum(row.get(name) or 0 for name in within), 0) for row in rows]
-        colour = FAINT if part == "other" else COLOURS[number % len(COLOURS)]
-        label = {"vision": "vision tower", "other": "the rest"}.get(part, part)
-        axis.barh(range(len(rows)), sizes, left=ends, height=0.66, color=colour, label=label, edgecolor="white",
-                  linewidth=0.5)  # fmt: skip
+        label = {"vision": "vision tower", "head": "output head", "other": "the rest"}.get(part, part)
+        axis.barh(range(len(rows)), sizes, left=ends, height=0.66, color=_PARTS.get(part, MUTED), label=label,
+                  edgecolor="white", linewidth=0.5)  # fmt: skip
         ends = [end + size for end, size in zip(ends, sizes, strict=True)]
     for place, end in enumerate(ends):
         axis.text(end + 0.01 * max(ends), place, f"{end:.0f}" if end >= 100 else f"{end:.1f}", va="center", fontsize=8)
     axis.set_yticks(range(len(rows)), [setting_name(row) for row in rows])
     axis.invert_yaxis()
     axis.set_xlim(0, 1.08 * max(ends))
-    axis.set_xlabel("time per question, ms", fontsize=9)
+    told = {"end_to_end": "time per question, ms", "first_token": "time to first token, sum of the parts, ms"}
+    axis.set_xlabel(told[result.tool], fontsize=9)
     figure.legend(fontsize=8, frameon=False, loc="outside right upper")
-    _plain(axis, "Where the time goes" + (", mean over the benchmarks" if mean_rows(result) else ""))
+    batch = f", batch {rows[0]['batch']}" if numeric(rows[0], "batch") else ""
+    _plain(axis, "Where the time goes" + (", mean over the benchmarks" if mean_rows(result) else batch))
     return figure
 
 
@@ -218,7 +233,8 @@ DRAWINGS = {
     "decode": Drawing(
         lambda r: len({row["batch"] for row in r.rows if numeric(row, "ms", "batch")}) > 1 and _named(r), _decode
     ),
-    "end_to_end": Drawing(lambda r: bool(_averaged(r)) and _named(r), _end_to_end),
+    "end_to_end": Drawing(lambda r: bool(_with_parts(r)) and _named(r), _stacked),
+    "first_token": Drawing(lambda r: bool(_with_parts(r)) and _named(r), _stacked),
 }
 
 

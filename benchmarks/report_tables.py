@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from benchmarks.end_to_end import PARTS as END_TO_END
 from benchmarks.environment import describe
+from benchmarks.first_token import PARTS as FIRST_TOKEN
 from benchmarks.saved import Result, counted, natural, numeric, rows_where
 from benchmarks.scaling import exponents
 from llava.eval.paper_tables import METHOD_NAMES as _PAPER_NAMES
@@ -39,7 +41,8 @@ METHODS = {
     "uniform": "uniform",
     "visionzip": "VisionZip",
 }
-PARTS = ("image", "tokenize", "vision", "projector", "encode", "prefill", "decode", "detokenize", "other")
+# Of end to end and of the time to first token.
+PARTS = (*dict.fromkeys([*END_TO_END[:-1], *FIRST_TOKEN]),)
 # name -> head and format: number (decimals by the column), percent (a ratio shown as one), factor, text.
 _HEADS = {
     "ms": ("time, ms", "number"),
@@ -69,8 +72,12 @@ _HEADS = {
     "peak_rss_mb": ("peak resident, MB", "number"),
     "peak_rss_ratio": ("peak resident, × file", "factor2"),
     "peak_anon_ratio": ("peak anonymous, × file", "factor2"),
+    **{part: (f"{part}, ms", "number") for part in PARTS},
     "vision": ("vision tower, ms", "number"),
-    **{part: (f"{part}, ms", "number") for part in PARTS if part != "vision"},
+    "head": ("output head, ms", "number"),
+    "vision_percent": ("vision tower, %", "number"),
+    "tower_layers": ("layers of the tower", "number"),
+    "extra_rows": ("rows for selection", "number"),
 }
 _UNITS = {"ms": "ms", "us": "µs", "s": "s", "mib": "MiB", "gib": "GiB", "mb": "MB", "gb": "GB", "kib": "KiB",
           "bytes": "bytes", "percent": "%", "flops": "FLOPs"}  # fmt: skip
@@ -78,12 +85,13 @@ _TOOL_HEADS = {("decode", "ms"): "time per step, ms", ("end_to_end", "ms"): "tim
 # Steps on the way to figures that are shown, and what prefill's tables have already.
 _HIDDEN = {"nominal", "slope", "flops", "selection_flops_of_dense", "floor_of_dense"}
 _HIDDEN_OF = {"scaling": {"selection_ms", "choice_ms", "of_peak"}}
-_ORDER = ("benchmark", "method", "budget", "batch", "visual", "processed", "tokens_processed", "ms", "mib", "p10",
-          "p90", "of_dense", "flops_of_dense", "floor_ms", "floor_mib", "over_floor", "of_floor", "selection_ms",
+_ORDER = ("benchmark", "method", "budget", "model", "batch", "visual", "processed", "tokens_processed", "ms", "mib",
+          "p10", "p90", "of_dense", "flops_of_dense", "floor_ms", "floor_mib", "over_floor", "of_floor", "selection_ms",
           "choice_ms", "of_peak", "peak_mib", "kv_mib", "kv_of_dense", *PARTS)  # fmt: skip
+_ORDERED = ("prefill", "memory", "decode", "scaling", "first_token", "end_to_end")
 # Said once below the table where they are the same in all rows.
 _CAPTION = {"rounds": "round", "new_tokens": "token decoded", "questions": "question per benchmark"}
-_IDENTITY = ("benchmark", "method", "budget", "batch", "visual", "stored", "dtype", "lora", "workers")
+_IDENTITY = ("benchmark", "method", "budget", "model", "batch", "visual", "stored", "dtype", "lora", "workers")
 _COMPARED = {
     "prefill": ("ms", "of_dense", "over_floor", "peak_mib"),
     "memory": ("mib", "floor_mib", "of_floor"),
@@ -101,12 +109,14 @@ def method_name(name: Any) -> str:
     """One name for a method in all tables and plots; rows that are no method keep theirs."""
     text = str(name)
     base = text.removesuffix(" published")
-    return METHODS.get(base, base) + (" (published code)" if base != text else "")
+    return METHODS.get(base, base) + (" (as published)" if base != text else "")
 
 
 def setting_name(row: Mapping[str, Any]) -> str:
     """`AutoPrune 64`, `dense`."""
     name = method_name(row["method"])
+    if row.get("model") is not None and row["method"] == "dense":
+        name += f", {row['model']}"  # transformers' own model, and ours with nothing attached
     return name if row.get("budget") is None else f"{name} {row['budget']}"
 
 
@@ -225,7 +235,7 @@ def columns_of(result: Result) -> list[str]:
         said.add("batch")
     shown = [name for name in result.columns if name not in hidden | said]
     known = [name for name in _ORDER if name in shown]
-    if result.tool in TOOLS and "method" in shown:
+    if result.tool in _ORDERED:
         return known + [name for name in shown if name not in known]
     return shown
 
@@ -254,7 +264,8 @@ def table(result: Result) -> str:
         if name == "p10" and "p90" in shown:
             both = cells(_main_column(shown), values + [row.get("p90") for row in rows])
             low, high = both[: len(rows)], both[len(rows) :]
-            columns.append((_range_head(shown), [a if a == b else f"{a} to {b}" for a, b in zip(low, high)]))  # noqa: B905
+            spread = [a if a == b else f"{a} to {b}" for a, b in zip(low, high, strict=True)]
+            columns.append((_range_head(shown), spread))
         else:
             columns.append((head(name, result.tool), cells(name, values)))
     return grid(columns)

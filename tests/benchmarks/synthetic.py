@@ -97,13 +97,32 @@ def scaling_rows(methods: tuple[str, ...] = ("autoprune",)) -> list[dict]:
     return rows
 
 
+def first_token_rows(batches: tuple[int, ...] = (1, 4)) -> list[dict]:
+    """Rows of `benchmarks.first_token`: transformers' dense, ours with nothing attached, pruned."""
+    rows = []
+    for batch in batches:
+        for method, budget, model, prefill in (
+            ("dense", None, "transformers", 50.0), ("dense", None, "llava", 50.0), ("autoprune", 64, "llava", 20.0),
+        ):  # fmt: skip
+            parts = {"vision": 12.0, "projector": 1.5, "prefill": prefill, "selection": 1.8 if budget else 0.0,
+                     "head": 2.0, "other": 1.0}  # fmt: skip
+            ms = batch * sum(parts.values())
+            rows.append({"method": method, "budget": budget, "model": model, "batch": batch, "visual": 576,
+                         "processed": float(budget or 576), "ms": ms, "p10": ms - 1, "p90": ms + 1, "rounds": 9,
+                         "of_dense": ms / batch / 66.5, **{part: batch * value for part, value in parts.items()},
+                         "vision_percent": 1200 * batch / ms, "tower_layers": 23, "extra_rows": 1 if budget else 0,
+                         **SHAPE})  # fmt: skip
+    return rows
+
+
 def end_to_end_rows() -> list[dict]:
     """Rows of `benchmarks.end_to_end` on two benchmarks."""
     rows = []
     for benchmark, factor in (("TextVQA", 1.0), ("POPE", 3.0)):
         for method, budget, prefill in (("dense", None, 50.0), ("autoprune", 64, 20.0), ("fastv", 64, 24.0)):
             parts = {"image": 6.0, "tokenize": 0.3, "vision": 20.0, "projector": 1.0, "encode": 0.5,
-                     "prefill": prefill, "decode": 30.0, "detokenize": 0.2, "other": 2.0}  # fmt: skip
+                     "prefill": prefill, "selection": 4.0 if budget else 0.0, "decode": 30.0, "detokenize": 0.2,
+                     "other": 2.0}  # fmt: skip
             parts = {name: factor * value for name, value in parts.items()}
             rows.append({"benchmark": benchmark, "method": method, "budget": budget, "questions": 40,
                          "ms": sum(parts.values()), **parts, "tokens_processed": float(budget or 576)})  # fmt: skip
