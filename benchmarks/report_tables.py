@@ -191,6 +191,8 @@ def _format(name: str, values: Sequence[Any]) -> tuple[float, int | None]:
     """Factor and decimals of a column's numbers; None: whole numbers as they are."""
     kind = _HEADS.get(name, ("", ""))[1] or ("percent" if name.startswith("of_") or "_of_" in name else "number")
     numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+    if name.endswith("_percent"):
+        return 1.0, 1
     if kind in _DECIMALS:
         return (100.0 if kind == "percent" else 1.0), _DECIMALS[kind]
     if all(isinstance(value, int) for value in numbers):

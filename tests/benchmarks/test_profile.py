@@ -301,7 +301,7 @@ def test_from_flags_to_the_document(tmp_path, capsys):
     document.write_text("<!-- results: begin -->\n<!-- results: end -->\n")
     report.main(["--results-dir", str(tmp_path), "--document", str(document)])
     text = document.read_text()
-    assert "### profile: tiny-float32-sdpa" in text and "norms and residuals" in text and "dense_percent" in text
+    assert "### Profile: tiny, float32, sdpa" in text and "norms and residuals" in text and "| dense, % |" in text
 
 
 def test_batches_and_methods(capsys):
