@@ -117,6 +117,16 @@ def test_rows(capsys, tmp_path):
     assert len(list(tmp_path.glob("first_token--tiny-float32-sdpa-48-visual-tokens--*.csv"))) == 1
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_parts_by_events(capsys):
+    first_token.main(arguments("--budgets", "8", "--device", "cuda", "--warmup", 2))
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    for row in rows:
+        assert row["dtype"] == "bfloat16" and all(row[part] > 0 for part in PARTS if part != "selection")
+        assert (row["selection"] > 0) == (row["method"] == "autoprune")
+
+
 def test_bad_input(capsys):
     for flags, named in (
         (("--budgets", "8", "--visual-tokens", "50"), ("--visual-tokens", "50", "16")),

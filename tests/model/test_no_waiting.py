@@ -31,14 +31,33 @@ def prepared(model, method, device="cpu"):
         return model.prepare_multimodal_inputs(*given)
 
 
-@pytest.mark.parametrize("method", ["autoprune", "fastv", "divprune"])
+@pytest.mark.parametrize("method", ["autoprune", "fastv", "divprune", "hiprune", "prumerge_plus", "tome"])
 def test_tower_and_prompt_need_nothing_from_the_device(model, method):
     assert model.config_pads_images(), "padding is masked in the CLS attention"
     empty = prepared(copy.deepcopy(model).to("meta"), method, "meta")
     real = prepared(model, method)
-    assert empty.inputs_embeds.is_meta and empty.inputs_embeds.shape == real.inputs_embeds.shape == (2, 5 + PATCHES, 32)
+    tokens = 6 if get_method(method).reduces_vision or get_method(method).merges_in_tower else PATCHES
+    assert empty.inputs_embeds.is_meta and empty.inputs_embeds.shape == real.inputs_embeds.shape == (2, 5 + tokens, 32)
     assert empty.layout == real.layout and empty.attention_mask.is_meta
     assert (empty.cls_attention is None) == (method != "autoprune")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", ["autoprune", "divprune"])
+def test_gpu_is_not_waited_for_behind_the_tower(model, method):
+    """The same on a GPU, copies to it included: from the end of the tower's last layer on, waiting is an error."""
+    on_gpu = copy.deepcopy(model).cuda()
+    prepared(on_gpu, method, "cuda")  # first call: lazy initializations
+    last = on_gpu.model.vision_tower.encoder.layers[-2]
+    hook = last.register_forward_hook(lambda *_: torch.cuda.set_sync_debug_mode("error"))
+    try:
+        inputs = prepared(on_gpu, method, "cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        hook.remove()
+    real = prepared(model, method)
+    torch.testing.assert_close(inputs.inputs_embeds.cpu(), real.inputs_embeds, atol=1e-4, rtol=1e-3)
 
 
 def test_a_read_would_be_noticed(model):
