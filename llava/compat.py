@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    create_causal_mask,
+    eager_mask,
+    flash_attention_mask,
+    sdpa_mask,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 __all__ = [
@@ -21,6 +27,7 @@ __all__ = [
     "execution_device",
     "find_decoder",
     "new_cache",
+    "one_token_masks",
 ]
 
 
@@ -68,6 +75,28 @@ def causal_mask(
         # To see whether nothing is padded it would read the mask back, in every layer. Our masks always hide something.
         allow_is_causal_skip=padding_mask is None,
     )
+
+
+def one_token_masks(config, real: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Masks of one new token per row that looks at all keys but padding; the first columns are masks of fewer keys.
+
+    Args:
+        config: configuration of the decoder.
+        real: bool ``[.., B, K]``, True for real tokens; something is hidden in every ``[B, K]``.
+        dtype: of queries and keys.
+
+    Returns:
+        ``[.., B, 1, 1, K]`` of that type, or bool ``[.., B, K]``, as :func:`causal_mask` would make them. None if the
+        attention implementation wants something that is not known here.
+    """
+    interface = ALL_MASK_ATTENTION_FUNCTIONS.get(config._attn_implementation)
+    if interface is flash_attention_mask:
+        return real
+    # sdpa takes bool too, but then makes this of it, in every layer.
+    hidden = {sdpa_mask: -torch.inf, eager_mask: torch.finfo(dtype).min}.get(interface)
+    if hidden is None or not getattr(config, "is_causal", True):
+        return None
+    return torch.where(real, torch.zeros((), dtype=dtype, device=real.device), hidden)[..., None, None, :]
 
 
 def new_cache() -> DynamicCache:

@@ -175,27 +175,18 @@ def decode(decoder: nn.Module, hidden_BQC: Tensor, cache, keep_states: bool = Fa
     batch, new_tokens = hidden_BQC.shape[:2]
     decoded = compat.cached_length(cache) - record.widths[0]
     positions = record.positions(decoded, new_tokens, batch, hidden_BQC.device)
-    cos, sin = decoder.rotary_emb(hidden_BQC, positions.flatten(0, 1))
-    cos, sin = (table.unflatten(0, positions.shape[:2]) for table in (cos, sin))
+    tables = decoder.rotary_emb(hidden_BQC, positions.flatten(0, 1))
+    cos, sin = (table.unflatten(0, positions.shape[:2]).unbind() for table in tables)
 
-    masks: dict[tuple[int, ...], Tensor | None] = {}
+    mask_of = record.masks(decoder.config, hidden_BQC, cache, decoded)
     states = []
     hidden = hidden_BQC
     for index, layer in enumerate(decoder.layers):
         if keep_states:
             states.append(hidden)
-        shape = (record.widths[index], *record.lengths[index])
-        if shape not in masks:
-            padding = record.padding_mask(index, decoded, new_tokens, batch, hidden.device)
-            # One new token may look at every real token: without padding no mask is needed.
-            masks[shape] = (
-                None
-                if padding is None and new_tokens == 1
-                else compat.causal_mask(decoder.config, hidden, padding, cache, index)
-            )
         hidden = layer(
             hidden,
-            attention_mask=masks[shape],
+            attention_mask=mask_of(index, hidden),
             position_embeddings=(cos[index], sin[index]),
             position_ids=None,
             past_key_values=cache,
