@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from llava.pruning.base import PruningMethod
 from llava.pruning.cap import crop_quotas
 from llava.pruning.layout import VisualLayout
+from llava.pruning.selection import on_device
 from llava.pruning.vision import ReducedRow, VisionView
 
 
@@ -146,14 +147,15 @@ def reduce_prompt(
         start = width - length
         slots = [slot for first, last in layout.spans[row] for slot in range(first, last)]
         between = [slot for first, last in newlines[row] for slot in range(first, last)]
+        places_of = on_device(slots, device).long()
         crops, places, ends = [], [], []
         first, sizes = 0, []
         for image in layout.image_crops(row):
             end = slots[first + len(image) - 1] + 1
             sizes.append([image.count(crop) for crop in dict.fromkeys(image)])
             for crop in dict.fromkeys(image):
-                members = torch.tensor([first + i for i, own in enumerate(image) if own == crop], device=device)
-                place = torch.tensor(slots, device=device)[members]
+                members = on_device([first + i for i, own in enumerate(image) if own == crop], device)
+                place = places_of[members]
                 own_facts = {name: values[row].to(device)[members] for name, values in facts.items()}
                 crops.append(Crop(hidden_BNC[row, place], own_facts))
                 places.append((members, place))
@@ -161,7 +163,7 @@ def reduce_prompt(
             first += len(image)
         reduced = reduce_crops(method, crops, row_budget(method, sizes))
         visual = set(slots)
-        others = torch.tensor([s for s in range(start, width) if s not in visual], dtype=torch.long, device=device)
+        others = on_device([s for s in range(start, width) if s not in visual], device).long()
         keys = [others.double()]
         tokens, origins, positions = [hidden_BNC[row, others]], [torch.full_like(others, -2)], [others - start]
         for crop, (members, place), end in zip(reduced, places, ends, strict=True):
@@ -174,7 +176,7 @@ def reduce_prompt(
         embeds.append(torch.cat([part.to(hidden_BNC.dtype) for part in tokens])[order])
         position = torch.cat(positions)[order]
         visible = origin > -2
-        newline = ~visible & torch.isin(position + start, torch.tensor(between, dtype=torch.long, device=device))
+        newline = ~visible & torch.isin(position + start, on_device(between, device).long())
         kinds = (visible.long() + 2 * newline).tolist()
         spans.append(runs(kinds, 1))
         structure.append(runs(kinds, 2))

@@ -23,7 +23,7 @@ from typing import ClassVar
 import torch
 
 from llava.pruning.base import PruningMethod
-from llava.pruning.selection import top_k
+from llava.pruning.selection import on_device, top_k
 from llava.pruning.vision import Reduction, TowerValue, VisionFact, VisionView
 
 _MIDDLE, _DEPTH = 9, 24
@@ -67,7 +67,7 @@ class HiPrune(PruningMethod):
         # Neighbors count the raster of the whole crop; the view may lack some of its patches.
         places = view.patches_NP.gather(1, anchors)
         # Without a grid (a span of a bare decoder that is no square) neighbors are those before and behind.
-        offsets = torch.tensor([1, -1, width, -width] if height > 1 else [1, -1], device=places.device)
+        offsets = on_device([1, -1, width, -width] if height > 1 else [1, -1], places.device)
         neighbors = (places[:, :, None] + offsets).clamp(0, whole - 1).flatten(1)
         is_buffer = torch.zeros(crops, whole, dtype=torch.bool, device=places.device).scatter_(1, neighbors, True)
         # 2: anchors, 1: buffers, 0: the rest, for which (and for equals) the deep layer decides.

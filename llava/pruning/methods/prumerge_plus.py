@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from llava.pruning.base import PruningMethod
-from llava.pruning.selection import top_k
+from llava.pruning.selection import on_device, top_k
 from llava.pruning.vision import Reduction, TowerValue, VisionFact, VisionView, take
 
 
@@ -82,7 +82,7 @@ def outliers_and_grid(attention_NP: Tensor, keep: int) -> Tensor:
     Their number differs from crop to crop but is never read back: everything follows from ranks.
     """
     crops, patches = attention_NP.shape
-    low, high = torch.quantile(attention_NP, torch.tensor([0.25, 0.75], device=attention_NP.device), dim=1)
+    low, high = torch.quantile(attention_NP, on_device([0.25, 0.75], attention_NP.device), dim=1)
     outliers = (attention_NP > (high + 1.5 * (high - low))[:, None]).sum(1, keepdim=True).clamp_max(keep)
     rank = attention_NP.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     important = rank < outliers

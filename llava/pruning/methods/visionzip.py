@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from llava.pruning.base import PruningMethod
-from llava.pruning.selection import top_k
+from llava.pruning.selection import on_device, top_k
 from llava.pruning.vision import CLS_ATTENTION, Reduction, TowerValue, VisionFact, VisionView, rest_of, take
 
 
@@ -79,9 +79,10 @@ def contextual_tokens(tokens_NPC: Tensor, keys_NPD: Tensor, rest_NR: Tensor, cou
     """
     remaining = rest_NR.shape[1]
     step = max(1, remaining // count)
-    index = torch.arange(remaining, device=rest_NR.device)
-    is_target = (index % step == 0) & (index < step * count)
-    targets, others = index[: step * count : step], index[~is_target] if remaining > count else index[:0]
+    # Their places are known to the host.
+    places = range(0, step * count, step)
+    targets = torch.arange(0, step * count, step, device=rest_NR.device)
+    others = on_device([place for place in range(remaining) if place not in places], rest_NR.device).long()
     keys = torch.nn.functional.normalize(take(keys_NPD, rest_NR).float(), dim=2)
     nearest = (keys[:, others] @ keys[:, targets].transpose(1, 2)).argmax(2)
     members = (nearest[:, None, :] == torch.arange(count, device=nearest.device)[:, None]).float()
