@@ -29,6 +29,21 @@ def build_method(name: str, budget: int, **options: Any) -> PruningMethod:
         raise UserError(f"--methods: {error}") from None
 
 
+def needs_no_tower(method: PruningMethod) -> PruningMethod:
+    """The method, if it can prune a prompt of random embeddings, which no vision tower has seen.
+
+    Raises:
+        UserError: it needs the tower for more than CLS attention.
+    """
+    if method.merges_in_tower:
+        what = "merges inside the vision tower"
+    elif facts := method.vision_facts(24):  # names do not depend on the depth
+        what = f"asks the vision tower for {', '.join(facts)}"
+    else:
+        return method
+    raise UserError(f"--methods: {method.name} {what}, and here is a decoder alone; benchmarks.first_token measures it")
+
+
 def run_pruned(model: nn.Module, method: PruningMethod | Published, prompt: RandomPrompt) -> tuple[Any, list[Trace]]:
     """One pruned prefill of the decoder: its output and the traces."""
     if isinstance(method, Published):

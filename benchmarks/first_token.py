@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device, dtype = prepare(args)
     shape = geometry(args.geometry)
     visual = args.visual_tokens or shape.visual
-    settings = settings_of(args, visual)
+    settings = settings_of(args, visual, tower=True)
     prompts = [random_image_prompt(shape, n, device, dtype, visual) for n in numbers(args.batch_sizes, "--batch-sizes")]
     model = random_llava(shape, device, dtype, args.attn_implementation)
     rows = []

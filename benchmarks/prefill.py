@@ -24,6 +24,7 @@ from benchmarks.candidates import (
     dense_prefill,
     floor_prefill,
     layer_widths,
+    needs_no_tower,
     pruned_prefill,
     traces_of,
 )
@@ -152,13 +153,14 @@ def describe_geometry(rows: Sequence[dict], shape: Geometry, dtype: torch.dtype,
     return f"{shape.name} {kind} {args.attn_implementation}"
 
 
-def settings_of(args: argparse.Namespace, visual: int) -> dict[tuple[str, int], Any]:
-    """(method, budget) -> method, for the flags."""
+def settings_of(args: argparse.Namespace, visual: int, tower: bool = False) -> dict[tuple[str, int], Any]:
+    """(method, budget) -> method, for the flags; without a tower, `UserError` for methods that need one."""
     names = [part.strip() for part in args.methods.split(",") if part.strip() and part.strip() != "dense"]
     budgets = numbers(args.budgets, "--budgets")
     if max(budgets) > visual:
         raise UserError(f"--budgets: {max(budgets)} is more than the {visual} visual tokens")
-    return {(name, budget): build_method(name, budget) for name in names for budget in budgets}
+    methods = {(name, budget): build_method(name, budget) for name in names for budget in budgets}
+    return methods if tower else {key: needs_no_tower(method) for key, method in methods.items()}
 
 
 @cli_main

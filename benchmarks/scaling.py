@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.candidates import build_method
+from benchmarks.candidates import build_method, needs_no_tower
 from benchmarks.environment import use_fixed_allocator
 from benchmarks.geometry import geometry, random_decoder, random_prompt
 from benchmarks.output import common_parser, deliver, numbers, prepare
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     counts = numbers(args.visual_tokens, "--visual-tokens")
     names = [part.strip() for part in args.methods.split(",") if part.strip() and part.strip() != "dense"]
     budgets = {visual: max(visual // SHARE, 1) for visual in counts}
-    settings = {v: {(name, b): build_method(name, b) for name in names} for v, b in budgets.items()}
+    settings = {v: {(name, b): needs_no_tower(build_method(name, b)) for name in names} for v, b in budgets.items()}
     model = random_decoder(shape, device, dtype, args.attn_implementation)
     peak = peak_flops(device, dtype)
     rows = []
