@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from benchmarks.output import deliver
+from benchmarks.output import add_saving_arguments, deliver
 from llava.eval.arguments import Parser
 from llava.eval.memory import PeakMemory, resident_bytes
 from llava.model.configuration import LlavaConfig
@@ -225,13 +225,10 @@ def run_case(case: Case, folders: dict[str, Path]) -> dict[str, Any]:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    from benchmarks.environment import RESULTS
-
     parser = Parser(description="Peak memory while a checkpoint loads, as multiples of the checkpoint's size.")
     parser.add_argument("--size-mb", type=float, default=1000.0, help="size of the float16 checkpoint in megabytes")
     parser.add_argument("--folder", default=None, help="where to write it; default: a temporary folder, removed after")
-    parser.add_argument("--save", action="store_true", help="write a CSV below --results-dir, named by the hardware")
-    parser.add_argument("--results-dir", default=str(RESULTS), help="folder of --save")
+    add_saving_arguments(parser)
     for name in ("child", "warmup", "lora", "dtype"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)  # a process that loads one case
     return parser.parse_args(arguments)

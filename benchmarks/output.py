@@ -6,14 +6,16 @@ import argparse
 import csv
 import io
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.environment import RESULTS, describe, environment, result_path
+from benchmarks.environment import RESULTS, describe, environment, result_path, slug
 from benchmarks.geometry import GEOMETRIES
+from benchmarks.saved import replaces
 from llava.eval.arguments import DTYPES, Parser
 from llava.eval.jsonio import write_text_atomic
 from llava.utils import UserError
@@ -39,8 +41,22 @@ def add_running_arguments(parser: argparse.ArgumentParser) -> None:
         "--allocator", choices=("fixed", "default"), default="fixed",
         help="fixed: malloc keeps freed memory (Linux; the process starts itself again with the variables set)",
     )  # fmt: skip
+    add_saving_arguments(parser)
+
+
+def add_saving_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--save` and what goes with it."""
     parser.add_argument("--save", action="store_true", help="write a CSV below --results-dir, named by the hardware")
+    parser.add_argument(
+        "--name", type=_name, default=None, help="added to what was measured, in the file's name and the report's title"
+    )
     parser.add_argument("--results-dir", default=str(RESULTS), help="folder of --save")
+
+
+def _name(text: str) -> str:
+    if not slug(text):
+        raise argparse.ArgumentTypeError(f"{text!r} has no letters or digits that a file name could keep")
+    return slug(text)
 
 
 def add_method_arguments(parser: argparse.ArgumentParser, methods: str = "autoprune") -> None:
@@ -108,6 +124,22 @@ def csv_text(rows: Sequence[Mapping[str, Any]], env: Mapping[str, Any]) -> str:
     return stream.getvalue()
 
 
+def save(tool: str, label: str, rows: Sequence[Mapping[str, Any]], env: Mapping[str, Any], folder: Path) -> Path:
+    """Writes the CSV. One of the same name is replaced by a repetition only; otherwise the new name gets a number."""
+    path, number = result_path(tool, label, env, folder), 1
+    taken = path
+    while path.exists() and not replaces(rows, path):
+        number += 1
+        path = result_path(tool, f"{label} run {number}", env, folder)
+    if number > 1:
+        print(
+            f"{taken.name} holds other rows or more rounds and is kept; --name NAME tells this run from it",
+            file=sys.stderr,
+        )
+    write_text_atomic(path, csv_text(rows, env))
+    return path
+
+
 def deliver(
     tool: str,
     label: str,
@@ -117,12 +149,11 @@ def deliver(
     device: torch.device,
 ) -> dict[str, Any]:
     """Prints and saves; returns what the last line says."""
+    label = f"{label} {args.name}" if args.name else label
     env = environment(device)
     print(f"\n{tool}: {label}\n{describe(env)}\n\n{table(rows, columns)}\n")
     if args.save:
-        path = result_path(tool, label, env, Path(args.results_dir))
-        write_text_atomic(path, csv_text(rows, env))
-        print(f"wrote {path}")
+        print(f"wrote {save(tool, label, rows, env, Path(args.results_dir))}")
     result = {"tool": tool, "label": label, "environment": env, "rows": list(rows)}
     print(json.dumps(result))
     return result

@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.end_to_end import PARTS as END_TO_END
 from benchmarks.environment import describe
 from benchmarks.first_token import PARTS as FIRST_TOKEN
-from benchmarks.saved import Result, counted, natural, numeric, rows_where
+from benchmarks.saved import IDENTITY, Result, counted, natural, numeric, rows_where
 from benchmarks.scaling import exponents
 from llava.eval.paper_tables import METHOD_NAMES as _PAPER_NAMES
 
@@ -91,7 +91,6 @@ _ORDER = ("benchmark", "method", "budget", "model", "batch", "visual", "processe
 _ORDERED = ("prefill", "memory", "decode", "scaling", "first_token", "end_to_end")
 # Said once below the table where they are the same in all rows.
 _CAPTION = {"rounds": "round", "new_tokens": "token decoded", "questions": "question per benchmark"}
-_IDENTITY = ("benchmark", "method", "budget", "model", "batch", "visual", "stored", "dtype", "lora", "workers")
 _COMPARED = {
     "prefill": ("ms", "of_dense", "over_floor", "peak_mib"),
     "memory": ("mib", "floor_mib", "of_floor"),
@@ -338,7 +337,7 @@ def both_allocators(result: Result, other: Result) -> list[str]:
     """The figures that memory handling can change, of both allocators side by side."""
     wanted = _COMPARED.get(result.tool, ("ms", "of_dense"))
     compared = [name for name in wanted if name in result.columns and name in other.columns]
-    names = [name for name in _IDENTITY if name in result.columns and name in columns_of(result)]
+    names = [name for name in IDENTITY if name in result.columns and name in columns_of(result)]
 
     def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(row.get(name) for name in names)

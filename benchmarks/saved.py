@@ -24,6 +24,9 @@ from llava.utils import UserError
 _REQUIRED = (
     "hardware", "cores", "threads", "load_average", "python", "torch", "transformers", "allocator", "variables",
 )  # fmt: skip
+# Columns that say what a row is of, in all tools; columns that say how much was measured of it.
+IDENTITY = ("benchmark", "method", "budget", "model", "batch", "visual", "stored", "dtype", "lora", "workers")
+_EFFORT = ("rounds", "new_tokens", "questions")
 _REMEDY = "measure it again with --save, or remove the file"
 
 
@@ -132,6 +135,26 @@ def _value(text: str, name: str, where: str) -> Any:
     if not math.isfinite(number):
         raise UserError(f"{where}: column {name!r} is {text}, which is no measurement; {_REMEDY}")
     return int(number) if re.fullmatch(r"-?\d+", text) else number
+
+
+def replaces(rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
+    """Whether new rows are a repetition of those in a CSV: all that it holds is measured again, and as much of it.
+
+    False where the file cannot be read.
+    """
+    try:
+        old = read_result(path).rows
+    except UserError:
+        return False
+
+    def efforts(of: Sequence[Mapping[str, Any]]) -> dict[tuple[Any, ...], list[Any]]:
+        return {tuple(row.get(name) for name in IDENTITY): [row.get(name) or 0 for name in _EFFORT] for row in of}
+
+    new = efforts(rows)
+    return all(
+        key in new and all(a >= b for a, b in zip(new[key], effort, strict=True))
+        for key, effort in efforts(old).items()
+    )
 
 
 def natural(text: str) -> list[Any]:

@@ -7,12 +7,16 @@ import pytest
 import torch
 
 from benchmarks import decode, end_to_end, memory, prefill, scaling
-from benchmarks.candidates import build_method, floor_prefill, layer_widths, run_pruned, traces_of
+from benchmarks.candidates import build_method, floor_prefill, layer_widths, needs_no_tower, run_pruned, traces_of
 from benchmarks.environment import ENVIRONMENT, FIXED_ALLOCATOR, environment, result_path, slug
 from benchmarks.geometry import GEOMETRIES, geometry, random_decoder, random_prompt
+from benchmarks.output import save
 from benchmarks.parts import Parts
+from benchmarks.saved import read_result
 from benchmarks.timing import Summary, interleaved_rounds, median_ratio
+from llava.pruning import list_methods
 from llava.utils import UserError
+from tests.benchmarks import synthetic
 from tests.eval.helpers import fails_with_one_line
 
 CPU = torch.device("cpu")
@@ -245,3 +249,69 @@ def test_bad_input(tmp_path, capsys):
         from llava.eval.table import replace_between
 
         replace_between("", "results", "", "empty.md")
+
+
+@pytest.mark.parametrize("name", [n for n in list_methods() if n != "dense"])
+def test_methods_that_need_a_tower_are_one_line_errors(name, model, prompt, capsys):
+    """Every method runs on random embeddings or is refused before anything is measured."""
+    flags = ["--geometry", "tiny", "--device", "cpu", "--budgets", "8"]
+    if name in ("tome", "visionzip", "hiprune", "prumerge_plus"):
+        for tool in (prefill, decode, memory, scaling):
+            own = [flag for flag in flags if tool is not scaling or flag not in ("--budgets", "8")]
+            fails_with_one_line(tool.main, [*own, "--methods", name], capsys, "--methods", name, "tower", "first_token")
+    else:
+        assert needs_no_tower(build_method(name, 8)).name == name
+        assert len(traces_of(model, build_method(name, 8), prompt)) == 2
+    assert ("dense", None) not in settings_of_first_token(flags, name)
+
+
+def settings_of_first_token(flags, name):
+    parser = prefill.build_parser()
+    return prefill.settings_of(parser.parse_args([*flags, "--methods", name]), 48, tower=True)
+
+
+ROW = {"method": "autoprune", "budget": 64, "batch": 1, "visual": 576, "rounds": 9, "ms": 5.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [
+        ({}, False),
+        ({"ms": 6.0, "rounds": 11}, False),
+        ({"rounds": 2}, True),
+        ({"method": "fastv"}, True),
+        ({"budget": 128}, True),
+        ({"batch": 8}, True),
+        ({"new_tokens": 16}, False),
+    ],
+)
+def test_saving_replaces_repetitions_only(change, kept, tmp_path, capsys):
+    first = save("prefill", "tiny", [ROW], synthetic.environment(), tmp_path)
+    measured = first.read_bytes()
+    again = save("prefill", "tiny", [{**ROW, **change}], synthetic.environment(), tmp_path)
+    said = capsys.readouterr().err
+    assert kept == (again != first) == (first.read_bytes() == measured and bool(change)) == ("--name" in said)
+    assert said.count("\n") == kept and len(list(tmp_path.iterdir())) == 1 + kept
+    assert read_result(again).rows[0]["ms"] == change.get("ms", 5.0)
+
+
+def test_nothing_saved_is_ever_lost(tmp_path):
+    """More rows, fewer, others, fewer rounds, a file that nobody can read: afterwards all are there."""
+    env = synthetic.environment()
+    other = {**ROW, "budget": 128}
+    paths = [save("prefill", "tiny", rows, env, tmp_path) for rows in ([ROW], [other], [ROW, other], [ROW])]
+    # Both rows replace the first file, which held one of them; then a single one does not replace both.
+    assert [path.stem.split("--")[1] for path in paths] == ["tiny", "tiny-run-2", "tiny", "tiny-run-3"]
+    paths[0].write_text("damaged\n")
+    fifth = save("prefill", "tiny", [ROW, other], env, tmp_path)
+    assert fifth.stem.split("--")[1] == "tiny-run-2" and paths[0].read_text() == "damaged\n"
+
+
+def test_names_keep_runs_apart(tmp_path, capsys):
+    for flags in (["--methods", "autoprune"], ["--methods", "random", "--name", "Peers, all"]):
+        prefill.main(arguments(tmp_path, "--budgets", "8", *flags))
+    said = capsys.readouterr()
+    assert json.loads(said.out.splitlines()[-1])["label"].endswith(" 48 visual tokens peers-all") and "is kept" not in said.err
+    labels = [path.stem.split("--")[1] for path in sorted(tmp_path.glob("*.csv"))]
+    assert labels == ["tiny-float32-sdpa-48-visual-tokens", "tiny-float32-sdpa-48-visual-tokens-peers-all"]
+    fails_with_one_line(prefill.main, arguments(tmp_path, "--name", "--"), capsys, "--name")

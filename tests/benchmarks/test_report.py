@@ -347,3 +347,13 @@ def test_malformed_results_are_named_with_what_to_do(place, capsys):
     twin.unlink()
     (place / "docs" / "performance.md").write_text("no markers")
     fails_with_one_line(report.main, flags(place), capsys, "performance.md", "results")
+
+
+def test_named_results_are_sections_of_their_own(place):
+    label = "cpu-1024x24 float32 sdpa 576 visual tokens"
+    for name in ("", " run 2", " peers-all"):
+        for allocator in ("fixed", "default"):
+            save(place / "results", "prefill", label + name, [prefill_row("autoprune", 64)], allocator)
+    names = list(sections(generated(place)))[1:]
+    where = "Prefill: cpu-1024x24, float32, sdpa, 576 visual tokens"
+    assert names == [f"{where}, 1 thread", f"{where}, peers-all, 1 thread", f"{where}, run-2, 1 thread"]

@@ -172,3 +172,12 @@ def test_the_definitions_fit_together():
     assert len({target.title for target in TARGETS}) == len(TARGETS)
     assert {target.geometry for target in TARGETS} <= set(GEOMETRIES)
     assert targets.SMALL == synthetic.SHAPE["geometry"]
+
+
+def test_figures_are_found_in_named_files(tmp_path):
+    """Rows that were measured in several runs count together, whatever the files are called."""
+    label = "cpu-1024x24 float32 sdpa 576 visual tokens"
+    for name, budgets in (("", (64,)), (" run 2", (128,)), (" peers", (192,))):
+        save(tmp_path, "prefill", label + name, [prefill_row("dense", None), *pruned(*budgets)])
+    outcome = only(FLOOR, tmp_path)
+    assert list(outcome.figures) == ["192", "128", "64"] and verdict(outcome) == "met"
