@@ -73,7 +73,7 @@ def layer_widths(traces: Sequence[Trace]) -> tuple[int, ...]:
 
 
 def floor_prefill(model: nn.Module, widths: Sequence[int], prompt: RandomPrompt) -> Callable[[], Any]:
-    """The same layers on the first `widths[l]` tokens each: no scores, no choice, no gathering.
+    """The same layers on the first `widths[l]` tokens each: no scores, no choice, no gathering, one mask for all.
 
     No method that works on these numbers of tokens with these layers can be faster.
     """
@@ -84,12 +84,16 @@ def floor_prefill(model: nn.Module, widths: Sequence[int], prompt: RandomPrompt)
         positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
         cos, sin = decoder.rotary_emb(hidden, positions)
         cache = compat.new_cache()
+        whole = compat.causal_mask(decoder.config, hidden, None)
         width, mask = 0, None
         for layer, wanted in zip(decoder.layers, widths, strict=True):
             if wanted != width:
                 width = wanted
                 hidden = hidden[:, :width]
-                mask = compat.causal_mask(decoder.config, hidden, None)
+                if isinstance(whole, torch.Tensor) and whole.ndim == 4:
+                    mask = whole[:, :, :width, :width]
+                elif whole is not None:
+                    mask = compat.causal_mask(decoder.config, hidden, None)
                 rotary = cos[:, :width], sin[:, :width]
             hidden = layer(
                 hidden,

@@ -5,9 +5,13 @@ Written for transformers 5.17 to 5.x. The engine asks for masks, caches and the 
 
 from __future__ import annotations
 
+import copy
+import sys
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
@@ -19,6 +23,7 @@ from transformers.masking_utils import (
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 __all__ = [
+    "AttentionWatch",
     "BaseModelOutputWithPast",
     "cached_keys",
     "cached_length",
@@ -28,6 +33,7 @@ __all__ = [
     "find_decoder",
     "new_cache",
     "one_token_masks",
+    "rotary_is_static",
 ]
 
 
@@ -99,6 +105,11 @@ def one_token_masks(config, real: Tensor, dtype: torch.dtype) -> Tensor | None:
     return torch.where(real, torch.zeros((), dtype=dtype, device=real.device), hidden)[..., None, None, :]
 
 
+def rotary_is_static(rotary: nn.Module) -> bool:
+    """Whether the rotary tables of a position are the same however long the sequence is."""
+    return getattr(rotary, "rope_type", None) in ("default", "linear", "llama3", "yarn")
+
+
 def new_cache() -> DynamicCache:
     """An empty cache whose layers may grow to different lengths."""
     return DynamicCache()
@@ -127,3 +138,53 @@ def cached_keys(cache: Cache, layer: int) -> Tensor:
 def cached_length(cache: Cache | None, layer: int = 0) -> int:
     """Tokens in one cache layer, padding included."""
     return 0 if cache is None else cache.get_seq_length(layer)
+
+
+class AttentionWatch:
+    """Context in which attention modules show what they attend with, each once: in its next call.
+
+    ``see(module, query_BHND, key_BGND)`` gets queries and keys after rotary embedding, the keys with what was cached,
+    right in front of the module's own attention function, whichever implementation that is.
+
+    A module looks its attention function up in its own configuration. For one call it has a copy that names ours,
+    which gives it the real one back (kernels look at it, too) and goes on with the real function.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], see: Callable[[nn.Module, Tensor, Tensor], None]) -> None:
+        self.see = see
+        self._own = {module: module.config for module in modules}
+        self._copies: dict[int, object] = {}
+
+    def __enter__(self) -> AttentionWatch:
+        for module, own in self._own.items():
+            if id(own) not in self._copies:
+                shown = copy.copy(own)
+                shown.__dict__.update(_attn_implementation_internal=_SHOWN, _attention_watch=self)
+                self._copies[id(own)] = shown
+            module.config = self._copies[id(own)]
+        return self
+
+    def __exit__(self, *exc) -> None:
+        for module, own in self._own.items():
+            module.config = own
+
+    def own_config(self, module: nn.Module):
+        """The module's real configuration."""
+        return self._own[module]
+
+
+_SHOWN = "llava_shown_attention"
+
+
+def _shown_attention(module: nn.Module, query: Tensor, key: Tensor, *args, **kwargs):
+    watch = module.config._attention_watch
+    module.config = watch.own_config(module)
+    watch.see(module, query, key)
+    names = vars(sys.modules[type(module).__module__])
+    own = names["ALL_ATTENTION_FUNCTIONS"].get_interface(
+        module.config._attn_implementation, names["eager_attention_forward"]
+    )
+    return own(module, query, key, *args, **kwargs)
+
+
+AttentionInterface.register(_SHOWN, _shown_attention)

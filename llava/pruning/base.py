@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from llava.pruning.budget import BUDGETS
-from llava.pruning.scores import received_attention
 from llava.pruning.selection import on_device
 from llava.pruning.sequence import Sequences
 from llava.pruning.vision import CLS_ATTENTION, Reduction, TowerMerge, TowerView, VisionFact, VisionView
@@ -79,6 +78,7 @@ class LayerView:
         query_rows: attention rows per batch row (at least 1).
         attention_BHTV: float32 probabilities of the declared rows over the visual tokens, not renormalized, zero in
             the padding; None if no rows were declared.
+        relevance_BV: attention that each visual token receives: mean over heads, then over the declared rows. float32.
         sample_ids: running number of each sample within the run, the same whatever the batch size.
         sequences: the engine's state; methods use the properties below instead.
         initial_facts: what the vision tower said, by name and original visual index, ``[B, N, ...]``.
@@ -89,6 +89,7 @@ class LayerView:
     counts: tuple[int, ...]
     query_rows: tuple[int, ...]
     attention_BHTV: Tensor | None
+    relevance_BV: Tensor | None
     sample_ids: tuple[int, ...]
     sequences: Sequences
     initial_facts: Mapping[str, Tensor]
@@ -103,9 +104,11 @@ class LayerView:
         return self.sequences.hidden_of(index_BK)
 
     @cached_property
-    def relevance_BV(self) -> Tensor:
-        """Attention that each visual token receives: mean over heads, then over the declared rows. float32."""
-        return received_attention(self.attention_BHTV, on_device(self.query_rows, self.attention_BHTV.device))
+    def query_rows_B(self) -> Tensor | int:
+        """``query_rows`` for arithmetic with tensors ``[B]``: one number if all are equal."""
+        if min(self.query_rows) == max(self.query_rows):
+            return self.query_rows[0]
+        return on_device(self.query_rows, self.device)
 
     @cached_property
     def text_BTC(self) -> Tensor:

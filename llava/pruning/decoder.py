@@ -9,19 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
 from llava import compat
+from llava.pruning.attention import RowScores, VisualAttention, next_layer_attention
 from llava.pruning.base import BEFORE_DECODER, LayerView, PruningMethod, Rows, Selection
 from llava.pruning.cache import CacheRecord
 from llava.pruning.cap import capped_by_cls
+from llava.pruning.frame import Frames
 from llava.pruning.layout import VisualLayout
-from llava.pruning.scores import attention_rows, rotate_rows
-from llava.pruning.selection import counts_to_mask, on_device
-from llava.pruning.sequence import Sequences, padding_mask
+from llava.pruning.origins import Origins
+from llava.pruning.selection import on_device
+from llava.pruning.sequence import Sequences
 from llava.pruning.trace import DecoderShape, Trace
 from llava.pruning.vision import ReducedRow
 
@@ -92,10 +95,10 @@ def prefill(
     parts = [_Part(part, part.stages(num_layers)) for part in method.parts]
     query_rows = _text_rows(sequences, prompt.layout)
 
-    def view(layer: int, rows: tuple[int, ...], attention: Tensor | None) -> LayerView:
-        return LayerView(
-            layer, num_layers, sequences.counts, rows, attention, prompt.sample_ids, sequences, prompt.facts
-        )
+    def view(layer: int, rows: tuple[int, ...], attention: VisualAttention | None) -> LayerView:
+        probabilities, relevance = (None, None) if attention is None else attention
+        ids, facts = prompt.sample_ids, prompt.facts
+        return LayerView(layer, num_layers, sequences.counts, rows, probabilities, relevance, ids, sequences, facts)
 
     with timer():
         cap = None if prompt.reduced is not None else method.visual_token_num
@@ -107,53 +110,48 @@ def prefill(
                 selection = part.select(view(BEFORE_DECODER, query_rows, None))
                 sequences = sequences if selection is None else sequences.apply(selection)
 
-    mask = rotary = None
-    entered = None
+    frames = Frames(decoder)
+    last = (1,) * len(query_rows)
+    rows_of = {Rows.TEXT: query_rows, Rows.LAST: last}
+    # Of several methods at one place at most the first looks at attention, see Composition.stages.
+    asked = {layer: rows for part in reversed(parts) for layer, rows in part.stages.items()}
+    scored = [layer for index, layer in enumerate(decoder.layers) if asked.get(index) in rows_of]
     states = []
-    for index, layer in enumerate(decoder.layers):
-        if entered is not sequences.origin_BN:  # the tokens are others than in the layer before
-            entered = sequences.origin_BN
-            mask = compat.causal_mask(decoder.config, sequences.hidden_BNC, sequences.padding_mask())
-            rotary = decoder.rotary_emb(sequences.hidden_BNC, sequences.positions_BN)
-        recorder.entering(sequences)
-        if keep_states:
-            states.append(sequences.hidden_BNC)
-        active = [part for part in parts if index in part.stages and max(sequences.counts) > 0]
-        # Of several methods at one place at most the first looks at attention, see Composition.stages.
-        rows = active[0].stages[index] if active else Rows.NONE
-        last = (1,) * len(query_rows)
-        wanted = {Rows.TEXT: query_rows, Rows.LAST: last}.get(rows)
-        with _QueryTap(layer.self_attn, max(wanted) if wanted else 0) as tap:
+    with RowScores(scored, frames, timer) as scores:
+        for index, layer in enumerate(decoder.layers):
+            frame = frames.of(sequences)
+            recorder.entering(sequences)
+            if keep_states:
+                states.append(sequences.hidden_BNC)
+            active = [part for part in parts if index in part.stages and max(sequences.counts) > 0]
+            rows = active[0].stages[index] if active else Rows.NONE
+            wanted = rows_of.get(rows)
+            scores.of_next(sequences, wanted)
             hidden = layer(
                 sequences.hidden_BNC,
-                attention_mask=mask,
-                position_embeddings=rotary,
+                attention_mask=frame.mask,
+                position_embeddings=frame.rotary,
                 # With gaps in them, position ids would make flash attention see several packed sequences.
                 position_ids=None,
                 past_key_values=cache,
                 use_cache=True,
                 **layer_kwargs,
             )
-        advanced = sequences.advance(hidden)
-        if advanced.origin_BN is not sequences.origin_BN:
-            entered = None  # the layer lives on another device
-        sequences = advanced
-        with timer() if active else nullcontext():
-            attention = None
-            if wanted is not None:
-                keys = compat.cached_keys(cache, index)
-                attention = _visual_attention(layer.self_attn.scaling, tap.queries, keys, rotary, sequences, wanted)
-            elif rows is Rows.NEXT_LAST:
-                wanted = last
-                attention = _next_layer_attention(decoder.layers[index + 1], rotary, sequences)
-                recorder.projected_keys(sequences)
-            if attention is not None:
-                recorder.scored(wanted, sequences)
-            for part in active:
-                selection = part.select(view(index, wanted or query_rows, attention))
-                sequences = sequences if selection is None else sequences.apply(selection)
-                wanted = attention = None
-        recorder.leaving(sequences)
+            sequences = sequences.advance(hidden)
+            if active:
+                with timer():
+                    attention = scores.take()
+                    if rows is Rows.NEXT_LAST:
+                        wanted = last
+                        attention = next_layer_attention(decoder.layers[index + 1], sequences, frames)
+                        recorder.projected_keys(sequences)
+                    if attention is not None:
+                        recorder.scored(wanted, sequences)
+                    for part in active:
+                        selection = part.select(view(index, wanted or query_rows, attention))
+                        sequences = sequences if selection is None else sequences.apply(selection)
+                        wanted = attention = None
+            recorder.leaving(sequences)
 
     hidden = decoder.norm(sequences.hidden_BNC)
     recorder.cache_record(compact, prompt).attach_to(cache)
@@ -197,28 +195,6 @@ def decode(decoder: nn.Module, hidden_BQC: Tensor, cache, keep_states: bool = Fa
     return hidden, (*states, hidden) if keep_states else None
 
 
-class _QueryTap:
-    """Catches the queries of the last ``rows`` tokens as a layer computes them, before rotary embedding."""
-
-    def __init__(self, attention: nn.Module, rows: int) -> None:
-        self.attention, self.rows = attention, rows
-        self.queries: Tensor | None = None
-
-    def __enter__(self) -> _QueryTap:
-        if self.rows:
-            self.hook = self.attention.q_proj.register_forward_hook(self._catch)
-        return self
-
-    def _catch(self, module: nn.Module, args, output: Tensor) -> None:
-        # A copy of the few rows, so that the full query tensor is not kept alive.
-        queries = output[:, -self.rows :].clone()
-        self.queries = queries.unflatten(-1, (-1, self.attention.head_dim)).transpose(1, 2)
-
-    def __exit__(self, *exc) -> None:
-        if self.rows:
-            self.hook.remove()
-
-
 @dataclass
 class _Part:
     """A method at work: where it selects, and what it remembers of this prefill."""
@@ -240,39 +216,6 @@ def _joined(reports: Sequence[dict[str, list]]) -> dict[str, list]:
         if costs is not None and "merge_flops" in report:
             joined["merge_flops"] = [a + b for a, b in zip(costs, report["merge_flops"], strict=True)]
     return joined
-
-
-def _next_layer_attention(layer: nn.Module, rotary, sequences: Sequences) -> Tensor:
-    """What the last token will attend to in ``layer``, which has not run yet: ``[B, H, 1, V]``."""
-    attention, here = layer.self_attn, sequences.hidden_BNC.device
-    there = sequences.advance(sequences.hidden_BNC.to(compat.execution_device(layer.input_layernorm)))
-    normed = layer.input_layernorm(there.hidden_BNC)
-    heads = (-1, attention.head_dim)
-    queries = attention.q_proj(normed[:, -1:]).unflatten(-1, heads).transpose(1, 2)
-    keys = attention.k_proj(normed).unflatten(-1, heads).transpose(1, 2)
-    keys = rotate_rows(keys, *(table.to(keys.device) for table in rotary))
-    return _visual_attention(attention.scaling, queries, keys, rotary, there, (1,) * len(queries)).to(here)
-
-
-def _visual_attention(
-    scaling: float, queries: Tensor, keys: Tensor, rotary, sequences: Sequences, rows: tuple[int, ...]
-) -> Tensor:
-    """Attention of each row's last ``rows[i]`` tokens to its visual tokens: float32 ``[B, H, T, V]``, padding zero."""
-    most, width, device = max(rows), sequences.width, queries.device
-    cos, sin = (table[:, -most:].to(device) for table in rotary)
-    queries = rotate_rows(queries, cos, sin)
-    padding = sequences.padding_mask()
-    if padding is None:
-        allowed = torch.ones(most, most, dtype=torch.bool, device=device).tril()  # among the rows themselves
-    else:
-        allowed = torch.ones(most, width, dtype=torch.bool, device=device).tril(width - most)
-        allowed = allowed & padding[:, None, None, :]
-    attention = sequences.gather_visual(attention_rows(queries, keys, scaling, allowed))
-    if min(rows) < most:
-        attention = attention * padding_mask(rows, most, device)[:, None, :, None]
-    if min(sequences.counts) < max(sequences.counts):
-        attention = attention * counts_to_mask(sequences.counts, attention.shape[-1], device)[:, None, None, :]
-    return attention
 
 
 def _text_rows(sequences: Sequences, layout: VisualLayout) -> tuple[int, ...]:
@@ -298,10 +241,9 @@ class _Recorder:
         self.counts_out: list[tuple[int, ...]] = []
         self.lengths: list[tuple[int, ...]] = []
         self.widths: list[int] = []
-        self.origins: list[Tensor] = []
+        self.origins: list[Origins] = []
         self.scoring = [0] * len(sequences.counts)
         self.shape = decoder_shape(decoder, sequences.hidden_BNC.element_size())
-        self._seen = None
 
     def entering(self, sequences: Sequences) -> None:
         self.counts_in.append(sequences.counts)
@@ -318,10 +260,7 @@ class _Recorder:
 
     def leaving(self, sequences: Sequences) -> None:
         self.counts_out.append(sequences.counts)
-        if self._seen is not sequences.origin_BN:
-            self._seen = sequences.origin_BN
-            self._origins = sequences.visual_origins()
-        self.origins.append(self._origins)
+        self.origins.append(sequences.origins)
 
     def traces(self, report: dict[str, list], method: PruningMethod) -> list[Trace]:
         return [
@@ -342,9 +281,7 @@ class _Recorder:
                 },
                 target_tokens=method.aim,
                 budget=method.budget_kind,
-                _origins=[
-                    origins[row, : counts[row]] for origins, counts in zip(self.origins, self.counts_out, strict=True)
-                ],
+                _origins=partial(_origins_of_row, self.origins, self.counts_out, row),
             )
             for row in range(len(self.start_counts))
         ]
@@ -356,6 +293,14 @@ class _Recorder:
             lengths = self.lengths if compact else [prompt.lengths] * len(self.lengths)
             following = on_device(lengths, prompt.hidden_BNC.device)
         return CacheRecord(tuple(self.widths), tuple(self.lengths), following)
+
+
+def _origins_of_row(origins: Sequence[Origins], counts: Sequence[tuple[int, ...]], row: int) -> list[Tensor]:
+    return [layer.tensor()[row, : count[row]] for layer, count in zip(origins, counts, strict=True)]
+
+
+def _all_origins(count: int, layers: int) -> list[Tensor]:
+    return [torch.arange(count)] * layers
 
 
 def decoder_shape(decoder: nn.Module, bytes_per_value: int) -> DecoderShape:
@@ -384,7 +329,7 @@ def dense_traces(
             structure_tokens=structure,
             tokens_in=[count] * shape.num_layers,
             tokens_out=[count] * shape.num_layers,
-            _origins=[torch.arange(count)] * shape.num_layers,
+            _origins=partial(_all_origins, count, shape.num_layers),
         )
         for length, count, structure in zip(lengths, layout.counts, layout.structure_counts, strict=True)
     ]

@@ -33,8 +33,11 @@ def mutual_information(attention: Tensor, eps: float = 1e-6, text_rows: Tensor |
         attention = attention.float()
     if text_rows is None:
         text_rows = attention.shape[-2]
-    p_x = 1.0 / torch.as_tensor(text_rows, device=attention.device).to(attention.dtype)[..., None, None]
+    if isinstance(text_rows, Tensor):
+        p_x = 1.0 / text_rows.to(attention.dtype)[..., None, None]
+    else:
+        p_x = 1.0 / text_rows  # not made a tensor: that would have the host wait for the device
     p_xy = attention * p_x
     p_y = p_xy.sum(-2, keepdim=True)
     ratio = (p_xy / (p_x * p_y + eps)).clamp_min_(eps)
-    return (p_xy * ratio.log2_()).sum((-2, -1))
+    return ratio.log2_().mul_(p_xy).sum((-2, -1))

@@ -15,6 +15,7 @@ from llava.pruning.selection import (
     density_peaks,
     descending_order,
     first_in_sequence_order,
+    merge_all,
     merge_clusters,
     on_device,
 )
@@ -43,13 +44,17 @@ def keep_and_recycle(
     candidates = _behind(order_BV, keep, max(recycled))
     tokens = view.hidden_of(candidates)
     clusters = [step.merged for step in steps]
-    peaks = density_peaks(tokens, clusters, recycled)
-    merged = merge_clusters(tokens, peaks.assignment_BM, max(clusters), recycled)
-    source = candidates.gather(1, peaks.centers_BK)
+    if max(clusters) == 1:
+        merged, source = merge_all(tokens, recycled), candidates[:, :1]
+    else:
+        peaks = density_peaks(tokens, clusters, recycled)
+        merged = merge_clusters(tokens, peaks.assignment_BM, max(clusters), recycled)
+        source = candidates.gather(1, peaks.centers_BK)
     if min(clusters) < max(clusters):
         source = source.masked_fill(~counts_to_mask(clusters, max(clusters), view.device), order_BV.shape[1])
     for row, step in enumerate(steps):
-        costs[row] += (step.recycled + step.merged) * step.recycled * tokens.shape[2]
+        compared = step.recycled if step.merged > 1 else 0  # a single cluster is not searched for
+        costs[row] += (compared + step.merged) * step.recycled * tokens.shape[2]
     return Selection(kept, keep, merged, tuple(clusters), source)
 
 

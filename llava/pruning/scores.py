@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 
-def attention_rows(query_BHTD: Tensor, key_BGND: Tensor, scaling: float, allowed: Tensor | None = None) -> Tensor:
+def attention_rows(query_BHTD: Tensor, key_BGND: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
     """Softmax attention probabilities of selected query rows over all keys.
 
     Args:
         query_BHTD: queries of the wanted rows, after rotary embedding, ``[B, H, T, D]``.
         key_BGND: keys of the same layer, after rotary embedding, ``[B, G, N, D]``; H must be a multiple of G.
         scaling: factor on the dot products, usually ``D ** -0.5``.
-        allowed: bool, broadcastable to ``[B, 1, T, M]`` for the last ``M <= N`` keys; False where a row must not look
-            (causality, padding). Keys before them may always be looked at.
+        mask: broadcastable to ``[B, 1, T, M]`` for the last ``M <= N`` keys, as in torch's
+            ``scaled_dot_product_attention``: bool, False where a row must not look (causality, padding), or float32,
+            added to the logits. Keys before them may always be looked at.
 
     Returns:
         float32 probabilities ``[B, H, T, N]``; each row sums to 1 over the allowed keys.
@@ -29,13 +30,25 @@ def attention_rows(query_BHTD: Tensor, key_BGND: Tensor, scaling: float, allowed
     groups, keys = key_BGND.shape[1], key_BGND.shape[2]
     if heads % groups:
         raise ValueError(f"{heads} query heads cannot share {groups} key heads")
-    # The queries of a key head are stacked along the row axis: grouped-query attention without copying the keys.
-    stacked = query_BHTD.reshape(batch, groups, heads // groups * rows, width)
     # Widened before the product, as the fused kernels accumulate: bfloat16 logits would be off by several percent.
-    logits = (stacked.float() * scaling @ key_BGND.float().transpose(-1, -2)).view(batch, heads, rows, keys)
-    if allowed is not None:
-        logits[..., keys - allowed.shape[-1] :].masked_fill_(~allowed, torch.finfo(torch.float32).min)
+    # The queries of a key head are stacked along the row axis: grouped-query attention without copying the keys.
+    stacked = query_BHTD.float().reshape(batch * groups, heads // groups * rows, width)
+    keys_BDN = key_BGND.float().flatten(0, 1).transpose(1, 2)
+    # With beta=0 the first argument is not read; scaling inside the product saves a pass over the queries.
+    logits = torch.baddbmm(stacked.new_empty(()), stacked, keys_BDN, beta=0, alpha=scaling)
+    logits = logits.view(batch, heads, rows, keys)
+    if mask is not None:
+        masked = logits[..., keys - mask.shape[-1] :]
+        if mask.dtype == torch.bool:
+            masked.masked_fill_(~mask, torch.finfo(torch.float32).min)
+        else:
+            masked += mask
     return torch.softmax(logits, dim=-1)
+
+
+def causal_bias(rows: int, device: torch.device) -> Tensor:
+    """Float mask ``[T, T]`` for :func:`attention_rows`: each of the last T tokens sees itself and those before it."""
+    return torch.full((rows, rows), torch.finfo(torch.float32).min, device=device).triu_(1)
 
 
 def received_attention(attention_BHTV: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -45,8 +58,9 @@ def received_attention(attention_BHTV: Tensor, rows: Tensor | None = None) -> Te
         attention_BHTV: probabilities ``[B, H, T, V]``, zero in padded rows.
         rows: real query rows per batch row, ``[B]``, where rows are padded; default T.
     """
-    received = attention_BHTV.mean(1).sum(1)
-    return received / (attention_BHTV.shape[2] if rows is None else rows[:, None])
+    if rows is None:
+        return attention_BHTV.mean((1, 2))
+    return attention_BHTV.sum((1, 2)) / (attention_BHTV.shape[1] * rows[:, None])
 
 
 def rotate_rows(query_BHTD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 _BLOCK = 256
 """Rows of a distance matrix that exist at one time."""
+_SHRINK = 1e-6
+"""What the published code adds to the number of members of a cluster."""
 
 
 def on_device(values: Sequence, device: torch.device) -> Tensor:
@@ -203,16 +205,35 @@ def dpc_knn_merge(
     for wanted, available in zip(clusters, counts, strict=True):
         if not (1 <= wanted <= available or wanted == available == 0):
             raise ValueError(f"cannot merge {available} tokens into {wanted} clusters")
-    peaks = density_peaks(batched, clusters, counts, noise)
-    merged = merge_clusters(batched, peaks.assignment_BM, max(clusters), counts)
+    if max(clusters) == 1:
+        merged = merge_all(batched, counts)
+    else:
+        peaks = density_peaks(batched, clusters, counts, noise)
+        merged = merge_clusters(batched, peaks.assignment_BM, max(clusters), counts)
     return merged if tokens.ndim == 3 else merged[0]
 
 
+def merge_all(tokens_BMC: Tensor, counts: Sequence[int]) -> Tensor:
+    """One cluster of all tokens, ``[B, 1, C]``: what :func:`merge_clusters` makes of it, without looking for it.
+
+    Each token is then its own only neighbor, so all densities are 1, all scores are equal, and the first token is the
+    center. Fewer than ten recycled tokens become one cluster; at usual budgets that is every layer.
+    """
+    members = [count + _SHRINK for count in counts]
+    if min(counts) == max(counts) == tokens_BMC.shape[1]:
+        divisor = members[0]
+    else:
+        valid = counts_to_mask(counts, tokens_BMC.shape[1], tokens_BMC.device)
+        tokens_BMC = tokens_BMC.masked_fill(~valid[:, :, None], 0)
+        divisor = on_device(members, tokens_BMC.device)[:, None, None]
+    return tokens_BMC.sum(1, keepdim=True, dtype=torch.float32).div_(divisor).to(tokens_BMC.dtype)
+
+
 def merge_clusters(tokens_BMC: Tensor, assignment_BM: Tensor, clusters: int, counts: Sequence[int]) -> Tensor:
-    """Unweighted cluster means ``[B, clusters, C]``, shrunk by 1e-6 members as in the published code."""
+    """Unweighted cluster means ``[B, clusters, C]``, shrunk by `_SHRINK` as in the published code."""
     members = assignment_BM[:, None, :] == torch.arange(clusters, device=tokens_BMC.device)[:, None]
     if min(counts) < tokens_BMC.shape[1]:
         members = members & counts_to_mask(counts, tokens_BMC.shape[1], tokens_BMC.device)[:, None, :]
     weights = members.float()
-    weights = weights / (weights.sum(2, keepdim=True) + 1e-6)
+    weights = weights / (weights.sum(2, keepdim=True) + _SHRINK)
     return (weights @ tokens_BMC.float()).to(tokens_BMC.dtype)

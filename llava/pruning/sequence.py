@@ -15,16 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from llava.pruning.origins import Origins
 from llava.pruning.selection import counts_to_mask, on_device
 
 if TYPE_CHECKING:
     from llava.pruning.base import Selection
-    from llava.pruning.layout import VisualLayout
-
-MERGED = -1
-"""Origin of a token that was merged out of several."""
-_TEXT = -2
-_PADDING = -3
+    from llava.pruning.layout import Spans, VisualLayout
 
 
 @dataclass
@@ -34,7 +30,8 @@ class Sequences:
     Attributes:
         hidden_BNC: hidden states, left padded.
         lengths: tokens per row, padding excluded.
-        origin_BN: original visual index of each token, ``MERGED``, or a negative code for text and padding.
+        origins: which patch each visual token was. Another object after every selection, so it also tells whether the
+            tokens are still the same.
         positions_BN: rotary positions, ``[1, N]`` where they are the same in every row.
         counts: visual tokens per row.
         compact: renumber the positions after each selection.
@@ -45,7 +42,7 @@ class Sequences:
 
     hidden_BNC: Tensor
     lengths: tuple[int, ...]
-    origin_BN: Tensor
+    origins: Origins
     positions_BN: Tensor
     counts: tuple[int, ...]
     compact: bool
@@ -70,36 +67,33 @@ class Sequences:
         """
         batch, width = hidden_BNC.shape[:2]
         device = hidden_BNC.device
-        origin = [[_TEXT] * width for _ in range(batch)]
-        slots: list[list[int]] = []
+        blocks: list[Spans] = []
         for row, (spans, length, end) in enumerate(zip(layout.spans, lengths, layout.text_starts, strict=True)):
-            origin[row][: width - length] = [_PADDING] * (width - length)
-            where = [slot for first, last in spans for slot in range(first, min(last, width - 1))]
             if spans and (spans[0][0] < width - length or end > width):
                 raise ValueError(
                     f"row {row}: visual spans {list(spans)} lie outside its tokens {width - length}..{width - 1}; the "
                     "layout must be set for each prompt, padding must be on the left, and the prompt must be given to "
                     "the decoder in one piece (chunked prefill cannot be pruned)"
                 )
-            for index, slot in enumerate(where):
-                origin[row][slot] = index
-            slots.append(where)
-        counts = tuple(len(where) for where in slots)
+            blocks.append(tuple((first, min(last, width - 1)) for first, last in spans if first < width - 1))
+        counts = tuple(sum(last - first for first, last in spans) for spans in blocks)
         tails = scattered = None
-        if all(not where or where[-1] - where[0] + 1 == len(where) for where in slots):
-            tails = tuple(width - 1 - where[-1] if where else 0 for where in slots)
+        if all(not count or spans[-1][1] - spans[0][0] == count for spans, count in zip(blocks, counts, strict=True)):
+            tails = tuple(width - spans[-1][1] if spans else 0 for spans in blocks)
         else:
-            scattered = on_device([where + [width] * (max(counts) - len(where)) for where in slots], device)
-        origin_BN = on_device(origin, device)
-        for row, given in enumerate(origins or ()):
+            slots = [[slot for first, last in spans for slot in range(first, last)] for spans in blocks]
+            scattered = on_device([row + [width] * (max(counts) - len(row)) for row in slots], device)
+        known = torch.arange(max(counts), device=device).expand(batch, -1)
+        if origins is not None:
             # Tokens that were reduced before the decoder say themselves which patch they are.
-            origin_BN[row, on_device(slots[row], device).long()] = given[: counts[row]].to(device)
+            given = [row[:count].to(device) for row, count in zip(origins, counts, strict=True)]
+            known = torch.nn.utils.rnn.pad_sequence(given, batch_first=True)
         if positions_BN is None:
             positions_BN = _contiguous_positions(lengths, width, device)
         return cls(
             hidden_BNC,
             lengths,
-            origin_BN,
+            Origins(known),
             positions_BN if compact else positions_BN.expand(batch, -1),
             counts,
             compact,
@@ -122,8 +116,10 @@ class Sequences:
 
     @property
     def block(self) -> slice | None:
-        """The visual tokens of a single row that stand side by side, for plain slicing; None otherwise."""
-        if self.tails is None or len(self.counts) > 1:
+        """Where the visual tokens stand if they stand side by side and in the same place in every row, for plain
+        slicing; None otherwise.
+        """
+        if self.tails is None or min(self.tails) < max(self.tails) or min(self.counts) < max(self.counts):
             return None
         end = self.width - self.tails[0]
         return slice(end - self.counts[0], end)
@@ -131,10 +127,14 @@ class Sequences:
     def advance(self, hidden_BNC: Tensor) -> Sequences:
         """The same tokens with the hidden states that left a layer, wherever that layer lives."""
         device = hidden_BNC.device
+        if device == self.hidden_BNC.device:
+            # `replace` and `copy` take ten times as long, which counts in every layer.
+            later = object.__new__(Sequences)
+            later.__dict__.update(self.__dict__, hidden_BNC=hidden_BNC)
+            return later
         return replace(
             self,
             hidden_BNC=hidden_BNC,
-            origin_BN=self.origin_BN.to(device),
             positions_BN=self.positions_BN.to(device),
             scattered_BV=None if self.scattered_BV is None else self.scattered_BV.to(device),
         )
@@ -169,7 +169,7 @@ class Sequences:
 
     def visual_origins(self) -> Tensor:
         """Origins of the visual tokens, ``[B, V]``; valid up to ``counts``."""
-        return self.gather_visual(self.origin_BN)
+        return self.origins.tensor().to(self.hidden_BNC.device)
 
     def apply(self, selection: Selection) -> Sequences:
         """The sequences after a selection: survivors in place, merged tokens behind the last visual token."""
@@ -178,41 +178,40 @@ class Sequences:
         lengths = tuple(
             length - before + after for length, before, after in zip(self.lengths, self.counts, counts, strict=True)
         )
-        rearrange = self._sorted if self.block is None else self._sliced
-        return rearrange(selection, merged, counts, lengths)
+        # Where all rows drop equally many out of the same place, no row moves against another.
+        alike = self.block is not None and len(set(zip(selection.keep, merged, strict=True))) == 1
+        rearrange = self._sliced if alike else self._sorted
+        later = rearrange(selection, merged, counts, lengths)
+        later.origins = self.origins.after(selection.keep_BK, selection.keep, merged)
+        return later
 
     def _sliced(self, selection: Selection, merged: tuple, counts: tuple, lengths: tuple) -> Sequences:
-        """One row, one block: everything before and behind it moves as a whole.
+        """Everything before and behind the one block moves as a whole.
 
-        Half the small operations of the sort, and one copy of the hidden states less: at real sizes the difference is
-        as large as the scoring itself.
+        A third of the small operations of the sort, and one copy of the hidden states less: at real sizes the
+        difference is as large as the scoring itself.
         """
-        block, keep_K = self.block, selection.keep_BK[0, : selection.keep[0]]
-        new, device = merged[0], self.hidden_BNC.device
-        padding = self.width - self.lengths[0]  # of no use from here on
+        block, keep_BK, new = self.block, selection.keep_BK[:, : selection.keep[0]], merged[0]
+        padding = self.width - max(self.lengths)  # of no use from here on
+        width = max(lengths)
 
         def around(values: Tensor, *inside: Tensor) -> Tensor:
             return torch.cat((values[:, padding : block.start], *inside, values[:, block.stop :]), dim=1)
 
-        hidden = [self.hidden_BNC[:, block].index_select(1, keep_K)]
-        origin = [self.origin_BN[:, block].index_select(1, keep_K)]
+        hidden = [_gather_tokens(self.hidden_BNC[:, block], keep_BK)]
         if new:
             hidden.append(selection.merged_BMC[:, :new].to(self.hidden_BNC.dtype))
-            origin.append(torch.full((1, new), MERGED, device=device))
-        if self.compact:
-            positions = self.positions_BN[:, padding : padding + lengths[0]]  # numbered from 0 already
-        else:
-            inside = [self.positions_BN[:, block].index_select(1, keep_K)]
+        if not self.compact:
+            inside = [self.positions_BN[:, block].gather(1, keep_BK)]
             if new:
-                inside.append(self.positions_BN[:, block].index_select(1, selection.source_BM[0, :new]))
+                inside.append(self.positions_BN[:, block].gather(1, selection.source_BM[:, :new]))
             positions = around(self.positions_BN, *inside)
+        elif min(lengths) == width:
+            positions = self.positions_BN[:, padding : padding + width]  # numbered from 0 already
+        else:
+            positions = _contiguous_positions(lengths, width, self.hidden_BNC.device)
         return replace(
-            self,
-            hidden_BNC=around(self.hidden_BNC, *hidden),
-            lengths=lengths,
-            origin_BN=around(self.origin_BN, *origin),
-            positions_BN=positions,
-            counts=counts,
+            self, hidden_BNC=around(self.hidden_BNC, *hidden), lengths=lengths, positions_BN=positions, counts=counts
         )
 
     def _sorted(self, selection: Selection, merged: tuple, counts: tuple, lengths: tuple) -> Sequences:
@@ -221,13 +220,16 @@ class Sequences:
         right-aligned.
         """
         batch, width, device = len(self.lengths), self.width, self.hidden_BNC.device
-        slots = torch.cat((self.slots_BV, torch.full((batch, 1), width, device=device)), dim=1)
-        survives = torch.zeros(batch, width + 1, dtype=torch.bool, device=device)
-        survives = survives.scatter_(1, slots.gather(1, selection.keep_BK), True)
-        survives = survives[:, :width] | (self.origin_BN == _TEXT)
-        key = torch.where(survives, 2 * torch.arange(width, device=device), -1)
-        hidden, origin, positions = self.hidden_BNC, self.origin_BN, self.positions_BN
-        origin = torch.where(survives, origin, _PADDING)
+        nowhere = torch.full((batch, 1), width, device=device)  # a column behind the last token
+        slots = torch.cat((self.slots_BV, nowhere), dim=1)
+        visual = self.slots_BV
+        if min(self.counts) < visual.shape[1]:
+            visual = visual.masked_fill(~counts_to_mask(self.counts, visual.shape[1], device), width)
+        kept = torch.zeros(batch, width + 1, dtype=torch.bool, device=device)
+        text = torch.cat((padding_mask(self.lengths, width, device), kept[:, :1]), dim=1).scatter_(1, visual, False)
+        kept = kept.scatter_(1, slots.gather(1, selection.keep_BK), True)[:, :width]
+        key = torch.where(kept | text[:, :width], 2 * torch.arange(width, device=device), -1)
+        hidden, positions = self.hidden_BNC, self.positions_BN
 
         most = max(merged)
         if most:
@@ -235,27 +237,26 @@ class Sequences:
             behind = 2 * slots.gather(1, last) + 1
             real = counts_to_mask(merged, most, device)
             key = torch.cat((key, torch.where(real, behind, -1)), dim=1)
+            kept = torch.cat((kept, real), dim=1)
             hidden = torch.cat((hidden, selection.merged_BMC.to(hidden.dtype)), dim=1)
-            origin = torch.cat((origin, torch.where(real, MERGED, _PADDING)), dim=1)
             if not self.compact:
                 source = slots.gather(1, selection.source_BM).clamp_max(width - 1)
                 positions = torch.cat((positions, positions.gather(1, source)), dim=1)
 
         new_width = max(lengths)
         order = key.argsort(dim=1, stable=True)[:, -new_width:]
-        origin = origin.gather(1, order)
         if self.compact:
             positions = _contiguous_positions(lengths, new_width, device)
         else:
             positions = positions.gather(1, order)
         scattered = None
         if self.tails is None:
-            scattered = (origin < MERGED).to(torch.uint8).argsort(dim=1, stable=True)[:, : max(counts)]
+            elsewhere = (~kept.gather(1, order)).to(torch.uint8)
+            scattered = elsewhere.argsort(dim=1, stable=True)[:, : max(counts)]
         return replace(
             self,
             hidden_BNC=_gather_tokens(hidden, order),
             lengths=lengths,
-            origin_BN=origin,
             positions_BN=positions,
             counts=counts,
             scattered_BV=scattered,

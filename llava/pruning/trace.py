@@ -5,6 +5,7 @@ Costs are counted in multiply-adds with the paper's formula and always from the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,12 +59,12 @@ class Trace:
     structure_tokens: int = 0
     target_tokens: int | None = None
     budget: str = "nominal"
-    _origins: list[Tensor] = field(default_factory=list, repr=False)
+    _origins: Callable[[], list[Tensor]] = field(default=list, repr=False)  # asked when somebody reads `kept`
 
     @property
     def kept(self) -> list[Tensor]:
         """Per layer a LongTensor: original visual index of each token leaving it, in sequence order; -1 if merged."""
-        return [origins.cpu() for origins in self._origins]
+        return [origins.cpu() for origins in self._origins()]
 
     @property
     def mutual_information(self) -> dict[str, float] | None:

@@ -122,6 +122,8 @@ def test_result_files_are_named_by_hardware_and_versions():
 
 
 def test_the_allocator_settings_are_told(monkeypatch):
+    for name in FIXED_ALLOCATOR:
+        monkeypatch.delenv(name, raising=False)
     assert environment(CPU)["allocator"] == "default"
     for variable, value in FIXED_ALLOCATOR.items():
         monkeypatch.setenv(variable, value)
@@ -311,7 +313,8 @@ def test_names_keep_runs_apart(tmp_path, capsys):
     for flags in (["--methods", "autoprune"], ["--methods", "random", "--name", "Peers, all"]):
         prefill.main(arguments(tmp_path, "--budgets", "8", *flags))
     said = capsys.readouterr()
-    assert json.loads(said.out.splitlines()[-1])["label"].endswith(" 48 visual tokens peers-all") and "is kept" not in said.err
+    assert json.loads(said.out.splitlines()[-1])["label"].endswith(" 48 visual tokens peers-all")
+    assert "is kept" not in said.err
     labels = [path.stem.split("--")[1] for path in sorted(tmp_path.glob("*.csv"))]
     assert labels == ["tiny-float32-sdpa-48-visual-tokens", "tiny-float32-sdpa-48-visual-tokens-peers-all"]
     fails_with_one_line(prefill.main, arguments(tmp_path, "--name", "--"), capsys, "--name")

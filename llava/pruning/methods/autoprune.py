@@ -34,7 +34,7 @@ from llava.pruning.retention import (
     prune_step,
     retention_curve,
 )
-from llava.pruning.selection import on_device, top_k
+from llava.pruning.selection import top_k
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,8 @@ class AutoPrune(PruningMethod):
             memory.coarse = self._coarse(view)
         if self._measures(view.layer):
             # Summed, not averaged, over the heads (published).
-            rows = on_device(view.query_rows, view.device)[:, None]
+            rows = view.query_rows_B
+            rows = rows if isinstance(rows, int) else rows[:, None]
             memory.information[view.layer] = mutual_information(view.attention_BHTV, self.eps, rows).sum(1)
         if view.layer == 0 and self.coarse_cut:
             selection = self._cut(view, memory)
@@ -135,7 +136,7 @@ class AutoPrune(PruningMethod):
         scores = torch.zeros((), device=view.device)
         if self.text_weight:
             # Published: only here the information is divided by the number of text tokens. It may be negative.
-            information = memory.information[0] / on_device(view.query_rows, view.device)
+            information = memory.information[0] / view.query_rows_B
             scores = self.text_weight * information[:, None] * view.relevance_BV
         if self.needs_cls:
             scores = scores + self.cls_weight * view.cls_attention_BV

@@ -1,0 +1,109 @@
+"""Attention rows of a layer for its selection, beside the layer's own fused attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from llava import compat
+from llava.pruning.frame import Frames
+from llava.pruning.scores import attention_rows, received_attention, rotate_rows
+from llava.pruning.selection import counts_to_mask, on_device
+from llava.pruning.sequence import Sequences, padding_mask
+
+
+class VisualAttention(NamedTuple):
+    """Attention of query rows to the visual tokens.
+
+    Attributes:
+        rows_BHTV: float32 probabilities of each row's last tokens, not renormalized, zero in the padding.
+        received_BV: what each visual token receives: mean over heads, then over the rows.
+    """
+
+    rows_BHTV: Tensor
+    received_BV: Tensor
+
+
+class RowScores:
+    """Attention rows of the layers for which a method asks, from the very queries and keys that a layer attends with.
+
+    They are computed inside the layer, in front of its own attention: there queries and keys are still in the
+    processor's caches; behind the MLP its weights have driven them out.
+    """
+
+    def __init__(
+        self, layers: Iterable[nn.Module], frames: Frames, timer: Callable[[], AbstractContextManager]
+    ) -> None:
+        self.frames, self.timer = frames, timer
+        self._watch = compat.AttentionWatch([layer.self_attn for layer in layers], self._see)
+        self._rows: tuple[int, ...] | None = None
+        self._found: VisualAttention | None = None
+
+    def __enter__(self) -> RowScores:
+        self._watch.__enter__()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._watch.__exit__(*exc)
+
+    def of_next(self, sequences: Sequences, rows: tuple[int, ...] | None) -> None:
+        """Say which rows the layer that runs next has to score, per batch row the last ``rows[i]``; None: no rows."""
+        self._sequences, self._rows = sequences, rows
+
+    def take(self) -> VisualAttention | None:
+        """What the layer that has just run found; None if no rows were asked for."""
+        found, self._found = self._found, None
+        if self._rows is not None and found is None:
+            raise RuntimeError("the layer did not ask transformers for its attention function, so its rows are unknown")
+        return found
+
+    def _see(self, attention: nn.Module, query_BHND: Tensor, key_BGND: Tensor) -> None:
+        if self._rows is None:
+            return
+        with self.timer():
+            here = self._sequences
+            if here.hidden_BNC.device != query_BHND.device:  # the layer lives on another one
+                here = here.advance(here.hidden_BNC.to(query_BHND.device))
+            queries = query_BHND[:, :, -max(self._rows) :]
+            self._found = visual_attention(attention.scaling, queries, key_BGND, here, self._rows, self.frames)
+
+
+def next_layer_attention(layer: nn.Module, sequences: Sequences, frames: Frames) -> VisualAttention:
+    """What the last token will attend to in ``layer``, which has not run yet."""
+    attention, here = layer.self_attn, sequences.hidden_BNC.device
+    there = sequences.advance(sequences.hidden_BNC.to(compat.execution_device(layer.input_layernorm)))
+    frame = frames.of(there)
+    normed = layer.input_layernorm(there.hidden_BNC)
+    heads = (-1, attention.head_dim)
+    queries = attention.q_proj(normed[:, -1:]).unflatten(-1, heads).transpose(1, 2)
+    queries = rotate_rows(queries, *(table[:, -1:] for table in frame.rotary))
+    keys = rotate_rows(attention.k_proj(normed).unflatten(-1, heads).transpose(1, 2), *frame.rotary)
+    found = visual_attention(attention.scaling, queries, keys, there, (1,) * len(queries), frames)
+    return VisualAttention(*(values.to(here) for values in found))
+
+
+def visual_attention(
+    scaling: float,
+    queries_BHTD: Tensor,
+    keys_BGND: Tensor,
+    sequences: Sequences,
+    rows: tuple[int, ...],
+    frames: Frames,
+) -> VisualAttention:
+    """Attention of each row's last ``rows[i]`` tokens to its visual tokens.
+
+    Queries are those of ``max(rows)`` tokens, keys those of all, both after rotary embedding.
+    """
+    most, device = max(rows), queries_BHTD.device
+    attention = attention_rows(queries_BHTD, keys_BGND, scaling, frames.row_mask(sequences, most))
+    attention = sequences.gather_visual(attention)
+    divisor = None
+    if min(rows) < most:
+        attention = attention * padding_mask(rows, most, device)[:, None, :, None]
+        divisor = on_device(rows, device)
+    if min(sequences.counts) < max(sequences.counts):
+        attention = attention * counts_to_mask(sequences.counts, attention.shape[-1], device)[:, None, None, :]
+    return VisualAttention(attention, received_attention(attention, divisor))

@@ -1,0 +1,48 @@
+"""Which patch each visual token was: resolved only when somebody asks.
+
+A prefill asks seldom (CLS attention behind layer 0, a trace that is read afterwards), so a selection only notes what it
+kept: a few operations less at every one of thirty boundaries.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llava.pruning.selection import on_device
+
+MERGED = -1
+"""Origin of a token that was merged out of several."""
+
+
+class Origins:
+    """Original visual index of every visual token of a batch; ``MERGED`` for merged ones."""
+
+    def __init__(self, known_BV: Tensor | None) -> None:
+        self._known_BV = known_BV
+
+    def after(self, keep_BK: Tensor, keep: tuple[int, ...], merged: tuple[int, ...]) -> Origins:
+        """Those behind a selection; arguments as in :class:`~llava.pruning.base.Selection`."""
+        later = Origins(None)
+        later._step = self, keep_BK, keep, merged
+        return later
+
+    def tensor(self) -> Tensor:
+        """``[B, V]`` in sequence order, of no meaning behind a row's number of visual tokens."""
+        if self._known_BV is None:
+            self._known_BV = self._resolved()
+            del self._step  # the chain behind it is done with
+        return self._known_BV
+
+    def _resolved(self) -> Tensor:
+        earlier, keep_BK, keep, merged = self._step
+        before = earlier.tensor().to(keep_BK.device)
+        # Entries behind keep[i] are no valid indices; what they pick is replaced or of no meaning.
+        kept = before.gather(1, keep_BK[:, : max(keep)].clamp_max(before.shape[1] - 1))
+        width = max(old + new for old, new in zip(keep, merged, strict=True))
+        kept = torch.nn.functional.pad(kept, (0, width - kept.shape[1]), value=MERGED)
+        if min(keep) == max(keep):
+            return kept
+        # Merged tokens stand behind the last one that was kept.
+        mask = torch.arange(width, device=kept.device) < on_device(keep, kept.device)[:, None]
+        return kept.masked_fill(~mask, MERGED)
