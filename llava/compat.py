@@ -141,16 +141,17 @@ def cached_length(cache: Cache | None, layer: int = 0) -> int:
 
 
 class AttentionWatch:
-    """Context in which attention modules show what they attend with, each once: in its next call.
+    """Context in which attention modules show what they attend with, each once: in its next call, a prefill.
 
-    ``see(module, query_BHND, key_BGND)`` gets queries and keys after rotary embedding, the keys with what was cached,
-    right in front of the module's own attention function, whichever implementation that is.
+    ``see(module, query_BHND, key_BGND, value_BGND)`` gets them after rotary embedding, right in front of the module's
+    own attention function, whichever implementation that is. It may return what the last T tokens attend to,
+    ``[B, T, H, D]``; the module's own function is then asked for the others only.
 
     A module looks its attention function up in its own configuration. For one call it has a copy that names ours,
     which gives it the real one back (kernels look at it, too) and goes on with the real function.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], see: Callable[[nn.Module, Tensor, Tensor], None]) -> None:
+    def __init__(self, modules: Iterable[nn.Module], see: Callable[..., Tensor | None]) -> None:
         self.see = see
         self._own = {module: module.config for module in modules}
         self._copies: dict[int, object] = {}
@@ -176,15 +177,21 @@ class AttentionWatch:
 _SHOWN = "llava_shown_attention"
 
 
-def _shown_attention(module: nn.Module, query: Tensor, key: Tensor, *args, **kwargs):
+def _shown_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
     watch = module.config._attention_watch
     module.config = watch.own_config(module)
-    watch.see(module, query, key)
     names = vars(sys.modules[type(module).__module__])
     own = names["ALL_ATTENTION_FUNCTIONS"].get_interface(
         module.config._attn_implementation, names["eager_attention_forward"]
     )
-    return own(module, query, key, *args, **kwargs)
+    done = watch.see(module, query, key, value)
+    if done is None or not (attention_mask is None or getattr(attention_mask, "ndim", None) == 4):
+        return own(module, query, key, value, attention_mask, **kwargs)
+    rest = query.shape[2] - done.shape[1]  # causal: what these tokens see ends with the last of them
+    query, key, value = (states[:, :, :rest] for states in (query, key, value))
+    mask = None if attention_mask is None else attention_mask[..., :rest, :rest]
+    output, weights = own(module, query, key, value, mask, **kwargs)
+    return torch.cat((output, done), dim=1), weights
 
 
 AttentionInterface.register(_SHOWN, _shown_attention)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from llava import compat
 from llava.pruning.frame import Frames
-from llava.pruning.scores import attention_rows, received_attention, rotate_rows
+from llava.pruning.scores import attended, attention_rows, received_attention, rotate_rows
 from llava.pruning.selection import counts_to_mask, on_device
 from llava.pruning.sequence import Sequences, padding_mask
 
@@ -31,7 +31,8 @@ class RowScores:
     """Attention rows of the layers for which a method asks, from the very queries and keys that a layer attends with.
 
     They are computed inside the layer, in front of its own attention: there queries and keys are still in the
-    processor's caches; behind the MLP its weights have driven them out.
+    processor's caches; behind the MLP its weights have driven them out. On a CPU, where attention takes a good part of
+    a layer's time, the layer takes the outputs of these rows from the same probabilities and attends for the others.
     """
 
     def __init__(
@@ -60,15 +61,18 @@ class RowScores:
             raise RuntimeError("the layer did not ask transformers for its attention function, so its rows are unknown")
         return found
 
-    def _see(self, attention: nn.Module, query_BHND: Tensor, key_BGND: Tensor) -> None:
+    def _see(self, attention: nn.Module, query_BHND: Tensor, key_BGND: Tensor, value_BGND: Tensor) -> Tensor | None:
         if self._rows is None:
-            return
+            return None
         with self.timer():
             here = self._sequences
             if here.hidden_BNC.device != query_BHND.device:  # the layer lives on another one
                 here = here.advance(here.hidden_BNC.to(query_BHND.device))
-            queries = query_BHND[:, :, -max(self._rows) :]
-            self._found = visual_attention(attention.scaling, queries, key_BGND, here, self._rows, self.frames)
+            most = max(self._rows)
+            mask = self.frames.row_mask(here, most)
+            probabilities = attention_rows(query_BHND[:, :, -most:], key_BGND, attention.scaling, mask)
+            self._found = visual_attention(probabilities, here, self._rows)
+        return attended(probabilities, value_BGND) if query_BHND.device.type == "cpu" else None
 
 
 def next_layer_attention(layer: nn.Module, sequences: Sequences, frames: Frames) -> VisualAttention:
@@ -81,25 +85,15 @@ def next_layer_attention(layer: nn.Module, sequences: Sequences, frames: Frames)
     queries = attention.q_proj(normed[:, -1:]).unflatten(-1, heads).transpose(1, 2)
     queries = rotate_rows(queries, *(table[:, -1:] for table in frame.rotary))
     keys = rotate_rows(attention.k_proj(normed).unflatten(-1, heads).transpose(1, 2), *frame.rotary)
-    found = visual_attention(attention.scaling, queries, keys, there, (1,) * len(queries), frames)
+    probabilities = attention_rows(queries, keys, attention.scaling, frames.row_mask(there, 1))
+    found = visual_attention(probabilities, there, (1,) * len(queries))
     return VisualAttention(*(values.to(here) for values in found))
 
 
-def visual_attention(
-    scaling: float,
-    queries_BHTD: Tensor,
-    keys_BGND: Tensor,
-    sequences: Sequences,
-    rows: tuple[int, ...],
-    frames: Frames,
-) -> VisualAttention:
-    """Attention of each row's last ``rows[i]`` tokens to its visual tokens.
-
-    Queries are those of ``max(rows)`` tokens, keys those of all, both after rotary embedding.
-    """
-    most, device = max(rows), queries_BHTD.device
-    attention = attention_rows(queries_BHTD, keys_BGND, scaling, frames.row_mask(sequences, most))
-    attention = sequences.gather_visual(attention)
+def visual_attention(attention_BHTN: Tensor, sequences: Sequences, rows: tuple[int, ...]) -> VisualAttention:
+    """Attention of each row's last ``rows[i]`` tokens to its visual tokens, from that of ``max(rows)`` to all."""
+    most, device = max(rows), attention_BHTN.device
+    attention = sequences.gather_visual(attention_BHTN)
     divisor = None
     if min(rows) < most:
         attention = attention * padding_mask(rows, most, device)[:, None, :, None]

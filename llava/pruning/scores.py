@@ -46,6 +46,15 @@ def attention_rows(query_BHTD: Tensor, key_BGND: Tensor, scaling: float, mask: T
     return torch.softmax(logits, dim=-1)
 
 
+def attended(attention_BHTN: Tensor, value_BGND: Tensor) -> Tensor:
+    """What the rows of :func:`attention_rows` attend to: ``[B, T, H, D]``, in the type of the values."""
+    batch, heads, rows, keys = attention_BHTN.shape
+    groups, width = value_BGND.shape[1], value_BGND.shape[3]
+    stacked = attention_BHTN.view(batch * groups, heads // groups * rows, keys)
+    output = torch.bmm(stacked, value_BGND.float().flatten(0, 1)).view(batch, heads, rows, width)
+    return output.transpose(1, 2).to(value_BGND.dtype)
+
+
 def causal_bias(rows: int, device: torch.device) -> Tensor:
     """Float mask ``[T, T]`` for :func:`attention_rows`: each of the last T tokens sees itself and those before it."""
     return torch.full((rows, rows), torch.finfo(torch.float32).min, device=device).triu_(1)
