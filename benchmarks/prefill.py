@@ -14,6 +14,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from benchmarks.candidates import (
 from benchmarks.environment import use_fixed_allocator
 from benchmarks.geometry import Geometry, RandomPrompt, geometry, random_decoder, random_prompt
 from benchmarks.output import add_method_arguments, common_parser, deliver, numbers, prepare
+from benchmarks.packed import pack_linears
 from benchmarks.published import add_published_argument, with_published
 from benchmarks.timing import Summary, interleaved_rounds, median_ratio
 from llava.eval.memory import PeakMemory
@@ -51,6 +53,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = common_parser("Time of the decoder's prefill: dense, pruned, floor.")
     add_method_arguments(parser)
     add_published_argument(parser)
+    parser.add_argument(
+        "--linear", choices=("torch", "packed"), default="torch",
+        help="packed: oneDNN packs the weights once, not in every call (CPU; in all candidates alike)",
+    )  # fmt: skip
     return parser
 
 
@@ -176,6 +182,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.published:
         settings = with_published(settings, sizes)
     model = random_decoder(shape, device, dtype, args.attn_implementation)
+    if args.linear == "packed":
+        pack_linears(model, rows=visual)
+        shape = replace(shape, name=f"{shape.name}-packed")  # another thing than the stock layers, for the report too
     peak = peak_flops(device, dtype)
     rows = []
     for size in sizes:

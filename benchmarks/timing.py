@@ -5,6 +5,7 @@ Knows callables; nothing of models.
 
 from __future__ import annotations
 
+import random
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -68,17 +69,18 @@ def interleaved_rounds(
 ) -> dict[str, list[float]]:
     """Seconds of every candidate, `rounds` each.
 
-    In every round each candidate runs once, in an order that rotates: drifts of clock and temperature, other work on
-    the machine and the state that a predecessor leaves in caches meet all of them alike. Compare candidates round by
-    round.
+    In every round each candidate runs once, in an order that is shuffled (the same in every run): drifts of clock and
+    temperature, other work on the machine, and the state in which a predecessor leaves caches and allocator meet all of
+    them alike. In an order that only rotates each would always follow the same one. Compare candidates round by round.
     """
+    shuffle = random.Random(0).shuffle
     names = list(candidates)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     total = (warmup + rounds) * len(names)
     with torch.inference_mode(), tqdm(total=total, desc=description, file=sys.stderr, mininterval=2.0) as bar:
         for number in range(warmup + rounds):
-            for turn in range(len(names)):
-                name = names[(number + turn) % len(names)]
+            shuffle(names)
+            for name in names:
                 elapsed = measure(candidates[name], device)
                 if number >= warmup:
                     seconds[name].append(elapsed)

@@ -11,6 +11,7 @@ from benchmarks.candidates import build_method, floor_prefill, layer_widths, nee
 from benchmarks.environment import ENVIRONMENT, FIXED_ALLOCATOR, environment, result_path, slug
 from benchmarks.geometry import GEOMETRIES, geometry, random_decoder, random_prompt
 from benchmarks.output import save
+from benchmarks.packed import PackedLinear, pack_linears
 from benchmarks.parts import Parts
 from benchmarks.saved import read_result
 from benchmarks.timing import Summary, interleaved_rounds, median_ratio
@@ -85,18 +86,21 @@ def test_counts_of_a_row(model, prompt):
     assert dense["flops_of_dense"] == 1 and dense["processed"] == 48
 
 
-def test_rounds_are_interleaved_and_rotate():
-    order = []
-    clock = iter(range(100))
-    seconds = interleaved_rounds(
-        {name: (lambda n=name: order.append(n)) for name in "abc"},
-        rounds=3,
-        device=CPU,
-        warmup=1,
-        measure=lambda work, device: (work(), next(clock))[1],
-    )
-    assert "".join(order) == "abc" "bca" "cab" "abc"
-    assert seconds == {"a": [5, 7, 9], "b": [3, 8, 10], "c": [4, 6, 11]}, "the warm-up round does not count"
+def test_rounds_are_interleaved_in_shuffled_order():
+    order, given = [], []
+
+    def measure(work, device):
+        work()
+        given.append(len(given))
+        return given[-1]
+
+    work = {name: (lambda n=name: order.append(n)) for name in "abcd"}
+    seconds = interleaved_rounds(work, rounds=12, device=CPU, warmup=1, measure=measure)
+    rounds = [order[start : start + 4] for start in range(0, len(order), 4)]
+    assert len(rounds) == 13 and all(sorted(one) == list("abcd") for one in rounds)
+    for name in "abcd":  # in the order of the rounds, of which the warm-up round does not count
+        assert seconds[name] == [4 * number + one.index(name) for number, one in enumerate(rounds)][1:]
+        assert len({one[one.index(name) - 1] for one in rounds if one.index(name)}) == 3, "always the same predecessor"
 
 
 def test_summaries():
@@ -318,3 +322,18 @@ def test_names_keep_runs_apart(tmp_path, capsys):
     labels = [path.stem.split("--")[1] for path in sorted(tmp_path.glob("*.csv"))]
     assert labels == ["tiny-float32-sdpa-48-visual-tokens", "tiny-float32-sdpa-48-visual-tokens-peers-all"]
     fails_with_one_line(prefill.main, arguments(tmp_path, "--name", "--"), capsys, "--name")
+
+
+def test_packed_weights_compute_the_same(prompt, tmp_path, capsys):
+    plain = random_decoder(geometry("tiny"), CPU, torch.float32, "sdpa")
+    packed = pack_linears(random_decoder(geometry("tiny"), CPU, torch.float32, "sdpa"), rows=48)
+    layers = [module for module in packed.model.layers.modules() if isinstance(module, (torch.nn.Linear, PackedLinear))]
+    assert len(layers) == 6 * 7 and all(isinstance(module, PackedLinear) for module in layers)
+    method = build_method("autoprune", 12)
+    with torch.inference_mode():
+        dense = [prefill.dense_prefill(model, prompt)() for model in (packed, plain)]
+        pruned = [run_pruned(model, method, prompt)[0] for model in (packed, plain)]
+    for ours, theirs in (dense, pruned):
+        torch.testing.assert_close(ours.last_hidden_state, theirs.last_hidden_state, atol=1e-5, rtol=1e-4)
+    prefill.main(arguments(tmp_path, "--budgets", "8", "--linear", "packed"))
+    assert last_line(capsys)["label"].startswith("tiny-packed float32 sdpa 48")
