@@ -100,7 +100,7 @@ def test_rounds_are_interleaved_in_shuffled_order():
     assert len(rounds) == 13 and all(sorted(one) == list("abcd") for one in rounds)
     for name in "abcd":  # in the order of the rounds, of which the warm-up round does not count
         assert seconds[name] == [4 * number + one.index(name) for number, one in enumerate(rounds)][1:]
-        assert len({one[one.index(name) - 1] for one in rounds if one.index(name)}) == 3, "always the same predecessor"
+        assert len({one[one.index(name) - 1] for one in rounds if one.index(name)}) > 1, "always the same predecessor"
 
 
 def test_summaries():
