@@ -33,11 +33,10 @@ def mutual_information(attention: Tensor, eps: float = 1e-6, text_rows: Tensor |
         attention = attention.float()
     if text_rows is None:
         text_rows = attention.shape[-2]
-    if isinstance(text_rows, Tensor):
-        p_x = 1.0 / text_rows.to(attention.dtype)[..., None, None]
-    else:
-        p_x = 1.0 / text_rows  # not made a tensor: that would have the host wait for the device
-    p_xy = attention * p_x
-    p_y = p_xy.sum(-2, keepdim=True)
-    ratio = (p_xy / (p_x * p_y + eps)).clamp_min_(eps)
-    return ratio.log2_().mul_(p_xy).sum((-2, -1))
+    if isinstance(text_rows, Tensor):  # a number is not made one: that would have the host wait for the device
+        text_rows = text_rows.to(attention.dtype)[..., None, None]
+    # With p(x) = 1/T taken out of all terms, p(x,y) is never formed: one pass over the largest tensor less.
+    p_y = attention.sum(-2, keepdim=True) / text_rows
+    ratio = (attention / (p_y + eps * text_rows)).clamp_min_(eps)
+    total = ratio.log2_().mul_(attention).sum((-2, -1), keepdim=True)
+    return (total / text_rows)[..., 0, 0]
