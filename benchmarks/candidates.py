@@ -75,7 +75,7 @@ def layer_widths(traces: Sequence[Trace]) -> tuple[int, ...]:
 def floor_prefill(model: nn.Module, widths: Sequence[int], prompt: RandomPrompt) -> Callable[[], Any]:
     """The same layers on the first `widths[l]` tokens each: no scores, no choice, no gathering, one mask for all.
 
-    No method that works on these numbers of tokens with these layers can be faster.
+    What these numbers of tokens cost with these layers, whoever chose them.
     """
     decoder = model.model
 
