@@ -11,6 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_ONE_PIECE = 2**20
+_PIECES = 4
+"""Larger score matrices get their softmax in pieces, so that they exist once and a quarter, not twice."""
+
 
 def attention_rows(query_BHTD: Tensor, key_BGND: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
     """Softmax attention probabilities of selected query rows over all keys.
@@ -43,7 +47,11 @@ def attention_rows(query_BHTD: Tensor, key_BGND: Tensor, scaling: float, mask: T
             masked.masked_fill_(~mask, torch.finfo(torch.float32).min)
         else:
             masked += mask
-    return torch.softmax(logits, dim=-1)
+    if logits.numel() <= _ONE_PIECE:
+        return torch.softmax(logits, dim=-1)
+    for part in logits.view(batch * heads, rows, keys).chunk(_PIECES):
+        part.copy_(torch.softmax(part, dim=-1))
+    return logits
 
 
 def attended(attention_BHTN: Tensor, value_BGND: Tensor) -> Tensor:

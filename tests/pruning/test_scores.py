@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llava import compat
-from llava.pruning import AutoPrune, PruningMethod, Rows
+from llava.pruning import AutoPrune, PruningMethod, Rows, scores
 from llava.pruning.retention import prune_step, tokens_to_keep
 from llava.pruning.scores import attention_rows, received_attention
 from llava.pruning.selection import top_k
@@ -93,6 +93,14 @@ def test_ranking_goldens(golden):
         assert step.keep == fact["n_kept"]
         kept = top_k(relevance, [count], [step.keep])[0].tolist()
         assert kept == arrays[f"{name}/mask"].flatten().nonzero()[0].tolist()
+
+
+def test_large_score_matrices_in_pieces(monkeypatch):
+    query, key = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 11, 8)
+    mask = torch.ones(3, 3, dtype=torch.bool).tril()
+    whole = attention_rows(query, key, 8**-0.5, mask)
+    monkeypatch.setattr(scores, "_ONE_PIECE", 10)
+    torch.testing.assert_close(attention_rows(query, key, 8**-0.5, mask), whole, atol=0, rtol=0)
 
 
 def test_rows_are_probabilities_in_float32():
