@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_ONE_PIECE = 2**20
-_PIECES = 4
-"""Larger score matrices get their softmax in pieces, so that they exist once and a quarter, not twice."""
+_ONE_PIECE = 2**21
+_PIECES = 8
+"""Larger score matrices get their softmax in so many pieces, so that they do not exist twice at any time."""
 
 
 def attention_rows(query_BHTD: Tensor, key_BGND: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
