@@ -17,9 +17,9 @@ import torch
 
 from benchmarks.candidates import traces_of
 from benchmarks.environment import use_fixed_allocator
-from benchmarks.geometry import RandomPrompt, geometry, random_decoder, random_prompt
-from benchmarks.output import add_method_arguments, common_parser, deliver, numbers, prepare
-from benchmarks.prefill import count_row, describe_geometry, settings_of
+from benchmarks.geometry import RandomPrompt, random_decoder, random_prompt
+from benchmarks.output import add_method_arguments, common_parser, deliver
+from benchmarks.prefill import count_row, describe_geometry, job_of
 from benchmarks.timing import Summary, interleaved_rounds, median_ratio, timed
 from llava.pruning import get_method
 from llava.utils import UserError, cli_main
@@ -94,11 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--new-tokens must be at least 1, got {args.new_tokens}")
     if argv is None and args.allocator == "fixed":
         use_fixed_allocator("benchmarks.decode", sys.argv[1:])
-    device, dtype = prepare(args)
-    shape = geometry(args.geometry)
-    visual = args.visual_tokens or shape.visual
-    settings = settings_of(args, visual)
-    sizes = numbers(args.batch_sizes, "--batch-sizes")
+    device, dtype, shape, visual, settings, sizes = job_of(args)
     model = random_decoder(shape, device, dtype, args.attn_implementation)
     rows = []
     for size in sizes:

@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.candidates import build_method
 from benchmarks.environment import use_fixed_allocator
-from benchmarks.output import add_running_arguments, deliver, numbers, prepare
+from benchmarks.output import add_running_arguments, deliver, method_names, numbers, prepare
 from benchmarks.parts import Parts, replaced, selection_apart
 from llava import compat
 from llava.eval.arguments import GenerationOptions, Parser
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         use_fixed_allocator("benchmarks.end_to_end", sys.argv[1:])
     device, dtype = prepare(args)
     data_dir = require_folder(args.data_dir, "data folder")
-    names = [part.strip() for part in args.methods.split(",") if part.strip() and part.strip() != "dense"]
+    names = method_names(args.methods)
     methods = {("dense", None): get_method("dense").from_options({})}
     methods |= {(n, b): build_method(n, b) for n in names for b in numbers(args.budgets, "--budgets")}
 

@@ -20,10 +20,9 @@ from typing import Any
 import torch
 
 from benchmarks.environment import use_fixed_allocator
-from benchmarks.geometry import geometry
-from benchmarks.output import add_method_arguments, common_parser, deliver, numbers, prepare
+from benchmarks.output import add_method_arguments, common_parser, deliver
 from benchmarks.parts import Parts, replaced, selection_apart
-from benchmarks.prefill import count_row, describe_geometry, settings_of
+from benchmarks.prefill import count_row, describe_geometry, job_of
 from benchmarks.timing import Summary, interleaved_rounds, median_ratio
 from benchmarks.whole_model import (
     ImagePrompt,
@@ -158,11 +157,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if argv is None and args.allocator == "fixed":
         use_fixed_allocator("benchmarks.first_token", sys.argv[1:])
-    device, dtype = prepare(args)
-    shape = geometry(args.geometry)
-    visual = args.visual_tokens or shape.visual
-    settings = settings_of(args, visual, tower=True)
-    prompts = [random_image_prompt(shape, n, device, dtype, visual) for n in numbers(args.batch_sizes, "--batch-sizes")]
+    device, dtype, shape, visual, settings, sizes = job_of(args, tower=True)
+    prompts = [random_image_prompt(shape, size, device, dtype, visual) for size in sizes]
     model = random_llava(shape, device, dtype, args.attn_implementation)
     rows = []
     for prompt in prompts:

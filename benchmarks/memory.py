@@ -17,9 +17,9 @@ import torch
 
 from benchmarks.candidates import dense_prefill, floor_prefill, layer_widths, pruned_prefill, traces_of
 from benchmarks.environment import use_fixed_allocator
-from benchmarks.geometry import Geometry, RandomPrompt, geometry, random_decoder, random_prompt
-from benchmarks.output import add_method_arguments, common_parser, deliver, numbers, prepare
-from benchmarks.prefill import MIB, count_row, describe_geometry, settings_of
+from benchmarks.geometry import Geometry, RandomPrompt, random_decoder, random_prompt
+from benchmarks.output import add_method_arguments, common_parser, deliver
+from benchmarks.prefill import MIB, count_row, describe_geometry, job_of
 from benchmarks.published import add_published_argument, with_published
 from benchmarks.timing import interleaved_rounds
 from llava.eval.memory import PeakMemory
@@ -88,11 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if argv is None and args.allocator == "fixed":
         use_fixed_allocator("benchmarks.memory", sys.argv[1:])
-    device, dtype = prepare(args)
-    shape = geometry(args.geometry)
-    visual = args.visual_tokens or shape.visual
-    settings = settings_of(args, visual)
-    sizes = numbers(args.batch_sizes, "--batch-sizes")
+    device, dtype, shape, visual, settings, sizes = job_of(args)
     if args.published:
         settings = with_published(settings, sizes)
     model = random_decoder(shape, device, dtype, args.attn_implementation)

@@ -67,6 +67,11 @@ def add_method_arguments(parser: argparse.ArgumentParser, methods: str = "autopr
     parser.add_argument("--batch-sizes", default="1", help="by commas")
 
 
+def method_names(text: str) -> list[str]:
+    """The pruning methods of `--methods`, without dense."""
+    return [part.strip() for part in text.split(",") if part.strip() and part.strip() != "dense"]
+
+
 def numbers(text: str, flag: str) -> list[int]:
     """`1,4,16` as numbers of at least 1."""
     try:

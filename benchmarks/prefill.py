@@ -15,7 +15,7 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,7 +31,7 @@ from benchmarks.candidates import (
 )
 from benchmarks.environment import use_fixed_allocator
 from benchmarks.geometry import Geometry, RandomPrompt, geometry, random_decoder, random_prompt
-from benchmarks.output import add_method_arguments, common_parser, deliver, numbers, prepare
+from benchmarks.output import add_method_arguments, common_parser, deliver, method_names, numbers, prepare
 from benchmarks.packed import pack_linears
 from benchmarks.published import add_published_argument, with_published
 from benchmarks.timing import Summary, interleaved_rounds, median_ratio
@@ -159,9 +159,29 @@ def describe_geometry(rows: Sequence[dict], shape: Geometry, dtype: torch.dtype,
     return f"{shape.name} {kind} {args.attn_implementation}"
 
 
+class Job(NamedTuple):
+    """What the flags ask for: where, what kind of numbers, which decoder, prompt and settings, how many samples."""
+
+    device: torch.device
+    dtype: torch.dtype
+    shape: Geometry
+    visual: int
+    settings: dict[tuple[str, int], Any]
+    sizes: list[int]
+
+
+def job_of(args: argparse.Namespace, tower: bool = False) -> Job:
+    """The job of the flags of `common_parser` and `add_method_arguments`; sets the threads."""
+    device, dtype = prepare(args)
+    shape = geometry(args.geometry)
+    visual = args.visual_tokens or shape.visual
+    settings = settings_of(args, visual, tower)
+    return Job(device, dtype, shape, visual, settings, numbers(args.batch_sizes, "--batch-sizes"))
+
+
 def settings_of(args: argparse.Namespace, visual: int, tower: bool = False) -> dict[tuple[str, int], Any]:
     """(method, budget) -> method, for the flags; without a tower, `UserError` for methods that need one."""
-    names = [part.strip() for part in args.methods.split(",") if part.strip() and part.strip() != "dense"]
+    names = method_names(args.methods)
     budgets = numbers(args.budgets, "--budgets")
     if max(budgets) > visual:
         raise UserError(f"--budgets: {max(budgets)} is more than the {visual} visual tokens")
@@ -174,11 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if argv is None and args.allocator == "fixed":
         use_fixed_allocator("benchmarks.prefill", sys.argv[1:])
-    device, dtype = prepare(args)
-    shape = geometry(args.geometry)
-    visual = args.visual_tokens or shape.visual
-    settings = settings_of(args, visual)
-    sizes = numbers(args.batch_sizes, "--batch-sizes")
+    device, dtype, shape, visual, settings, sizes = job_of(args)
     if args.published:
         settings = with_published(settings, sizes)
     model = random_decoder(shape, device, dtype, args.attn_implementation)

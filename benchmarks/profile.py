@@ -26,11 +26,11 @@ from torch.profiler import profile as profiler
 
 from benchmarks.candidates import dense_prefill, floor_prefill, layer_widths, pruned_prefill, traces_of
 from benchmarks.environment import use_fixed_allocator
-from benchmarks.geometry import RandomPrompt, geometry, random_decoder, random_prompt
+from benchmarks.geometry import RandomPrompt, random_decoder, random_prompt
 from benchmarks.launches import LaunchCounter
-from benchmarks.output import add_method_arguments, common_parser, deliver, numbers, prepare
+from benchmarks.output import add_method_arguments, common_parser, deliver
 from benchmarks.passes import PART, PASS, WAITING, Pass, passes_in
-from benchmarks.prefill import describe_geometry, settings_of
+from benchmarks.prefill import describe_geometry, job_of
 from benchmarks.seams import ATTENTION, LAYER, MLP, PARTS, Seam, cut, dense_seams, pruned_seams
 from benchmarks.timing import Summary, interleaved_rounds, synchronize
 from llava.pruning.base import PruningMethod
@@ -188,11 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--top must be at least 0, got {args.top}")
     if argv is None and args.allocator == "fixed":
         use_fixed_allocator("benchmarks.profile", sys.argv[1:])
-    device, dtype = prepare(args)
-    shape = geometry(args.geometry)
-    visual = args.visual_tokens or shape.visual
-    settings = settings_of(args, visual)
-    sizes = numbers(args.batch_sizes, "--batch-sizes")
+    device, dtype, shape, visual, settings, sizes = job_of(args)
     if not settings:
         raise UserError("--methods: needs a pruning method; dense is always measured")
     if args.trace is not None:

@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks.candidates import build_method, needs_no_tower
 from benchmarks.environment import use_fixed_allocator
 from benchmarks.geometry import geometry, random_decoder, random_prompt
-from benchmarks.output import common_parser, deliver, numbers, prepare
+from benchmarks.output import common_parser, deliver, method_names, numbers, prepare
 from benchmarks.prefill import describe_geometry, measure, peak_flops
 from llava.utils import cli_main
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device, dtype = prepare(args)
     shape = geometry(args.geometry)
     counts = numbers(args.visual_tokens, "--visual-tokens")
-    names = [part.strip() for part in args.methods.split(",") if part.strip() and part.strip() != "dense"]
+    names = method_names(args.methods)
     budgets = {visual: max(visual // SHARE, 1) for visual in counts}
     settings = {v: {(name, b): needs_no_tower(build_method(name, b)) for name in names} for v, b in budgets.items()}
     model = random_decoder(shape, device, dtype, args.attn_implementation)
