@@ -25,8 +25,9 @@ from benchmarks.parts import Parts, replaced, selection_apart
 from llava import compat
 from llava.eval.arguments import GenerationOptions, Parser
 from llava.eval.benchmarks import BENCHMARKS, spread
-from llava.eval.demo import MAX_NEW_TOKENS, ROOT
 from llava.eval.jsonio import require_folder
+from llava.eval.reports.defaults import ROOT
+from llava.eval.reports.experiment import MAX_NEW_TOKENS
 from llava.pruning import get_method
 from llava.utils import UserError, cli_main
 
@@ -106,8 +107,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     methods = {("dense", None): get_method("dense").from_options({})}
     methods |= {(n, b): build_method(n, b) for n in names for b in numbers(args.budgets, "--budgets")}
 
+    from llava.eval.reports.experiment import batches
     from llava.eval.runner import Answerer
-    from llava.eval.turns import batches
     from llava.model.builder import load_pretrained_model
 
     tokenizer, model, processor, _ = load_pretrained_model(

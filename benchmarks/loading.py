@@ -29,7 +29,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from benchmarks.output import add_saving_arguments, deliver
 from llava.eval.arguments import Parser
-from llava.eval.memory import PeakMemory, resident_bytes
+from llava.eval.reports.memory import PeakMemory, resident_bytes
 from llava.model.configuration import LlavaConfig
 from llava.model.llava_llama import LlavaLlamaForCausalLM
 from llava.utils import UserError, cli_main

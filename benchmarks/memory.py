@@ -22,7 +22,7 @@ from benchmarks.output import add_method_arguments, common_parser, deliver
 from benchmarks.prefill import MIB, count_row, describe_geometry, job_of
 from benchmarks.published import add_published_argument, with_published
 from benchmarks.timing import interleaved_rounds
-from llava.eval.memory import PeakMemory
+from llava.eval.reports.memory import PeakMemory
 from llava.pruning.scores import attention_rows
 from llava.utils import UserError, cli_main
 

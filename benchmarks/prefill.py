@@ -35,7 +35,7 @@ from benchmarks.output import add_method_arguments, common_parser, deliver, meth
 from benchmarks.packed import pack_linears
 from benchmarks.published import add_published_argument, with_published
 from benchmarks.timing import Summary, interleaved_rounds, median_ratio
-from llava.eval.memory import PeakMemory
+from llava.eval.reports.memory import PeakMemory
 from llava.pruning.trace import Trace
 from llava.utils import UserError, cli_main
 

@@ -18,8 +18,8 @@ from benchmarks.report_plots import draw, drawn_from, leftovers, picture_name
 from benchmarks.report_tables import order, section, titles
 from benchmarks.saved import Result, read_results
 from llava.eval.arguments import Parser
+from llava.eval.common.tables import replace_between
 from llava.eval.jsonio import read_text, write_text_atomic
-from llava.eval.table import replace_between
 from llava.utils import UserError, cli_main
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "performance.md"

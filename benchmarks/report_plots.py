@@ -15,7 +15,7 @@ from PIL import Image, PngImagePlugin
 from benchmarks.report_tables import PARTS, mean_rows, method_name, setting_name
 from benchmarks.saved import Result, numeric, rows_where
 from benchmarks.scaling import exponents
-from llava.eval.demo_plots import FAINT, INK, MUTED, pyplot, save
+from llava.eval.reports.plots import FAINT, INK, MUTED, pyplot, save
 
 # Okabe and Ito's colours, which stay apart for colour-blind eyes; dense is gray everywhere.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8c6d1f", "#4d4d9f")

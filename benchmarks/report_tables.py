@@ -16,7 +16,7 @@ from benchmarks.environment import describe
 from benchmarks.first_token import PARTS as FIRST_TOKEN
 from benchmarks.saved import IDENTITY, Result, counted, natural, numeric, rows_where
 from benchmarks.scaling import exponents
-from llava.eval.paper_tables import METHOD_NAMES as _PAPER_NAMES
+from llava.eval.reports.paper_tables import METHOD_NAMES as _PAPER_NAMES
 
 TOOLS = {
     "prefill": "Prefill",

@@ -1,193 +1,19 @@
 """Summary of trace files: tokens, mutual information, slopes and times, one block per file.
 
-    python -m llava.eval.trace_summary pope=results/pope.trace.jsonl gqa=results/gqa.trace.jsonl --plot curves.png
-
-Knows the lines that `--trace-file` writes; nothing of models. Samples without image count only where times are meant.
+python -m llava.eval.trace_summary pope=results/pope.trace.jsonl gqa=results/gqa.trace.jsonl --plot curves.png
 """
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from llava.eval.arguments import Parser
-from llava.eval.jsonio import iter_jsonl, require_keys, write_json
-from llava.utils import UserError, cli_main
-
-PERCENTILES = (5, 25, 50, 75, 95)
-BAR_WIDTH = 40
-# name -> (unit, how to get it from a line; None where the line has none)
-QUANTITIES = {
-    "nominal tokens": ("per layer", lambda line: line.get("mean_nominal")),
-    "processed tokens": ("per layer", lambda line: line.get("mean_processed")),
-    "FLOPs": ("of dense", lambda line: line["flops"] / line["dense_flops"] if line.get("dense_flops") else None),
-    "MI layer 0": ("bits", lambda line: (line.get("mutual_information") or {}).get("layer0")),
-    "MI layer 1": ("bits", lambda line: (line.get("mutual_information") or {}).get("layer1")),
-    "slope": ("per layer", lambda line: line.get("slope")),
-}
-TIMES = {
-    "prefill": ("ms", lambda line: _milliseconds(line.get("prefill_seconds"))),
-    "decode": ("ms", lambda line: _milliseconds(line.get("decode_seconds"))),
-}
-
-
-def _milliseconds(seconds: float | None) -> float | None:
-    return None if seconds is None else 1000 * seconds
-
-
-@dataclass
-class Traces:
-    """What is kept of one file: a number per line and quantity, and the curve of each line with mutual information.
-
-    Attributes:
-        information: bits in layer 1, one per curve.
-        curves: tokens leaving each layer relative to those of the prompt, `[layers]` each.
-    """
-
-    name: str
-    samples: int = 0
-    with_image: int = 0
-    values: dict[str, array] = field(default_factory=dict)
-    information: array = field(default_factory=lambda: array("d"))
-    curves: list[np.ndarray] = field(default_factory=list)
-
-    def add(self, line: dict[str, Any], where: str) -> None:
-        """Takes one line; raises `UserError` if its values are of the wrong kind."""
-        try:
-            self.samples += 1
-            chosen = TIMES
-            if line["visual_tokens"]:
-                self.with_image += 1
-                chosen = QUANTITIES | TIMES
-            for name, (_, read) in chosen.items():
-                value = read(line)
-                if value is not None:
-                    self.values.setdefault(name, array("d")).append(value)
-            information = QUANTITIES["MI layer 1"][1](line)
-            if information is not None and line["visual_tokens"]:
-                curve = np.asarray(line["tokens_out"], dtype=np.float32) / line["visual_tokens"]
-                if curve.ndim != 1 or (self.curves and curve.shape != self.curves[0].shape):
-                    raise ValueError("number of layers")
-                self.information.append(information)
-                self.curves.append(curve)
-        except (TypeError, ValueError, KeyError, AttributeError, OverflowError, ZeroDivisionError) as error:
-            raise UserError(f"{where}: not a line of a trace file ({error})") from None
-
-    def quartiles(self) -> list[tuple[float, np.ndarray]]:
-        """(mean bits, mean curve) of each quartile of mutual information, lowest first; fewer for under 4 samples."""
-        order = np.argsort(np.asarray(self.information), kind="stable")
-        groups = [group for group in np.array_split(order, 4) if len(group)]
-        return [
-            (float(np.mean([self.information[i] for i in group])), np.mean([self.curves[i] for i in group], axis=0))
-            for group in groups
-        ]
-
-    def summary(self, bins: int) -> dict[str, Any]:
-        """Means, percentiles and the histogram of slopes, JSON-able."""
-        quantities = {}
-        for name, (unit, _) in (QUANTITIES | TIMES).items():
-            if name in self.values:
-                numbers = np.asarray(self.values[name])
-                quantities[name] = {
-                    "unit": unit,
-                    "mean": float(numbers.mean()),
-                    **{f"p{p}": float(np.percentile(numbers, p)) for p in PERCENTILES},
-                }
-        result = {"samples": self.samples, "with_image": self.with_image, "quantities": quantities}
-        if "slope" in self.values:
-            counts, edges = np.histogram(np.asarray(self.values["slope"]), bins=bins)
-            result["slope_histogram"] = {"edges": edges.tolist(), "counts": counts.tolist()}
-        if self.curves:
-            result["quartiles"] = [
-                {"mean_bits": bits, "curve": curve.round(6).tolist()} for bits, curve in self.quartiles()
-            ]
-        return result
-
-
-def read_traces(argument: str) -> Traces:
-    """`NAME=PATH`, or a path whose stem is the name."""
-    name, equals, path = argument.partition("=")
-    if not equals or not path or Path(argument).is_file():
-        name, path = Path(argument).stem, argument
-    traces = Traces(name)
-    for number, line in iter_jsonl(path, "trace file"):
-        where = f"{path}:{number}"
-        require_keys(line, ("visual_tokens", "tokens_out"), where)
-        traces.add(line, where)
-    if not traces.samples:
-        raise UserError(f"{path}: holds no trace")
-    return traces
-
-
-def text_report(name: str, summary: dict[str, Any]) -> str:
-    """The block of one file."""
-    lines = [f"{name}: {summary['samples']} samples, {summary['with_image']} with image"]
-    header = "".join(f"{text:>11}" for text in ("mean", *(f"p{p}" for p in PERCENTILES)))
-    lines.append(f"  {'':<28}{header}")
-    for quantity, numbers in summary["quantities"].items():
-        cells = "".join(f"{numbers[key]:>11.4g}" for key in ("mean", *(f"p{p}" for p in PERCENTILES)))
-        lines.append(f"  {quantity + ' (' + numbers['unit'] + ')':<28}{cells}")
-    if "slope_histogram" in summary:
-        counts, edges = (summary["slope_histogram"][key] for key in ("counts", "edges"))
-        lines.append("  slopes")
-        for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
-            lines.append(f"  {low:>8.4f} .. {high:<8.4f}{count:>7} {'#' * round(BAR_WIDTH * count / max(counts))}")
-    return "\n".join(lines)
-
-
-def plot_quartiles(traces: Sequence[Traces], path: Path) -> bool:
-    """Mean retention curve of each quartile of mutual information, one panel per file; False without any curve."""
-    from llava.eval.demo_plots import pyplot, save
-
-    shown = [part for part in traces if part.curves]
-    if not shown:
-        return False
-    plot = pyplot()
-    figure, axes = plot.subplots(1, len(shown), figsize=(4.5 * len(shown) + 0.5, 3.6), squeeze=False, sharey=True)
-    for axis, part in zip(axes[0], shown, strict=True):
-        quartiles = part.quartiles()
-        for number, (bits, curve) in enumerate(quartiles):
-            color = plot.get_cmap("viridis")(number / max(len(quartiles) - 1, 1) * 0.85)
-            axis.plot(range(len(curve)), 100 * curve, color=color, label=f"Q{number + 1}: {bits:.2f} bits")
-        axis.set_title(part.name)
-        axis.set_xlabel("decoder layer")
-        axis.legend(frameon=False, fontsize=8)
-    axes[0][0].set_ylabel("visual tokens leaving the layer, %")
-    figure.tight_layout()
-    save(plot, figure, path)
-    return True
-
-
-def build_parser() -> Parser:
-    """All flags of the tool."""
-    parser = Parser(prog="python -m llava.eval.trace_summary", description="Summarize trace files.")
-    parser.add_argument("traces", nargs="+", metavar="[NAME=]PATH", help="what --trace-file has written")
-    parser.add_argument("--bins", type=int, default=12, help="bins of the histogram of slopes")
-    parser.add_argument("--json", default=None, help="also write the summary here")
-    parser.add_argument("--plot", default=None, help="picture of retention curves by quartile of mutual information")
-    return parser
+from llava.eval.reports.trace_summary import build_parser, run
+from llava.utils import cli_main
 
 
 @cli_main
 def main(argv: Sequence[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
-    if args.bins < 1:
-        raise UserError(f"--bins must be at least 1, got {args.bins}")
-    traces = [read_traces(argument) for argument in args.traces]
-    if len({part.name for part in traces}) < len(traces):
-        raise UserError("two trace files have the same name; give names as NAME=PATH")
-    summaries = {part.name: part.summary(args.bins) for part in traces}
-    print("\n\n".join(text_report(name, summary) for name, summary in summaries.items()))
-    if args.json is not None:
-        write_json(args.json, summaries)
-    if args.plot is not None:
-        written = plot_quartiles(traces, Path(args.plot))
-        print(f"\nwrote {args.plot}" if written else "\nno picture: no trace has mutual information")
+    run(build_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

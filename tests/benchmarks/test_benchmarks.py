@@ -252,7 +252,7 @@ def test_bad_input(tmp_path, capsys):
     ):
         fails_with_one_line(prefill.main, arguments(tmp_path, *flags), capsys, *parts)
     with pytest.raises(UserError, match="empty.md.*results"):
-        from llava.eval.table import replace_between
+        from llava.eval.common.tables import replace_between
 
         replace_between("", "results", "", "empty.md")
 

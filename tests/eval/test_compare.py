@@ -9,11 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from llava.eval import compare, compare_report, variants
+from llava.eval import compare
 from llava.eval.benchmarks import BENCHMARKS, COMPARED
-from llava.eval.bootstrap import estimates, resampled_means, retained
-from llava.eval.memory import PeakMemory, resident_bytes
 from llava.eval.questions import Question
+from llava.eval.reports import results
+from llava.eval.reports import settings as variants
+from llava.eval.reports.bootstrap import estimates, resampled_means, retained
+from llava.eval.reports.memory import PeakMemory, resident_bytes
 from llava.utils import UserError
 from tests.eval.helpers import TINY_DATA, fails_with_one_line, read_json, read_jsonl, write_json, write_jsonl
 from tests.eval.test_demo import perfect_answers
@@ -45,7 +47,7 @@ def test_draws_are_seeded_and_differ_between_benchmarks(monkeypatch):
     assert (first == resampled_means(values, 20, seed=0, name="a")).all()
     assert (first != resampled_means(values, 20, seed=0, name="b")).any()
     assert (first != resampled_means(values, 20, seed=1, name="a")).any()
-    monkeypatch.setattr("llava.eval.bootstrap._BLOCK", 150)  # drawn in blocks of three
+    monkeypatch.setattr("llava.eval.reports.bootstrap._BLOCK", 150)  # drawn in blocks of three
     assert np.allclose(first, resampled_means(values, 20, seed=0, name="a"))
 
 
@@ -196,21 +198,21 @@ def test_rows_from_answers(tmp_path):
     half[0]["metadata"]["tokens"] |= {"prefill_ms": 9.0, "peak_bytes": 7}
     for path, records in zip(files, (dense, half), strict=True):
         path.write_text("".join(json.dumps(r) + "\n" for r in records))
-    answers = compare_report.collect("b", questions, files, lambda r: float(truth[r["prompt"]] == r["text"]))
+    answers = results.collect("b", questions, files, lambda r: float(truth[r["prompt"]] == r["text"]))
     settings = [
         SimpleNamespace(label=name, budget=None, variant=variants.Variant(name, name), method=method)
         for name, method in (("dense", _method("dense")), ("half", _method("random", target_tokens=8)))
     ]
-    rows = compare_report.make_rows(settings, [answers], 200, 0)
+    rows = results.make_rows(settings, [answers], 200, 0)
     assert [r["accuracy"]["b"]["value"] for r in rows] == [100.0, 50.0]
     assert rows[1]["retained"]["value"] == rows[1]["agreement"]["value"] == 50.0
     assert rows[1]["retained"]["low"] < 50 < rows[1]["retained"]["high"]
     assert (rows[1]["kv_ratio"], rows[1]["flops_ratio"]) == (0.5, 0.5)
     assert (rows[1]["prefill_ms"], rows[1]["peak_bytes"], rows[0]["peak_bytes"]) == (2.0, 7, None)
     files[1].write_text("".join(json.dumps(r) + "\n" for r in half[:3]))
-    assert len(compare_report.collect("b", questions, files).questions) == 3, "a question one lacks is left out for all"
+    assert len(results.collect("b", questions, files).questions) == 3, "a question one lacks is left out for all"
     with pytest.raises(UserError, match="b: no question"):
-        compare_report.collect("b", questions, [files[0], tmp_path / "none.jsonl"])
+        results.collect("b", questions, [files[0], tmp_path / "none.jsonl"])
 
 
 def _method(name, **options):

@@ -8,9 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from llava.eval import demo, demo_plots, table
+from llava.eval import demo, table
 from llava.eval.benchmarks import BENCHMARKS, Score, spread
+from llava.eval.common.tables import replace_between
 from llava.eval.questions import Question
+from llava.eval.reports import sample_plots as demo_plots
 from llava.utils import UserError
 from tests.eval.helpers import TINY_DATA, fails_with_one_line, read_json
 
@@ -160,7 +162,7 @@ def test_table_is_put_between_the_markers(checkpoint, tmp_path):
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert "| dense | 1.0% | 100.0% | 5.0 | 5.0 | 100.0% | 100.0% (2.0 ms) |" in text
     with pytest.raises(UserError, match="doc"):
-        table.insert("no markers", "x", "doc")
+        replace_between("no markers", "x", "y", "doc")
 
 
 def test_bad_input(tmp_path, capsys):

@@ -2,8 +2,9 @@
 
 import pytest
 
-from llava.eval import flops
-from llava.eval.flops import GEOMETRIES, Geometry
+from llava.eval import flops as flops_tool
+from llava.eval.reports import flops
+from llava.eval.reports.flops import GEOMETRIES, Geometry
 from llava.pruning import retention_schedule
 from tests.eval.helpers import SHARED, fails_with_one_line, needs_shared, read_json, write_jsonl
 
@@ -50,7 +51,7 @@ def test_published_percentages_need_a_prompt_of_usual_length(budget, published):
 def test_real_question_files(tmp_path, capsys):
     names = ("textvqa/llava_textvqa_val_v051_ocr.jsonl", "pope/llava_pope_test.jsonl", "MME/llava_mme.jsonl")
     out = tmp_path / "f.json"
-    flops.main(["--question-files", *(str(SHARED / name) for name in names), "--json", str(out)])
+    flops_tool.main(["--question-files", *(str(SHARED / name) for name in names), "--json", str(out)])
     assert "| 64 | " in capsys.readouterr().out
     for row in read_json(out)["rows"]:
         prompts = row["prompts"]
@@ -61,7 +62,7 @@ def test_real_question_files(tmp_path, capsys):
 
 def test_command_line(tmp_path, capsys):
     path = write_jsonl(tmp_path / "mini" / "q.jsonl", [{"question_id": 1, "image": "a.jpg", "text": "Is it red?"}])
-    flops.main(["--question-files", str(path), "--text-tokens", "71", "--budgets", "64"])
+    flops_tool.main(["--question-files", str(path), "--text-tokens", "71", "--budgets", "64"])
     lines = capsys.readouterr().out.splitlines()
     assert "| tokens | given, 71 text tokens | mini, 45 text tokens | published |" in lines[0]
     assert lines[2].startswith("| 64 | 23.2% (20.5%) |") and lines[2].endswith("| 23.2% | 71 (95) |")
@@ -71,4 +72,4 @@ def test_command_line(tmp_path, capsys):
         (["--text-tokens", "9", "--budgets", "577"], "--budgets"),
         (["--question-files", tmp_path / "none"], "none"),
     ):
-        fails_with_one_line(flops.main, argv, capsys, part)
+        fails_with_one_line(flops_tool.main, argv, capsys, part)

@@ -27,7 +27,7 @@ from llava.eval.answers import AnswerFile
 from llava.eval.images import SampleError, open_image
 from llava.eval.merge_answers import choose_lines, read_part
 from llava.eval.questions import read_questions
-from llava.eval.trace_summary import read_traces
+from llava.eval.reports.trace_summary import read_traces
 from llava.utils import UserError
 from tests.eval.helpers import ROOT, TINY_DATA, answer, write_json, write_jsonl
 

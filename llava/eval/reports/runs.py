@@ -1,6 +1,6 @@
 """Finished runs on disk: which there are, whether they are whole, what they scored and what they cost.
 
-Knows where the scripts leave answers, scores and metadata (`X.jsonl`, `X.json`, `X.meta.json`); runs nothing.
+The scripts leave answers, scores and metadata beside each other: `X.jsonl`, `X.json`, `X.meta.json`.
 """
 
 from __future__ import annotations

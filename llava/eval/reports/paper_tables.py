@@ -1,12 +1,10 @@
-"""The paper's tables from runs on disk: columns, rows, retained percentages, published rows; markdown, CSV and JSON.
+"""The paper's tables from runs on disk: columns, rows, retained percentages, published rows; Markdown, CSV and JSON.
 
-Knows metric conventions and layout; the runs come from `runs`, published figures from `published`.
+The runs come from `runs`, published figures from `published`.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +12,9 @@ from statistics import fmean
 from typing import Any
 
 from llava.eval.catalog import get_entry
-from llava.eval.published import COLLECTED, published_rows
-from llava.eval.runs import COMPLETE, COSTS, PARTIAL, Run, count_questions, find_run
+from llava.eval.common.tables import csv_table, markdown_table
+from llava.eval.reports.published import COLLECTED, published_rows
+from llava.eval.reports.runs import COMPLETE, COSTS, PARTIAL, Run, count_questions, find_run
 
 METHOD_NAMES = {"autoprune": "AutoPrune", "dense": "dense", "fastv": "FastV", "divprune": "DivPrune"}
 
@@ -197,7 +196,7 @@ def markdown(data: Mapping[str, Any]) -> str:
     keys = [column["key"] for column in data["columns"]]
     titles = [column["title"] + ("" if column["retained"] else " †") for column in data["columns"]]
     header = ["", *titles, "retained (each at most 100%)", "tokens, nominal", "tokens, processed", "FLOPs"]
-    lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    lines = []
     for row in data["rows"]:
         costs = row["costs"]
         retained = "-"
@@ -208,13 +207,13 @@ def markdown(data: Mapping[str, Any]) -> str:
         cells += [_number(row["scores"].get(key), COLUMNS[key].digits) for key in keys]
         cells += [retained, _number(costs.get("nominal")), _number(costs.get("processed"))]
         cells.append(_number(None if flops is None else 100 * flops, 1, "%"))
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(cells)
         for published in row["published"]:
             cells = [f"*{row['label']}, {published['source']}*"]
             cells += [_number(published["scores"].get(key), COLUMNS[key].digits) for key in keys]
             cells += [_number(published["retained"], 1, "%"), "-", "-", _number(published["flops"], 1, "%")]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n\n" + notes(data)
+            lines.append(cells)
+    return f"{markdown_table(header, lines)}\n\n{notes(data)}"
 
 
 def notes(data: Mapping[str, Any]) -> str:
@@ -261,15 +260,14 @@ def csv_text(data: Mapping[str, Any]) -> str:
     """One line per row, ours and published; numbers in full precision, empty where unknown."""
     keys = [column["key"] for column in data["columns"]]
     costs = [f"tokens_{key}" if key in COSTS[:3] else key for key in COSTS]
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["checkpoint", "method", "tokens", "source", *keys, "retained", "retained_at_most_100", *costs])
+    header = ["checkpoint", "method", "tokens", "source", *keys, "retained", "retained_at_most_100", *costs]
+    lines = []
     for row in data["rows"]:
         start = [data["checkpoint"], row["method"], row["tokens"]]
         ours = [row["scores"].get(key) for key in keys] + [row["retained"], row["retained_at_most_100"]]
-        writer.writerow([*start, "measured", *ours, *(row["costs"].get(key) for key in COSTS)])
+        lines.append([*start, "measured", *ours, *(row["costs"].get(key) for key in COSTS)])
         for published in row["published"]:
             flops = None if published["flops"] is None else round(published["flops"] / 100, 6)
             theirs = [published["scores"].get(key) for key in keys] + [published["retained"], None]
-            writer.writerow([*start, published["source"], *theirs, None, None, None, flops, None])
-    return stream.getvalue()
+            lines.append([*start, published["source"], *theirs, None, None, None, flops, None])
+    return csv_table(header, lines)

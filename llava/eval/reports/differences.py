@@ -2,7 +2,7 @@
 
     python -m llava.eval.compare_report results/compare/compare.json --versus "autoprune 32" "divprune 32"
 
-Knows the file of credits that lies beside compare.json; reads no answers and runs no model. Settings answer the same
+The credits lie in a file beside compare.json, so neither answers nor a model are needed. Settings answer the same
 questions and are resampled together, so a difference is known better than two intervals side by side suggest.
 """
 
@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from llava.eval.bootstrap import Estimate, estimates, resampled_means
+from llava.eval.common.tables import csv_table
 from llava.eval.jsonio import read_text
+from llava.eval.reports.bootstrap import Estimate, estimates, resampled_means
 from llava.utils import UserError
 
 _FIXED = ("benchmark", "question_id")
@@ -45,13 +46,14 @@ def credits_table(
     labels: Sequence[str], credits: Mapping[str, np.ndarray], ids: Mapping[str, Sequence[int | str]]
 ) -> str:
     """CSV with one line per question and one column per setting; credits: benchmark -> percent ``[questions, C]``."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow([*_FIXED, *labels])
-    for name, values in credits.items():
-        for question_id, row in zip(ids[name], values, strict=True):
-            writer.writerow([name, question_id, *(f"{value:.10g}" for value in row)])
-    return stream.getvalue()
+    return csv_table(
+        [*_FIXED, *labels],
+        (
+            [name, question_id, *(f"{value:.10g}" for value in row)]
+            for name, values in credits.items()
+            for question_id, row in zip(ids[name], values, strict=True)
+        ),
+    )
 
 
 def read_credits(path: Path, result: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -107,19 +109,3 @@ def differences(
     better = sum((values > 0).sum(0) for values in relative.values())
     worse = sum((values < 0).sum(0) for values in relative.values())
     return [Difference(known[i], points[k], int(better[k]), int(worse[k])) for k, i in enumerate(chosen)]
-
-
-def markdown_differences(result: Mapping[str, Any], found: Sequence[Difference], reference: str, questions: int) -> str:
-    """A small table with what it means below."""
-    run = result["run"]
-    figure = "mean accuracy" if result["rows"][0]["mean_accuracy"] else "share of answers equal to dense"
-    lines = [f"| minus {reference} | points | better on | worse on |", "|---|---:|---:|---:|"]
-    for entry in found:
-        interval = f"{entry.points.value:+.1f} ({entry.points.low:+.1f} to {entry.points.high:+.1f})"
-        lines.append(f"| {entry.label} | {interval} | {entry.better} | {entry.worse} |")
-    note = (
-        f"Difference of {figure} in percent points, paired over the same {questions} questions; {run['level']:.0f}% "
-        f"interval, bootstrap over questions ({run['resamples']} resamples, seed {run['seed']}). Better, worse: "
-        "questions with more or less credit."
-    )
-    return "\n".join(lines) + f"\n\n{note}"

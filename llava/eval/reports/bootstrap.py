@@ -1,7 +1,7 @@
 """95% confidence intervals by bootstrap over questions.
 
-Knows arrays of per-question values; nothing of models, answers or benchmarks. All settings are resampled together, so
-differences and ratios between them are paired.
+Works on arrays of per-question values. All settings are resampled together, so differences and ratios between them are
+paired.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Pictures of a comparison: accuracy over processed tokens, and variants beside each other with their intervals.
 
-Knows the rows that `compare` writes; runs no model. Needs matplotlib (`pip install -e '.[plot]'`).
+Drawn from the rows that `compare` writes. Needs matplotlib (`pip install -e '.[plot]'`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava.eval.demo_plots import FAINT, INK, MUTED, pyplot, save
+from llava.eval.reports.plots import FAINT, INK, MUTED, pyplot, save
 
 # Colors that stay apart for most color-blind eyes; markers tell apart what lies close.
 _COLORS = (

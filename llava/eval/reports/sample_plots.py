@@ -1,6 +1,6 @@
-"""The demo's two pictures: which patches survive in which layer, and retention curves against mutual information.
+"""Pictures of single samples: which patches survive in which layer, and retention curves against mutual information.
 
-Knows traces and images; runs no model. Needs matplotlib, which is an extra (`pip install -e '.[plot]'`).
+Drawn from traces and images, by the demo. Needs matplotlib, which is an extra (`pip install -e '.[plot]'`).
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +16,19 @@ import numpy as np
 from PIL import Image
 
 from llava.eval.images import open_image
+from llava.eval.questions import Question
+from llava.eval.reports.plots import EASY, FAINT, HARD, INK, MUTED, pyplot, save
 from llava.mm_utils import expand2square
-from llava.utils import UserError
-
-DPI = 130
-INK, MUTED, FAINT = "#222222", "#777777", "#d9d9d9"
-EASY, HARD = "#1f77b4", "#d1495b"
 
 
-def pyplot() -> Any:
-    """matplotlib's pyplot, drawing into files; `UserError` without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("the pictures need matplotlib: pip install -e '.[plot]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+@dataclass(frozen=True)
+class Example:
+    """One answered sample with its trace. benchmark: the set of questions (`name`, `image_folder`) it is from."""
 
-    return pyplot
-
-
-def save(plot: Any, figure: Any, path: Path) -> None:
-    """Writes a picture and frees it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI, facecolor="white")
-    plot.close(figure)
+    benchmark: Any
+    question: Question
+    answer: str
+    trace: Any
 
 
 def layers_to_show(num_layers: int, count: int = 5) -> list[int]:
@@ -50,15 +39,15 @@ def layers_to_show(num_layers: int, count: int = 5) -> list[int]:
     return [0, *rest.tolist()]
 
 
-def information(example: Any) -> float:
+def information(example: Example) -> float:
     """Bits of text-to-image mutual information in layer 1, summed over heads: what sets the slope."""
     return example.trace.mutual_information["layer1"]
 
 
-def pick_examples(examples: Sequence[Any], quantiles: Sequence[float] = (0.05, 0.5, 0.95)) -> list[Any]:
+def pick_examples(examples: Sequence[Example], quantiles: Sequence[float] = (0.05, 0.5, 0.95)) -> list[Example]:
     """Samples at these quantiles of mutual information, from different benchmarks as far as there are."""
     ranked = sorted(examples, key=information)
-    chosen: list[Any] = []
+    chosen: list[Example] = []
     for quantile in quantiles:
         place = quantile * (len(ranked) - 1)
         used = {example.benchmark.name for example in chosen}
@@ -95,7 +84,7 @@ def highlight(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.where(full, image, pale)
 
 
-def plot_survivors(examples: Sequence[Any], data_dir: Path, config: Any, processor: Any, path: Path) -> bool:
+def plot_survivors(examples: Sequence[Example], config: Any, processor: Any, path: Path) -> bool:
     """One row per sample, one column per layer: the patches whose tokens leave that layer unmerged.
 
     Returns whether there was anything to draw: methods that measure no mutual information have no picture.
@@ -107,9 +96,7 @@ def plot_survivors(examples: Sequence[Any], data_dir: Path, config: Any, process
     chosen = pick_examples(candidates)
     layers = layers_to_show(len(chosen[0].trace.tokens_out))
     height = 2.75 * len(chosen) + 0.75
-    figure, axes = plot.subplots(
-        len(chosen), len(layers) + 1, figsize=(2.0 * (len(layers) + 1), height), squeeze=False
-    )
+    figure, axes = plot.subplots(len(chosen), len(layers) + 1, figsize=(2.0 * (len(layers) + 1), height), squeeze=False)
     figure.subplots_adjust(left=0.012, right=0.988, top=1 - 1.4 / height, bottom=0.2 / height, wspace=0.06, hspace=0.42)
     target = chosen[0].trace.mean_tokens("nominal")
     title = f"Which patches survive ({target:.0f} tokens per layer on average)"
@@ -123,8 +110,7 @@ def plot_survivors(examples: Sequence[Any], data_dir: Path, config: Any, process
     )
     kinds = ("hard", "typical", "easy")
     for row, example, kind in zip(axes, chosen, kinds, strict=True):
-        folder = data_dir / example.benchmark.image_folder
-        image = square_image(folder, example.question.image, config, processor)
+        image = square_image(example.benchmark.image_folder, example.question.image, config, processor)
         grid = math.isqrt(example.trace.visual_tokens)
         _show(row[0], image, f"{example.trace.visual_tokens} patches")
         kept = example.trace.kept
@@ -156,7 +142,7 @@ def _show(axis: Any, image: np.ndarray, title: str) -> None:
         spine.set_color(FAINT)
 
 
-def plot_retention_curves(examples: Sequence[Any], target: int, path: Path) -> bool:
+def plot_retention_curves(examples: Sequence[Example], target: int, path: Path) -> bool:
     """Visual tokens leaving each layer: the hardest and the easiest samples, and where all samples lie in MI.
 
     Returns whether there was anything to draw.

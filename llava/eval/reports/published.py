@@ -1,6 +1,6 @@
 """Published figures, to stand beside measured ones: the AutoPrune paper's rows and those of other methods.
 
-Knows numbers and their sources; computes nothing. Metric conventions are those of the columns in `paper_tables`: MME
+Metric conventions are those of the columns in `paper_tables`: MME
 of LLaVA-1.5-7B is perception + cognition, of the others perception alone; POPE is F1; ScienceQA is over problems with
 an image.
 """

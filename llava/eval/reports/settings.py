@@ -1,6 +1,6 @@
-"""What a comparison compares: methods and budgets, the ready ablations of AutoPrune, variants from a file.
+"""What an experiment compares: methods and budgets, the ready ablations of AutoPrune, variants from a file.
 
-Knows names and options; runs nothing. A variant is a method with options and without a budget; a setting has one.
+A variant is a method with options and without a budget; a setting is a variant at a budget.
 """
 
 from __future__ import annotations
@@ -110,12 +110,15 @@ def _read_yaml(path: str) -> Any:
         raise UserError(f"{path}: malformed YAML ({' '.join(str(error).split())})") from None
 
 
-def make_settings(variants: Iterable[Variant], budgets: Sequence[int], accounting: str = "nominal") -> list[Setting]:
+def make_settings(
+    variants: Iterable[Variant], budgets: Sequence[int], accounting: str = "nominal", flag: str = "--methods"
+) -> list[Setting]:
     """Dense first, then every variant at every budget.
 
-    accounting: `processed` makes all methods meet the budget as a mean of processed tokens, where they can.
+    accounting: `processed` makes all methods meet the budget as a mean of processed tokens, where they can. flag: the
+    option that named the methods, for messages.
     """
-    settings = [Setting(Variant(DENSE, DENSE), None, _build(DENSE, {}, DENSE))]
+    settings = [Setting(Variant(DENSE, DENSE), None, _build(DENSE, {}, DENSE, flag))]
     for variant in variants:
         if variant.method == DENSE:
             continue
@@ -123,7 +126,7 @@ def make_settings(variants: Iterable[Variant], budgets: Sequence[int], accountin
             options = {**variant.options, "target_tokens": budget}
             if accounting != "nominal":
                 options["budget"] = accounting
-            settings.append(Setting(variant, budget, _build(variant.method, options, variant.label)))
+            settings.append(Setting(variant, budget, _build(variant.method, options, variant.label, flag)))
     labels = [setting.label for setting in settings]
     twice = next((label for label in labels if labels.count(label) > 1), None)
     if twice is not None:
@@ -131,13 +134,13 @@ def make_settings(variants: Iterable[Variant], budgets: Sequence[int], accountin
     return settings
 
 
-def _build(name: str, options: Mapping[str, Any], label: str) -> Any:
+def _build(name: str, options: Mapping[str, Any], label: str, flag: str) -> Any:
     from llava.pruning import get_method  # imports torch: not for --help and wrong flags
 
     try:
         method = get_method(name)
     except (KeyError, ValueError) as error:
-        raise UserError(f"--methods: {error}") from None
+        raise UserError(f"{flag}: {error}") from None
     try:
         return method.from_options(options)
     except (TypeError, ValueError) as error:

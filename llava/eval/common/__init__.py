@@ -1,0 +1,1 @@
+"""What every tool of `llava.eval` shares: files, command lines, tables."""

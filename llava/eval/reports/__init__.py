@@ -1,0 +1,1 @@
+"""Tables, intervals and pictures from answers, and the experiments that make the answers."""

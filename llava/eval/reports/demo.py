@@ -1,0 +1,198 @@
+"""The main job on the embedded default: dense and one pruned method on four miniature benchmarks.
+
+A preset of the experiment in `experiment` that starts from nothing, measures prefill times batch by batch, and draws
+single samples. `comparison` is the other preset.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from llava.eval.answering import load_model, max_visual_tokens
+from llava.eval.arguments import DTYPES, GenerationOptions, Parser, check_budget
+from llava.eval.benchmarks import BENCHMARKS, spread
+from llava.eval.common.tables import markdown_table as pipe_table
+from llava.eval.jsonio import read_json, require_folder, write_json, write_text_atomic
+from llava.eval.questions import read_questions
+from llava.eval.reports.defaults import DEFAULT_BUDGETS, RESULTS, TINY, parse_budgets
+from llava.eval.reports.paper_tables import retained_percent
+from llava.eval.reports.results import collect, costs
+from llava.eval.reports.settings import Variant, make_settings
+from llava.utils import UserError
+
+MARKER = "demo table"
+_COSTS = ("tokens_nominal", "tokens_processed", "flops_ratio")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags of the demo."""
+    parser = Parser(description="Dense and AutoPrune on the miniature benchmarks: one table, two pictures.")
+    parser.add_argument("--model-path", default=str(TINY / "models" / "tiny-llava-v1.5"), help="checkpoint folder")
+    parser.add_argument("--data-dir", default=str(TINY / "data" / "eval"), help="benchmark data, upstream's layout")
+    parser.add_argument("--output-dir", default=str(RESULTS / "demo"), help="where the results go")
+    parser.add_argument("--method", default="autoprune", help="pruning method that is compared with dense")
+    parser.add_argument("--budgets", default=",".join(map(str, DEFAULT_BUDGETS)), help="target tokens, by commas")
+    parser.add_argument("--limit", type=int, default=0, help="questions per benchmark, spread over it; 0: all of them")
+    parser.add_argument("--batch-size", type=int, default=8, help="questions per forward pass")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.add_argument("--device", default=None, help="cuda, mps, cpu; default: the best there is")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: float16 on a GPU, float32 on a CPU")
+    parser.add_argument("--attn-implementation", default=None, help="eager, sdpa or flash_attention_2; default: sdpa")
+    parser.set_defaults(model_base=None)
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Asks, scores, prints the table and draws the pictures."""
+    budgets = parse_budgets(args.budgets)
+    for flag, value, least in (("--batch-size", args.batch_size, 1), ("--limit", args.limit, 0)):
+        if value < least:
+            raise UserError(f"{flag} must be at least {least}, got {value}")
+    data_dir = require_folder(args.data_dir, "data folder")
+    settings = make_settings([Variant(_title(args.method), args.method)], budgets, flag="--method")
+
+    from llava.eval.answerers import VariedAnswerer
+    from llava.eval.reports.experiment import MAX_NEW_TOKENS, Experiment, QuestionSet, describe_conditions
+    from llava.eval.reports.sample_plots import Example, plot_retention_curves, plot_survivors
+
+    sets = []
+    for benchmark in BENCHMARKS:
+        questions = read_questions(data_dir / benchmark.question_file)
+        chosen = spread(questions, args.limit or None)
+        folder = data_dir / benchmark.image_folder
+        sets.append(QuestionSet(benchmark.name, benchmark.key, chosen, len(questions), folder))
+    output = Path(args.output_dir)
+    generation = GenerationOptions(max_new_tokens=MAX_NEW_TOKENS)
+    name = Path(args.model_path).name
+    experiment = Experiment(settings, sets, output / "answers", name, asdict(generation), resume=False)
+    examples: list[Example] = []
+    for row in experiment.cells:
+        row[-1].answered = lambda item, asked=row[-1].asked: examples.append(
+            Example(asked, item.question, item.text, item.trace)
+        )
+    started = time.perf_counter()
+    tokenizer, model, image_processor, _ = load_model(args)
+    for setting in settings:
+        check_budget(setting.method, max_visual_tokens(model), "--budgets")
+    make_answerer = partial(VariedAnswerer, tokenizer, model, image_processor, generation=generation)
+    experiment.answer_missing(make_answerer, args.batch_size, args.quiet, strict=True)
+
+    rows = make_rows(experiment, data_dir)
+    conditions = describe_conditions(args.model_path, args.batch_size, model)
+    result = {
+        "run": {**conditions, "visual_tokens": rows[0].pop("tokens_visual")},
+        "benchmarks": [
+            {"name": b.name, "metric": b.metric, "samples": len(s.questions), "available": s.available}
+            for b, s in zip(BENCHMARKS, sets, strict=True)
+        ],
+        "rows": rows,
+    }
+    report = markdown_report(result)
+    print(f"\n{report}\n")
+    write_json(output / "demo.json", result)
+    write_text_atomic(output / "demo.md", report + "\n")
+    written = ["demo.md", "demo.json"]
+    if plot_survivors(examples, model.config, image_processor, output / "survivors.png"):
+        written.append("survivors.png")
+    if plot_retention_curves(examples, budgets[-1], output / "retention.png"):
+        written.append("retention.png")
+    for name in written:
+        print(f"wrote {output / name}")
+    print(f"took {time.perf_counter() - started:.0f} s")
+
+
+def _title(method: str) -> str:
+    from llava.pruning import get_method
+
+    try:
+        return getattr(get_method(method), "__name__", method)
+    except ValueError as error:
+        raise UserError(f"--method: {error}") from None
+
+
+def make_rows(experiment: Any, data_dir: Path) -> list[dict[str, Any]]:
+    """Scores and costs of every setting; the first setting is what the others are relative to.
+
+    The first row also says how many visual tokens a prompt has.
+    """
+    collected = [
+        collect(row[0].asked.name, row[0].asked.questions, [cell.path for cell in row]) for row in experiment.cells
+    ]
+    times = [[ms for row in experiment.cells for ms in row[i].batch_ms] for i in range(len(experiment.settings))]
+    rows: list[dict[str, Any]] = []
+    dense_scores: dict[str, float] = {}
+    for i, setting in enumerate(experiment.settings):
+        scores = {b.name: b.score(data_dir, c.records[i]) for b, c in zip(BENCHMARKS, collected, strict=True)}
+        published = {name: score.score for name, score in scores.items()}
+        dense_scores = dense_scores or published
+        means = costs([record for c in collected for record in c.records[i]])
+        # Ratio within each batch, then the median: a disturbance during one batch does not spoil the mean.
+        ratios = [own / dense for own, dense in zip(times[i], times[0], strict=True)]
+        rows.append(
+            {
+                "label": setting.label,
+                "method": setting.method.name,
+                "options": asdict(setting.method),
+                "scores": {name: asdict(score) for name, score in scores.items()},
+                "mean_accuracy": statistics.fmean(score.accuracy for score in scores.values()),
+                "retained": retained_percent(published, dense_scores),
+                **{key: means[key] for key in _COSTS},
+                "prefill_ms": statistics.median(times[i]),
+                "prefill_ratio": statistics.median(ratios),
+            }
+        )
+        if i == 0:
+            rows[0]["tokens_visual"] = means["tokens_visual"]
+    return rows
+
+
+def read_result(path: str) -> dict[str, Any]:
+    """A demo.json; `UserError` if it is something else."""
+    result = read_json(path, "result file")
+    if not isinstance(result, dict) or not {"benchmarks", "rows", "run"} <= set(result):
+        raise UserError(f"{path}: not a result of llava.eval.demo")
+    return result
+
+
+def markdown_table(result: Mapping[str, Any]) -> str:
+    """The table of a result: one row per setting, the first one dense."""
+    benchmarks = result["benchmarks"]
+    header = ["", *(f"{b['name']} ({b['metric']})" for b in benchmarks), "mean accuracy", "retained"]
+    header += ["tokens, nominal", "tokens, processed", "FLOPs", "prefill time"]
+    return pipe_table(header, [_cells(row, benchmarks) for row in result["rows"]])
+
+
+def _cells(row: Mapping[str, Any], benchmarks: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [
+        row["label"],
+        *(f"{row['scores'][b['name']]['score']:.1f}" for b in benchmarks),
+        f"{row['mean_accuracy']:.1f}%",
+        f"{row['retained']:.1f}%",
+        f"{row['tokens_nominal']:.1f}",
+        f"{row['tokens_processed']:.1f}",
+        f"{100 * row['flops_ratio']:.1f}%",
+        f"{100 * row['prefill_ratio']:.1f}% ({row['prefill_ms']:.1f} ms)",
+    ]
+
+
+def markdown_report(result: Mapping[str, Any]) -> str:
+    """Table and, below it, what was measured on what."""
+    run = result["run"]
+    counts = ", ".join(f"{b['name']} {b['samples']} of {b['available']}" for b in result["benchmarks"])
+    return (
+        f"{markdown_table(result)}\n\n"
+        f"Model `{run['model']}`, questions answered: {counts}. Mean accuracy: share of right answers, averaged over "
+        "the benchmarks (TextVQA: soft accuracy). Retained: mean of score / dense score. Tokens: visual tokens per "
+        f"decoder layer, of {run['visual_tokens']:.0f}; FLOPs: decoder prefill from processed tokens, "
+        "relative to dense. "
+        f"Prefill time: decoder with selection, per sample, relative to dense; median over interleaved batches of "
+        f"{run['batch_size']} on {run['device']} ({run['threads']} threads, {run['dtype']}, torch {run['torch']}, "
+        f"transformers {run['transformers']})."
+    )

@@ -1,0 +1,34 @@
+"""How all pictures of the reports are drawn: matplotlib into files, one set of colors.
+
+Needs matplotlib, which is an extra (`pip install -e '.[plot]'`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llava.utils import UserError
+
+DPI = 130
+INK, MUTED, FAINT = "#222222", "#777777", "#d9d9d9"
+EASY, HARD = "#1f77b4", "#d1495b"
+
+
+def pyplot() -> Any:
+    """matplotlib's pyplot, drawing into files; `UserError` without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("the pictures need matplotlib: pip install -e '.[plot]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save(plot: Any, figure: Any, path: Path) -> None:
+    """Writes a picture and frees it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI, facecolor="white")
+    plot.close(figure)
