@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--result-file", required=True, help="answer file (.jsonl)")
     parser.add_argument("--result-upload-file", required=True, help="written (.json)")
     args = parser.parse_args(argv)
-    questions = load_questions(args.annotation_file, ("question_id", "image"))
+    questions = load_questions(args.annotation_file, with_image=True)
     answers, bad = load_whole_answers(args.result_file)
     texts, coverage = join(questions, answers, args.result_file)
     print(f"total results: {len(texts)}, total split: {len(questions)}, error_line: {bad}")

@@ -13,16 +13,28 @@ from pathlib import Path
 from typing import Any
 
 from llava.eval.eval_gqa import to_prediction
-from llava.eval.jsonio import read_json, read_records, require_file, require_keys, write_text_atomic
+from llava.eval.jsonio import parse_line, read_json, read_records, require_file, write_text_atomic
 from llava.eval.mmbench_data import NOT_UPLOADED, PREDICTION_PLACE, row_index
-from llava.eval.scoring import Coverage, join_answers, shorten
+from llava.eval.scoring import Coverage, as_answer, join_answers, shorten
 from llava.eval.vqa_text import normalize_answer
+from llava.schema import ID, TEXT, WHOLE, Fields, ListOf, MapOf, check, optional
 from llava.utils import UserError
 
+_SEED = Fields(
+    {
+        "questions": ListOf(
+            Fields({"question_id": ID, "question_type_id": WHOLE, "answer": TEXT, "data_type?": optional(TEXT)}),
+            least=1,
+        ),
+        "question_type": MapOf(WHOLE),
+    }
+)
 
-def load_questions(path: str, keys: Sequence[str] = ("question_id",)) -> list[dict[str, Any]]:
-    """The records of a question file (JSON lines), each with `keys`; at least one."""
-    questions = read_records(path, "question file", keys)
+
+def load_questions(path: str, with_image: bool = False) -> list[dict[str, Any]]:
+    """The records of a question file (JSON lines), each with `question_id` and, if asked for, `image`; at least one."""
+    shape = Fields({"question_id": ID, "image": TEXT} if with_image else {"question_id": ID})
+    questions = read_records(path, "question file", shape)
     if not questions:
         raise UserError(f"{path}: holds no question")
     return questions
@@ -36,16 +48,11 @@ def load_whole_answers(path: str) -> tuple[list[dict[str, Any]], int]:
     lines = require_file(path, "answer file").read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     answers, bad = [], 0
     for line in lines:
-        if not line.strip():
-            continue
         try:
-            record = json.loads(line.decode("utf-8"))
-        except (ValueError, RecursionError):
-            record = None
-        if isinstance(record, dict) and "question_id" in record and "text" in record:
-            text = record["text"]
-            answers.append({**record, "text": "" if text is None else str(text)})
-        else:
+            record = parse_line(line, path, "answer file")
+            if record is not None:
+                answers.append(as_answer(record, path))
+        except UserError:
             bad += 1
     if not answers:
         raise UserError(f"{path}: holds no answer" + (f" ({bad} malformed lines)" if bad else ""))
@@ -123,21 +130,15 @@ def first_round_texts(answers: Sequence[Mapping[str, Any]]) -> list[dict[str, An
 def load_seed(path: str) -> tuple[list[dict[str, Any]], dict[int, str]]:
     """Questions and the names of the question types (by id) of `SEED-Bench.json`."""
     content = read_json(path, "annotation file")
-    questions = content.get("questions") if isinstance(content, dict) else None
-    kinds = content.get("question_type") if isinstance(content, dict) else None
-    if not isinstance(questions, list) or not questions or not isinstance(kinds, dict):
+    if not isinstance(content, dict) or not {"questions", "question_type"} <= set(content):
         raise UserError(f"{path}: not SEED-Bench.json (needs 'questions' and 'question_type')")
-    names = {number: name for name, number in kinds.items()}
-    if not all(isinstance(number, int) for number in names):
-        raise UserError(f"{path}: 'question_type' needs a number for each name")
-    for index, question in enumerate(questions):
-        where = f"{path}: questions[{index}]"
-        if not isinstance(question, dict):
-            raise UserError(f"{where} is not an object")
-        require_keys(question, ("question_id", "question_type_id", "answer"), where)
+    check(content, _SEED, path)
+    names = {number: name for name, number in content["question_type"].items()}
+    for index, question in enumerate(content["questions"]):
         if question["question_type_id"] not in names:
-            raise UserError(f"{where}: question_type_id {question['question_type_id']!r} has no name")
-    return questions, names
+            number = question["question_type_id"]
+            raise UserError(f"{path}: questions[{index}]: question_type_id {number} has no name")
+    return content["questions"], names
 
 
 def seed_upload(questions: Sequence[Mapping[str, Any]], texts: Mapping[str, str]) -> list[dict[str, Any]]:

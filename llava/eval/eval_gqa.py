@@ -14,9 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from llava.eval.arguments import Parser
-from llava.eval.jsonio import read_json, require_file, require_keys, write_json
+from llava.eval.jsonio import read_json, require_file, write_json
 from llava.eval.scoring import check_same_questions, join_answers, load_answers
+from llava.schema import FLAG, ID, SCALAR, TEXT, Fields, ListOf, MapOf, check, optional
 from llava.utils import UserError, cli_main
+
+_TYPES = Fields({"structural?": optional(TEXT), "semantic?": optional(TEXT)})
+_QUESTION = {"answer": TEXT, "question?": optional(TEXT), "isBalanced?": FLAG, "types?": optional(_TYPES)}
+_PREDICTION = Fields({"questionId": ID, "prediction": SCALAR})
 
 
 def to_prediction(text: str) -> str:
@@ -63,13 +68,10 @@ def gqa_accuracy(questions: Mapping[str, dict[str, Any]], answers: Sequence[dict
 
 def load_questions(path: str) -> dict[str, dict[str, Any]]:
     """`testdev_balanced_questions.json`: an object keyed by question id."""
-    content = read_json(path, "annotation file")
+    content = read_json(path, "annotation file", unique_keys=True)
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path}: not a GQA question file (needs an object keyed by question id)")
-    for key, question in content.items():
-        if not isinstance(question, dict) or not isinstance(question.get("answer"), str):
-            raise UserError(f"{path}: question {key} needs an 'answer'")
-    return content
+    return check(content, MapOf(Fields(_QUESTION)), path)
 
 
 def load_predictions(path: str) -> list[dict[str, Any]]:
@@ -81,15 +83,9 @@ def load_predictions(path: str) -> list[dict[str, Any]]:
         start = stream.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
     if not start.startswith(b"["):
         return [{**answer, "text": to_prediction(answer["text"])} for answer in load_answers(path, keep_torn=True)]
-    entries = read_json(path, "prediction file")
-    result = []
-    for index, entry in enumerate(entries):
-        if not isinstance(entry, dict):
-            raise UserError(f"{path}: entry {index} is not an object")
-        require_keys(entry, ("questionId", "prediction"), f"{path}: entry {index}")
-        # Converted predictions are compared as they are: a second conversion could hide a broken first one.
-        result.append({"question_id": entry["questionId"], "text": str(entry["prediction"])})
-    return result
+    entries = check(read_json(path, "prediction file"), ListOf(_PREDICTION), path)
+    # Converted predictions are compared as they are: a second conversion could hide a broken first one.
+    return [{"question_id": entry["questionId"], "text": str(entry["prediction"])} for entry in entries]
 
 
 def score_files(annotation_file: str, result_file: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from llava.eval.arguments import Parser
 from llava.eval.jsonio import read_records, read_text, require_folder, write_json, write_text_atomic
 from llava.eval.scoring import join_answers, load_answers, warn
+from llava.schema import ID, TEXT, Fields
 from llava.utils import UserError, cli_main
 
 PERCEPTION = (
@@ -197,7 +198,7 @@ def tool_files(
 
 def load_questions(path: str) -> list[dict[str, Any]]:
     """LLaVA's MME question file; `question_id` and `text` are needed."""
-    return read_records(path, "question file", ("question_id", "text"))
+    return read_records(path, "question file", Fields({"question_id": ID, "text": TEXT}))
 
 
 def score_files(annotation_dir: str, question_file: str, result_file: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 from llava.eval.arguments import Parser
 from llava.eval.jsonio import read_json, write_json
 from llava.eval.scoring import Coverage, warn
+from llava.schema import TEXT, Fields, ListOf, MapOf, check, kind_of
 from llava.utils import UserError, cli_main
 
 CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
@@ -60,21 +61,16 @@ def _percent(values: Sequence[float]) -> float:
 
 def load_capabilities(path: str) -> dict[str, list[str]]:
     """Question id -> capabilities, from `mm-vet.json`."""
-    content = read_json(path, "annotation file")
+    content = read_json(path, "annotation file", unique_keys=True)
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path}: not an MM-Vet annotation file (needs an object keyed by question id)")
-    result = {}
-    for key, question in content.items():
-        names = question.get("capability") if isinstance(question, dict) else None
-        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-            raise UserError(f"{path}: question {key} needs a non-empty list 'capability'")
-        result[key] = names
-    return result
+    check(content, MapOf(Fields({"capability": ListOf(TEXT, least=1)})), path)
+    return {key: question["capability"] for key, question in content.items()}
 
 
 def load_grades(path: str) -> dict[str, list[float]]:
     """Question id -> grades, one a run, from {id: {"score": [...], ...}} or {id: score}; numbers from 0 to 1."""
-    content = read_json(path, "grade file")
+    content = read_json(path, "grade file", unique_keys=True)
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a grade file (needs an object keyed by question id)")
     return {key: _grades_of(entry, f"{path}: question {key}") for key, entry in content.items()}
@@ -89,10 +85,10 @@ def _grades_of(entry: Any, where: str) -> list[float]:
     for value in entry if isinstance(entry, list) else [entry]:
         try:
             grade = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             grade = math.nan
         if not 0 <= grade <= 1:
-            raise UserError(f"{where}: grade {str(value)[:40]!r} is not a number from 0 to 1 (ungraded answer file?)")
+            raise UserError(f"{where}: grade {kind_of(value)} is not a number from 0 to 1 (ungraded answer file?)")
         grades.append(grade)
     return grades
 

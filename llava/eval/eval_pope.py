@@ -15,9 +15,12 @@ from typing import Any
 from llava.eval.arguments import Parser
 from llava.eval.jsonio import read_records, require_folder, write_json
 from llava.eval.scoring import check_same_questions, join_answers, load_answers
+from llava.schema import ID, SCALAR, TEXT, Fields, optional
 from llava.utils import UserError, cli_main
 
 _PREFIX = "coco_pope_"
+_LABEL = Fields({"label": SCALAR, "image?": optional(TEXT), "text?": optional(TEXT)})
+_QUESTION = Fields({"question_id": ID, "text": TEXT, "category": optional(TEXT), "image?": optional(TEXT)})
 
 
 def says_no(text: str) -> bool:
@@ -115,20 +118,25 @@ def _check_alignment(category: str, entries: Sequence[dict[str, Any]], asked: Se
         )
     for number, (entry, question) in enumerate(zip(entries, asked, strict=True), start=1):
         same_image = entry.get("image") == question.get("image")
-        same_text = str(entry.get("text", "")).strip() == str(question["text"]).split("\n")[0].strip()
+        same_text = str(entry.get("text", "")).strip() == first_line(question).strip()
         if not (same_image and same_text):
             raise UserError(
                 f"{name} does not line up with the question file: its entry {number} is about "
                 f"{entry.get('image')!r}, question {question['question_id']} about {question.get('image')!r}"
-                + ("" if not same_image else f" with another text ({question['text'].splitlines()[0]!r})")
+                + ("" if not same_image else f" with another text ({first_line(question)!r})")
             )
+
+
+def first_line(question: Mapping[str, Any]) -> str:
+    """The question itself: an instruction stands on lines of its own below it."""
+    return question["text"].split("\n")[0]
 
 
 def load_labels(folder: str) -> dict[str, list[dict[str, Any]]]:
     """category -> label entries of every `coco_pope_*.json` in `folder`, categories in alphabetical order."""
     labels = {}
     for path in sorted(require_folder(folder, "annotation folder").glob(f"{_PREFIX}*.json")):
-        labels[path.stem[len(_PREFIX) :]] = read_records(path, "label file", ("label",))
+        labels[path.stem[len(_PREFIX) :]] = read_records(path, "label file", _LABEL)
     if not labels:
         raise UserError(f"{folder}: holds no {_PREFIX}*.json")
     return labels
@@ -136,13 +144,13 @@ def load_labels(folder: str) -> dict[str, list[dict[str, Any]]]:
 
 def load_questions(path: str) -> list[dict[str, Any]]:
     """The question file; POPE needs `question_id`, `text` and `category`."""
-    return read_records(path, "question file", ("question_id", "text", "category"))
+    return read_records(path, "question file", _QUESTION)
 
 
 def score_files(annotation_dir: str, question_file: str, result_file: str) -> dict[str, Any]:
     """`evaluate_pope` on files; raises `UserError` when no answer belongs to a question."""
     questions, answers = load_questions(question_file), load_answers(result_file, keep_torn=True)
-    texts = {str(question["question_id"]): question["text"].split("\n")[0] for question in questions}
+    texts = {str(question["question_id"]): first_line(question) for question in questions}
     check_same_questions(result_file, texts, answers)
     result = evaluate_pope(load_labels(annotation_dir), questions, answers)
     if not result["categories"]:

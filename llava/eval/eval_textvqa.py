@@ -16,8 +16,10 @@ from llava.eval.arguments import Parser
 from llava.eval.jsonio import read_json, require_folder, write_json
 from llava.eval.scoring import join_answers, load_answers
 from llava.eval.vqa_text import soft_accuracy
+from llava.schema import ID, TEXT, Fields, ListOf, check
 from llava.utils import UserError, cli_main
 
+_ENTRIES = ListOf(Fields({"image_id": ID, "question": TEXT, "answers": ListOf(TEXT, least=1)}), least=1)
 _OCR_FIRST_PROMPT = re.compile(r"Question: (.*?) Short answer:", re.DOTALL)
 
 
@@ -59,11 +61,7 @@ def load_annotations(path: str) -> list[dict[str, Any]]:
     data = content.get("data") if isinstance(content, dict) else None
     if not isinstance(data, list) or not data:
         raise UserError(f"{path}: not a TextVQA annotation file (needs a non-empty list under 'data')")
-    for index, item in enumerate(data):
-        valid = isinstance(item, dict) and "image_id" in item and isinstance(item.get("question"), str)
-        references = item.get("answers") if valid else None
-        if not isinstance(references, list) or not references or not all(isinstance(a, str) for a in references):
-            raise UserError(f"{path}: data[{index}] needs 'image_id', 'question' and a list of 'answers'")
+    check(content, Fields({"data": _ENTRIES}), path)
     return data
 
 

@@ -16,7 +16,14 @@ from llava.eval.arguments import Parser
 from llava.eval.jsonio import read_json, read_records, require_file, write_json
 from llava.eval.scoring import join_answers, load_answers
 from llava.eval.vqa_text import soft_accuracy
+from llava.schema import ID, SCALAR, TEXT, Fields, ListOf, check, optional
 from llava.utils import UserError, cli_main
+
+_ANNOTATION = {"answers": ListOf(Fields({"answer": TEXT}), least=1), "answer_type?": optional(TEXT)}
+_VQAV2 = Fields({"annotations": ListOf(Fields({"question_id": ID, **_ANNOTATION}), least=1)})
+_VIZWIZ = ListOf(Fields({"image": TEXT, **_ANNOTATION}), least=1)
+_UPLOAD = ListOf(Fields({"question_id?": ID, "image?": ID, "answer": SCALAR}))
+_ASKED_ABOUT = Fields({"question_id": ID, "image": TEXT})
 
 
 def vqa_accuracy(annotations: Mapping[str, Mapping[str, Any]], answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -50,12 +57,10 @@ def load_annotations(path: str) -> tuple[dict[str, dict[str, Any]], str]:
     key = "question_id" if isinstance(content, dict) else "image"
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{path}: neither VQAv2 annotations (a list under 'annotations') nor those of VizWiz (a list)")
+    check(content, _VQAV2 if isinstance(content, dict) else _VIZWIZ, path)
     result: dict[str, dict[str, Any]] = {}
     for index, entry in enumerate(entries):
-        references = entry.get("answers") if isinstance(entry, dict) else None
-        texts = [item.get("answer") for item in references or () if isinstance(item, dict)]
-        if not texts or key not in entry or not all(isinstance(text, str) for text in texts):
-            raise UserError(f"{path}: entry {index} needs {key!r} and 'answers', a list of {{'answer': text}}")
+        texts = [item["answer"] for item in entry["answers"]]
         if str(entry[key]) in result:
             raise UserError(f"{path}: entry {index}: {key} {entry[key]!r} occurs twice")
         result[str(entry[key])] = {"answers": texts, "answer_type": entry.get("answer_type")}
@@ -69,10 +74,10 @@ def load_results(path: str) -> list[dict[str, Any]]:
     if not start.startswith(b"["):
         return load_answers(path, keep_torn=True)
     result = []
-    for index, entry in enumerate(read_json(path, "upload file")):
-        key = next((name for name in ("question_id", "image") if isinstance(entry, dict) and name in entry), None)
-        if key is None or "answer" not in entry:
-            raise UserError(f"{path}: entry {index} needs 'question_id' or 'image', and 'answer'")
+    for index, entry in enumerate(check(read_json(path, "upload file"), _UPLOAD, path)):
+        key = next((name for name in ("question_id", "image") if name in entry), None)
+        if key is None:
+            raise UserError(f"{path}: entry {index} needs 'question_id' or 'image'")
         result.append({"question_id": entry[key], "text": str(entry["answer"])})
     return result
 
@@ -85,7 +90,7 @@ def score_files(annotation_file: str, result_file: str, question_file: str | Non
     annotations, key = load_annotations(annotation_file)
     answers = load_results(result_file)
     if key == "image" and question_file:
-        questions = read_records(question_file, "question file", ("question_id", "image"))
+        questions = read_records(question_file, "question file", _ASKED_ABOUT)
         images = {str(question["question_id"]): question["image"] for question in questions}
         answers = [{**a, "question_id": images.get(str(a["question_id"]), a["question_id"])} for a in answers]
     result = vqa_accuracy(annotations, answers)

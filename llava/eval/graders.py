@@ -21,6 +21,7 @@ from llava.eval import (
 )
 from llava.eval.jsonio import read_records
 from llava.eval.vqa_text import soft_accuracy
+from llava.schema import ID, TEXT, Fields
 
 Grader = Callable[[Mapping[str, Any]], float | None]
 """An answer (``question_id``, ``prompt``, ``text``) to its credit from 0 to 1, None if there is no truth for it."""
@@ -43,7 +44,7 @@ def vqa(annotations: Path, questions: Path) -> Grader | None:
     if not annotations.is_file():
         return None
     references, key = eval_vqa.load_annotations(str(annotations))
-    records = read_records(questions, "question file", ("question_id", "image"))
+    records = read_records(questions, "question file", Fields({"question_id": ID, "image": TEXT}))
     names = {str(record["question_id"]): str(record[key]) for record in records}
 
     def grade(answer: Mapping[str, Any]) -> float | None:

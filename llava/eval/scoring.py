@@ -5,17 +5,18 @@ Knows the answer-file format; nothing of any benchmark's metric.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from llava.eval.jsonio import iter_jsonl, require_file, require_keys
+from llava.jsonfiles import iter_jsonl, parse_line, require_file
+from llava.schema import ID, SCALAR, TEXT, Fields, check, optional
 from llava.utils import UserError
 
 Key = TypeVar("Key", bound=Hashable)
 MAX_EXAMPLES = 3
+ANSWER = Fields({"question_id": ID, "text": SCALAR, "prompt?": optional(TEXT)})
 LEFT_OUT = "of {expected} questions have no answer and are left out of the score"
 
 
@@ -87,14 +88,22 @@ def load_answers(path: str, keep_torn: bool = False) -> list[dict[str, Any]]:
     for scorers, which count the question as missing.
     """
     limit = _whole_bytes(path) if keep_torn else None
-    answers = []
-    for number, record in iter_jsonl(path, "answer file", limit_bytes=limit):
-        require_keys(record, ("question_id", "text"), f"{path}:{number}")
-        text = record["text"]
-        answers.append({**record, "text": text if isinstance(text, str) else "" if text is None else str(text)})
+    answers = [
+        as_answer(record, f"{path}:{number}") for number, record in iter_jsonl(path, "answer file", limit_bytes=limit)
+    ]
     if limit is not None:
         warn(f"{path}: the last line is cut off and left out; the run is not finished")
     return answers
+
+
+def as_answer(record: dict[str, Any], where: str) -> dict[str, Any]:
+    """A line of an answer file with its text as a string; a prompt that is null is none. `UserError` names `where`."""
+    check(record, ANSWER, where)
+    text = record["text"]
+    answer = {**record, "text": text if isinstance(text, str) else "" if text is None else str(text)}
+    if answer.get("prompt", "") is None:
+        del answer["prompt"]
+    return answer
 
 
 def _whole_bytes(path: str) -> int | None:
@@ -104,9 +113,10 @@ def _whole_bytes(path: str) -> int | None:
     if end in (0, len(data)):
         return None
     try:
-        return None if isinstance(json.loads(data[end:].decode("utf-8")), dict) else end
-    except (ValueError, RecursionError):
+        parse_line(data[end:], path, "answer file")
+    except UserError:
         return end
+    return None
 
 
 def check_same_questions(result_file: str, texts: Mapping[str, str], answers: Sequence[dict[str, Any]]) -> None:

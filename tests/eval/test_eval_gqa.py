@@ -70,7 +70,7 @@ def test_bad_input(tmp_path, capsys):
     answers = write_jsonl(tmp_path / "a.jsonl", [answer("99", "yes")])
     main = eval_gqa.main
     fails_with_one_line(main, ["--annotation-file", annotation, "--result-file", answers], capsys, "no answer belongs")
-    fails_with_one_line(main, ["--annotation-file", answers, "--result-file", answers], capsys, "a.jsonl", "answer")
+    fails_with_one_line(main, ["--annotation-file", answers, "--result-file", answers], capsys, "a.jsonl: question_id")
     entries = write_json(tmp_path / "p.json", [{"questionId": "11"}])
     fails_with_one_line(
         main, ["--annotation-file", annotation, "--result-file", entries], capsys, "entry 0", "prediction"

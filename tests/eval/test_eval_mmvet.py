@@ -89,5 +89,5 @@ def test_bad_input(annotation, tmp_path, capsys):
     fails("no grade belongs", result=write_json(tmp_path / "o.json", {"0": 1.0}))
     fails("'score' is missing", result=write_json(tmp_path / "o.json", {"v1_0": {}}))
     fails("not a grade file", result=write_json(tmp_path / "o.json", [1.0]))
-    fails("'capability'", truth=write_json(tmp_path / "a.json", {"v1_0": {"capability": []}}))
+    fails("v1_0.capability must have 1", truth=write_json(tmp_path / "a.json", {"v1_0": {"capability": []}}))
     fails("annotation file not found", truth=tmp_path / "nowhere.json")

@@ -57,15 +57,15 @@ def test_bad_vqa_files(tmp_path, capsys):
     argv = ["--annotation-file", truth, "--result-file", result]
     for content, part in (
         ({"annotations": []}, "neither VQAv2"),
-        ([{"image": "a.jpg"}], "entry 0 needs 'image' and 'answers'"),
-        ({"annotations": [{"question_id": 1, "answers": ["x"]}]}, "entry 0 needs 'question_id'"),
+        ([{"image": "a.jpg"}], "entry 0: key 'answers' is missing"),
+        ({"annotations": [{"question_id": 1, "answers": ["x"]}]}, "annotations[0].answers[0] must be an object"),
         ({"annotations": [VQA["annotations"][0]] * 2}, "occurs twice"),
         (VQA, "no answer belongs"),
     ):
         write_json(truth, content)
         fails_with_one_line(eval_vqa.main, argv, capsys, part)
     argv[-1] = write_json(tmp_path / "u.json", [{"question_id": 7}])
-    fails_with_one_line(eval_vqa.main, argv, capsys, "u.json: entry 0 needs")
+    fails_with_one_line(eval_vqa.main, argv, capsys, "u.json: entry 0: key 'answer' is missing")
 
 
 def test_reviews(tmp_path, capsys):
