@@ -1,6 +1,6 @@
 """The table of a comparison again, its paired differences, or its place in a document.
 
-python -m llava.eval.compare_report results/compare/compare.json --matrix --insert README.md --marker comparison
+python -m llava.eval.compare_report results/compare/compare.json --matrix --insert docs/comparison.md
 python -m llava.eval.compare_report results/compare/compare.json --versus "autoprune 64"
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,4 +49,16 @@ def print_or_insert(text: str, document: str | None, name: str) -> None:
     if document is None:
         print(text)
     else:
-        write_text_atomic(Path(document), replace_between(read_text(document, "document"), name, text, document))
+        wrapped = replace_between(read_text(document, "document"), name, wrap(text), document)
+        write_text_atomic(Path(document), wrapped)
+
+
+def wrap(text: str, width: int = 120) -> str:
+    """Markdown with its prose in lines of at most `width` characters, as documents have it; tables stay as they are."""
+    lines = []
+    for line in text.split("\n"):
+        if line and not line.startswith("|"):
+            lines += textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False)
+        else:
+            lines.append(line)
+    return "\n".join(lines)
