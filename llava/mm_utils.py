@@ -312,8 +312,9 @@ def tokenizer_image_token(
     """Token ids of `prompt` with `image_token_index` where `<image>` stands; one BOS at most, at the front.
 
     The pieces between placeholders are tokenized on their own, as LLaVA does; the ids therefore differ from
-    tokenizing the whole text (a piece gets its own leading-space token). The ids are those of the
-    sentencepiece tokenizer that LLaVA was published with. Returns a list, or an int64 tensor `[T]` for
+    tokenizing the whole text (a piece gets its own leading-space token). With a tokenizer of
+    `llava.model.tokenizer.load_tokenizer`, which merges by score, the ids are those of the sentencepiece
+    tokenizer that LLaVA was published with. Returns a list, or an int64 tensor `[T]` for
     `return_tensors="pt"`.
     """
     if return_tensors not in (None, "pt"):

@@ -1,16 +1,19 @@
 """The tokenizer of a checkpoint, with the ids that LLaVA was published with.
 
-Knows tokenizer files and settings; the placeholder for images is `llava.mm_utils.tokenizer_image_token`'s.
+LLaVA read `tokenizer.model` with sentencepiece. Transformers 5 has no sentencepiece backend any more and turns the file
+into a byte-pair encoder of its own whose merges follow the vocabulary's order. Sentencepiece merges by score, and the
+two orders differ in published vocabularies: runs of blanks have low ids and the worst scores. So the merges are made
+here, from the scores. The placeholder for images is `llava.mm_utils.tokenizer_image_token`'s.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import normalizers
+from tokenizers import models, normalizers
 from transformers import AutoTokenizer, LlamaTokenizer
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
@@ -26,8 +29,9 @@ LLAMA_TOKENIZERS = ("LlamaTokenizer", "LlamaTokenizerFast")
 def load_tokenizer(folder: Path, config: LlavaConfig) -> Any | None:
     """The folder's tokenizer; None, with a warning, if it has none.
 
-    Transformers 5 has no sentencepiece backend any more. With `tokenizer_image_token`, which handles a blank at
-    the start of a text, the ids are those of the sentencepiece tokenizer that LLaVA was published with.
+    With `tokenizer_image_token`, which handles a blank at the start of a text, the ids are those of the sentencepiece
+    tokenizer that LLaVA was published with, wherever the folder has the `tokenizer.model`. A `tokenizer.json` alone
+    is taken as it is: it holds merges and no scores to check them by.
 
     Raises:
         UserError: a file that cannot be read, or tokens that the embedding table has no rows for.
@@ -50,6 +54,8 @@ def load_tokenizer(folder: Path, config: LlavaConfig) -> Any | None:
             # blank.
             options = _published_defaults(settings, (folder / "tokenizer.json").is_file())
             tokenizer = LlamaTokenizer.from_pretrained(str(folder), local_files_only=True, **options)
+            if (folder / "tokenizer.model").is_file():
+                _merge_by_score(tokenizer, folder / "tokenizer.model")
             if options["legacy"]:
                 _blank_before_every_text(tokenizer)
         else:
@@ -90,6 +96,48 @@ def _published_defaults(settings: Mapping[str, Any], has_json: bool) -> dict[str
     if "add_bos_token" not in settings and not has_json:  # tokenizer.json has its own word on BOS
         options["add_bos_token"] = True
     return options
+
+
+def _merge_by_score(tokenizer: Any, file: Path) -> None:
+    """Give the tokenizer's byte-pair encoder the merges that sentencepiece makes with `file`."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(file.read_bytes())
+    if proto.trainer_spec.model_type != proto.trainer_spec.BPE:
+        raise ValueError(f"{file.name} is no byte-pair model, which {LLAMA_TOKENIZERS[0]} needs")
+    vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
+    known = tokenizer.get_vocab()
+    if any(known.get(piece, i) != i for piece, i in vocab.items()):
+        # A tokenizer.json of another vocabulary beside it: whoever changed it meant that one.
+        logger.warning("%s: its pieces have other ids in tokenizer.json, which is used as it is", file)
+        return
+    unknown = tokenizer.unk_token if tokenizer.unk_token in vocab else None
+    tokenizer.backend_tokenizer.model = models.BPE(
+        vocab=vocab, merges=merges_by_score(proto.pieces), unk_token=unknown, fuse_unk=True, byte_fallback=True
+    )
+
+
+def merges_by_score(pieces: Sequence[Any]) -> list[tuple[str, str]]:
+    """Every way to put a piece together from two, best score first.
+
+    Sentencepiece joins the neighbors whose union has the best score; between equals the leftmost pair. Among equals
+    the pair with the longest left half comes first here: a run of blanks then grows from its left end, one blank at a
+    time, which is what leftmost-first does where all runs have one score.
+
+    Args:
+        pieces: of a sentencepiece model, in the order of their ids, with `piece`, `score` and `type`.
+    """
+    normal, unused = 1, 5  # sentencepiece looks up no other types (control, byte, unknown) when it joins
+    scores = {piece.piece: piece.score for piece in pieces if piece.type in (normal, unused)}
+    merges = [
+        (score, cut, piece[:cut], piece[cut:])
+        for piece, score in scores.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in scores and piece[cut:] in scores
+    ]
+    merges.sort(key=lambda merge: (-merge[0], -merge[1]))
+    return [(left, right) for _, _, left, right in merges]
 
 
 def _blank_before_every_text(tokenizer: Any) -> None:

@@ -3,13 +3,18 @@
 `published_ids` below is an independent computation with the sentencepiece model itself, of both behaviors that
 checkpoints ask for: `legacy: true` (every text between special tokens gets a blank in front) and `legacy: false`
 (only the first one does).
+
+In the vocabulary of these tests, as in Llama's and Mistral's, runs of blanks have low ids and the worst scores, so that
+the order of ids and the order of merges differ.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
 import re
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -19,6 +24,7 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
 from llava.mm_utils import tokenizer_image_token
 from llava.model.tokenizer import load_tokenizer
+from llava.utils import UserError
 from tests.conftest import ROOT
 from tests.model.tiny import tiny_config, write_tokenizer
 
@@ -30,7 +36,24 @@ IMAGE = IMAGE_TOKEN_INDEX
 def folder(tmp_path_factory):
     # Runs of blanks in the corpus: as in Llama's own vocabulary, several blanks make one piece.
     corpus = "def f(x):\n    return x\n\n        if  x:   y\n" * 30
-    return write_tokenizer(tmp_path_factory.mktemp("ids"), corpus=corpus)
+    return blank_runs_first(write_tokenizer(tmp_path_factory.mktemp("ids"), corpus=corpus))
+
+
+def blank_runs_first(folder):
+    """Moves runs of two blanks and more behind the bytes, with the score that Mistral's have."""
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString((folder / "tokenizer.model").read_bytes())
+    runs = [piece for piece in proto.pieces if len(piece.piece) > 1 and set(piece.piece) == {"\u2581"}]
+    others = [piece for piece in proto.pieces if piece not in runs]
+    first = next(i for i, piece in enumerate(others) if piece.type == piece.NORMAL)
+    copies = [(piece.piece, piece.score, piece.type) for piece in (*others[:first], *runs, *others[first:])]
+    assert len(runs) > 2 and first > 256
+    del proto.pieces[:]
+    for piece, score, kind in copies:
+        run = len(piece) > 1 and set(piece) == {"\u2581"}
+        proto.pieces.add(piece=piece, score=-1e9 if run else score, type=kind)
+    (folder / "tokenizer.model").write_bytes(proto.SerializeToString())
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +145,7 @@ def test_ids_are_the_published_ones(tokenizers, published_ids, legacy, prompt):
 def test_ids_of_random_prompts(tokenizers, published_ids, legacy):
     parts = ["What", "is", " ", "  ", "\n", "USER:", "</s>", "<s>", "<unk>", "\u00e9", "\u65e5", "\u2581", "\t"]
     parts += ["the color", "star?", "\U0001f642", "###", ".", "1", "23", "<image>", "<image>\n", " <image> "]
+    parts += [" " * n for n in (3, 4, 5, 8, 9, 17)]
     draw = random.Random(0)
     for _ in range(2000):
         prompt = "".join(draw.choice(parts) for _ in range(draw.randint(0, 9)))
@@ -150,13 +174,50 @@ def test_golden_pieces(tokenizers):
     image = str(IMAGE)
     # A newline after the image keeps its leading-space token.
     assert pieces("USER: <image>\nWhat")[-5:] == [image, "\u2581", "<0x0A>", "W", "hat"]
-    # A blank after the image is a second one: here both make one piece, as in Llama's vocabulary.
-    assert pieces("USER: <image> What")[-4:] == [image, "\u2581\u2581", "W", "hat"]
+    # A blank after the image is a second one. The word keeps its own: runs of blanks have the worst score.
+    assert pieces("USER: <image> What")[-3:] == [image, "\u2581", "\u2581What"]
+    assert pieces("USER: <image>   ")[-2:] == [image, "\u2581" * 4]
     assert pieces("<image><image>") == ["<s>", image, image]
     assert pieces("") == ["<s>"]
     # After the end of a turn, only the legacy tokenizer writes a leading space.
     assert pieces("red</s>What")[-3:] == ["</s>", "W", "hat"]
     assert pieces("red</s>What", legacy=True)[-2:] == ["</s>", "\u2581What"]
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("mistral_common") is None,
+    reason="mistral-common, which ships a published vocabulary, is not installed (it comes with the dev extra)",
+)
+def test_ids_of_a_published_vocabulary(tmp_path):
+    """Mistral's first tokenizer.model: 32,000 pieces, runs of blanks with the lowest ids and a score of -1e9."""
+    data = Path(importlib.util.find_spec("mistral_common").origin).parent / "data" / "tokenizer.model.v1"
+    (tmp_path / "tokenizer.model").write_bytes(data.read_bytes())
+    model = sentencepiece.SentencePieceProcessor(model_file=str(data))
+    tokenizer = load_tokenizer(tmp_path, tiny_config(text={"vocab_size": 32000}))
+    hello = tokenizer.convert_ids_to_tokens(tokenizer_image_token("Hello  world", tokenizer))
+    assert hello == ["<s>", "\u2581Hello", "\u2581", "\u2581world"]
+    words = ["Hello", "world", "the color", "na\u00efve", "\u65e5\u672c", "\U0001f642", "def f(x):", "return", "12345"]
+    words += ["...", "I'm", "\n", "\n\n", "\t", "aaa", "\u2581", "_", "==", "<0x0A>", "Stra\u00dfe"]
+    draw = random.Random(5)
+    for _ in range(1000):
+        parts = [draw.choice(words) + " " * draw.choice((0, 1, 1, 2, 3, 4, 5, 8, 15, 17, 33)) for _ in range(8)]
+        text = " " * draw.choice((0, 0, 1, 2, 5)) + "".join(parts[: draw.randint(1, 8)])
+        assert tokenizer_image_token(text, tokenizer) == [1, *model.encode(text)], repr(text)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [("unigram", "is no byte-pair model"), ("text", "tokenizer cannot be read"), ("empty", "tokenizer cannot be read")],
+)
+def test_models_that_cannot_be_used(folder, tmp_path, damage, message):
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString((folder / "tokenizer.model").read_bytes())
+    proto.trainer_spec.model_type = proto.trainer_spec.UNIGRAM
+    content = {"unigram": proto.SerializeToString(), "text": b"hello", "empty": b""}[damage]
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        load_tokenizer(tmp_path, tiny_config())
+    assert "\n" not in str(caught.value)
 
 
 def test_ids_of_the_embedded_checkpoint():
