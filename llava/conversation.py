@@ -1,8 +1,8 @@
 """Prompt templates: how system prompt, roles, turns and separators become one string. LLaVA's names,
 strings and separators.
 
-Knows nothing of tokenizers or images beyond the `<image>` placeholder. The templates keep their messages in
-tuples, so that only a `copy()` can be written to.
+Of images there is only the placeholder, `<image>`. The templates keep their messages in tuples, so that only a
+`copy()` can be written to.
 """
 
 from __future__ import annotations
@@ -11,6 +11,14 @@ import dataclasses
 from collections.abc import Sequence
 from enum import Enum, auto
 from typing import Any
+
+from llava.constants import (
+    DEFAULT_IM_END_TOKEN,
+    DEFAULT_IM_START_TOKEN,
+    DEFAULT_IMAGE_TOKEN,
+    IMAGE_PLACEHOLDER,
+)
+from llava.utils import UserError
 
 
 class SeparatorStyle(Enum):
@@ -114,7 +122,7 @@ class Conversation:
         for i, (role, text) in enumerate(turns):
             if i == 0:
                 if not text:
-                    raise ValueError("the first message of this template must not be empty")
+                    raise UserError("the first message of this template must not be empty")
                 if role != self.roles[0]:
                     raise ValueError(f"the first message of this template must come from {self.roles[0]!r}")
                 if self.system:
@@ -259,3 +267,41 @@ def infer_conv_mode(model_name: str) -> str:
     if "v1" in name or "llava-1." in name:
         return "llava_v1"
     return "mpt" if "mpt" in name else "llava_v0"
+
+
+def with_image_tokens(text: str, images: int, start_end: bool = False) -> str:
+    """The message with one placeholder per image.
+
+    `<image-placeholder>` or `<image>` in the text say where the images belong; without them each gets a line in
+    front. start_end: the checkpoint wants start and end tokens around an image.
+
+    Raises:
+        UserError: placeholders were written, but not one per image.
+    """
+    token = DEFAULT_IMAGE_TOKEN
+    if start_end:
+        token = DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN
+    text = text.replace(IMAGE_PLACEHOLDER, DEFAULT_IMAGE_TOKEN)
+    written = text.count(DEFAULT_IMAGE_TOKEN)
+    if written == 0:
+        return f"{token}\n" * images + text
+    if written != images:
+        raise UserError(
+            f"the text has {written} image placeholder(s) ({DEFAULT_IMAGE_TOKEN} or {IMAGE_PLACEHOLDER}) for {images} "
+            "image(s): write one per image, or none"
+        )
+    return text.replace(DEFAULT_IMAGE_TOKEN, token)
+
+
+def build_prompt(text: str, images: int, conv_mode: str, mm_use_im_start_end: bool = False) -> str:
+    """The full prompt of a question about `images` images in the template `conv_mode`.
+
+    Where the images belong and what is an error: see `with_image_tokens`. Some templates take no empty message.
+    """
+    conversation = conv_templates[conv_mode].copy()
+    conversation.append_message(conversation.roles[0], with_image_tokens(text, images, mm_use_im_start_end))
+    conversation.append_message(conversation.roles[1], None)
+    prompt = conversation.get_prompt()
+    if not prompt:
+        raise UserError("the question is empty and the template adds nothing to it: there is nothing to ask")
+    return prompt

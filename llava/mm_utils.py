@@ -1,7 +1,6 @@
 """LLaVA's image and prompt helpers: preprocessing (pad, anyres), placeholder tokenization, stopping, model
 names.
 
-Works on PIL images, tokenizers and image processors; knows nothing of the model's modules or of pruning.
 Sizes are `(width, height)` in pixels wherever a name ends in `_wh`, as PIL gives them.
 """
 
@@ -20,6 +19,7 @@ from PIL import Image
 from transformers import StoppingCriteria
 
 from llava.constants import IMAGE_TOKEN_INDEX
+from llava.thin_images import pad_and_scale
 from llava.utils import UserError
 
 Size = tuple[int, int]
@@ -28,6 +28,16 @@ Size = tuple[int, int]
 # in parts.
 MAX_CANVAS_PIXELS = 2**27
 _STRIP_ROWS = 64
+_BLOCK_VALUES = 2**20  # values of deep gray that are converted at a time
+# Largest picture that scaling makes on its way, one side scaled and the other not yet: half a gigabyte in PIL. With
+# LLaVA's 336 pixels a side may be 399,457 pixels long.
+MAX_SCALED_PIXELS = 2**27
+# Pictures this much longer than wide are padded without a canvas: the work for one grows with the square of the length.
+_THIN = 4
+
+
+class ImageTooLarge(UserError):
+    """A picture whose sides need more memory than preprocessing may take."""
 
 
 def load_image_from_base64(image: str | bytes) -> Image.Image:
@@ -65,15 +75,25 @@ def _eight_bits(gray: np.ndarray, mode: str) -> Image.Image:
     """Deep gray `[H, W]` as mode "L". The scale follows from the mode or, where it says nothing, from the
     largest value: 1 (floats only), 255, 65535, or that value itself.
     """
-    values = np.nan_to_num(gray.astype(np.float64), posinf=0.0, neginf=0.0).clip(min=0)
-    top = values.max(initial=0.0)
-    if mode == "F" and 0 < top <= 1:
-        values *= 255
-    elif mode.startswith("I;16") or 255 < top <= 65535:
-        values = np.floor_divide(values, 256)  # the high byte, as PIL reads 16-bit color
-    elif top > 65535:
-        values *= 255 / top
-    return Image.fromarray(values.astype(np.uint8))
+    # In double precision a whole picture would be eight times as large.
+    rows = max(_BLOCK_VALUES // max(gray.shape[1], 1), 1)
+    blocks = [slice(start, start + rows) for start in range(0, len(gray), rows)]
+
+    def wide(block: slice) -> np.ndarray:
+        return np.nan_to_num(gray[block].astype(np.float64), posinf=0.0, neginf=0.0).clip(min=0)
+
+    top = max((wide(block).max(initial=0.0) for block in blocks), default=0.0)
+    scaled = np.empty(gray.shape, dtype=np.uint8)
+    for block in blocks:
+        values = wide(block)
+        if mode == "F" and 0 < top <= 1:
+            values *= 255
+        elif mode.startswith("I;16") or 255 < top <= 65535:
+            values = np.floor_divide(values, 256)  # the high byte, as PIL reads 16-bit color
+        elif top > 65535:
+            values *= 255 / top
+        scaled[block] = values.astype(np.uint8)
+    return Image.fromarray(scaled)
 
 
 # --- pad ----------------------------------------------------------------------------------------------------
@@ -96,13 +116,16 @@ def _padded_square(image: Image.Image, background_color: Any, processor: Any) ->
     """`expand2square`; if that square were huge, the square at the processor's size, with the same bytes.
 
     PIL scales the rows of a square first and then its columns, with 8-bit values in between. So rows can be
-    scaled strip by strip, and those of the padding need not be scaled at all.
+    scaled strip by strip, and those of the padding need not be scaled at all. Of thin pictures nothing but the
+    picture itself is scaled.
     """
     width, height = image.size
     full = max(image.size)
     if width == height or full * full <= MAX_CANVAS_PIXELS:
         return expand2square(image, background_color)
     side = _side(processor.size)
+    if min(image.size) * _THIN <= full and processor.resample == Image.Resampling.BICUBIC:
+        return pad_and_scale(image, side, background_color)
     left, top = (full - width) // 2, (full - height) // 2
     narrow = Image.new("RGB", (side, full), background_color)
     for y in range(0, height, _STRIP_ROWS):
@@ -245,8 +268,17 @@ def process_images(
     `"pad"`: squares padded with the processor's mean color, `[n, 3, side, side]`. `"anyres"`: crops per
     image, `[n, crops, 3, side, side]`, or a list of `[crops, 3, side, side]` if the images have different
     numbers of crops. Anything else: the processor's own resize and center crop.
+
+    Raises:
+        ImageTooLarge: a side is so long that scaling would take more than half a gigabyte.
     """
     aspect_ratio = getattr(model_cfg, "image_aspect_ratio", None)
+    longest = MAX_SCALED_PIXELS // _side(image_processor.size)
+    for image in images:
+        if max(image.size) > longest:
+            raise ImageTooLarge(
+                f"{image.width} x {image.height} pixels: a side may have {longest} pixels, scale the picture down first"
+            )
     # Palette, gray and alpha images would fail or change meaning when a color is pasted beneath them.
     images = [to_rgb(image) for image in images]
     if aspect_ratio == "pad":

@@ -1,13 +1,11 @@
-"""Small helpers shared by the command line tools: user-facing errors, loggers, faster model construction.
-
-Knows nothing of models, prompts or pruning.
-"""
+"""Small helpers shared by the command line tools: user-facing errors, text for terminals, loggers."""
 
 from __future__ import annotations
 
 import functools
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +22,25 @@ class UserError(ValueError):
     """
 
 
+# Control characters (a terminal obeys some of them), marks that turn the order of writing around, and halves of
+# surrogate pairs, which no terminal can show. Line breaks and tabs are for the caller to judge.
+_UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str, one_line: bool = True) -> str:
+    """`text` for a terminal: what the terminal would obey instead of show becomes an escape like `\\x1b`.
+
+    For everything that comes from outside: names of files, ids, answers of a model. one_line: line breaks and tabs
+    become escapes too; without it they stay.
+    """
+    text = _UNSEEN.sub(_escape, text)
+    return re.sub(r"[\t\n\u2028\u2029]", _escape, text) if one_line else text
+
+
+def _escape(match: re.Match[str]) -> str:
+    return match[0].encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
 def is_user_error(error: BaseException) -> bool:
     """True for `UserError` and for errors of packages that know nothing of LLaVA but mark themselves as
     user errors.
@@ -35,12 +52,12 @@ def is_user_error(error: BaseException) -> bool:
 
 
 def describe_error(error: BaseException) -> str:
-    """The error as one line; file errors are put as `path: reason`."""
+    """The error as one line that a terminal shows and does not obey; file errors are put as `path: reason`."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         text = f"{error.filename}: {error.strerror}"
     else:
         text = str(error) or type(error).__name__
-    return " ".join(text.split())
+    return visible(" ".join(text.split()))
 
 
 def cli_main(main: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,7 +73,7 @@ def cli_main(main: Callable[..., Any]) -> Callable[..., Any]:
         try:
             result = main(*args, **kwargs)
         except KeyboardInterrupt as error:
-            print(f"error: {error or 'interrupted'}", file=sys.stderr)
+            print(f"error: {visible(str(error)) or 'interrupted'}", file=sys.stderr)
             sys.exit(getattr(error, "exit_status", INTERRUPTED_STATUS))
         except BrokenPipeError:
             # The reader of our output (`| head`) went away: not an error, but Python would complain again

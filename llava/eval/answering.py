@@ -1,7 +1,7 @@
 """Answering a list of questions from the command line's flags.
 
 Shared by the `model_vqa*` tools; a tool says which questions there are and, where its prompts differ, gives
-its own `Answerer`. Knows flags and which parts of the program they go to; no question-file format.
+its own `Answerer`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,25 @@ from llava.eval.arguments import (
     method_from_args,
 )
 from llava.eval.interrupts import Interrupts
-from llava.eval.jsonio import require_folder
+from llava.eval.jsonio import iter_jsonl, require_folder
 from llava.eval.questions import Question
-from llava.eval.sharding import World
+from llava.eval.sharding import World, existing_parts
 from llava.eval.whole import Whole
 from llava.utils import UserError
+
+ZERO, KEEP = PADDING_ATTENTION = ("zero", "keep")
+
+
+def add_padding_argument(parser: argparse.ArgumentParser, default: str) -> None:
+    """What becomes of the CLS attention on padding; the published tools differ in it."""
+    parser.add_argument_group("images").add_argument(
+        "--padding-attention",
+        choices=PADDING_ATTENTION,
+        default=None,
+        help="CLS attention of patches that pad a picture to a square, for methods that use it; zero: they count as "
+        "unattended, as in the published model_vqa_loader and model_vqa_mmbench; keep: as the tower gives it, as in "
+        f"the published model_vqa and model_vqa_science; default: {default}",
+    )
 
 
 def add_running_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,11 +105,16 @@ def run_questions(
     questions: Sequence[Question],
     answerer_class: Callable[..., Any] | None = None,
     metadata: Mapping[str, Any] | None = None,
+    prompt_text: Callable[[Question], str] | None = None,
+    images_are_files: bool = True,
+    padding_attention: str = ZERO,
 ) -> int:
     """Answers `questions` as the shared flags say, into `args.answers_file`; returns the exit status.
 
     answerer_class: takes what `Answerer` takes; for tools whose prompts or images differ. metadata: a tool's
     own options; like the shared ones they are written to every answer, and a resumed run must have the same.
+    prompt_text: what the model is asked, where that is not the question's text. images_are_files: whether images
+    lie in the image folder. padding_attention: what the tool does if the flag is not given.
     """
     # Everything that can be wrong with the input is found before the model is loaded.
     method = method_from_args(args)
@@ -107,33 +126,48 @@ def run_questions(
         if value is not None and value < least:
             raise UserError(f"{flag} must be at least {least}, got {value}")
     image_folder = Path(args.image_folder or ".")
-    if any(question.image is not None for question in questions):
+    most_images = max((len(question.images) for question in questions), default=0)
+    if most_images:
         require_folder(image_folder, "image folder")
 
-    from llava.eval.runner import Answerer, check_conv_mode
+    from llava.eval.runner import Answerer, check_conv_mode, question_problem
     from llava.mm_utils import get_model_name_from_path
 
     check_conv_mode(args.conv_mode)
+
+    def problem(question: Question) -> str | None:
+        text = question.text if prompt_text is None else prompt_text(question)
+        return question_problem(question, text, args.conv_mode, image_folder if images_are_files else None)
+
+    if args.strict:
+        for question in questions:
+            if (reason := problem(question)) is not None:
+                raise UserError(f"{question.source}: {reason}")
     options = {name: value for name, value in asdict(method).items() if value is not None}
     options |= {"conv_mode": args.conv_mode, **asdict(generation), **(metadata or {})}
     options = {"method": args.method, **options}
     if getattr(args, "mm_patch_merge_type", None) is not None:
         options["mm_patch_merge_type"] = args.mm_patch_merge_type
+    padding, recorded = resolve_padding(args, padding_attention)
+    if recorded:
+        options["padding_attention"] = padding
     model_id = get_model_name_from_path(args.model_path)
     world = World.from_environment()
     whole = Whole(args, questions, model_id, options)
     with Interrupts() as interrupts:
         evaluation = whole.own_share(world, image_folder)
         try:
+            evaluation.set_aside(problem)
             if evaluation.pending:
                 if args.device is None:
                     args.device = world.device()
                 tokenizer, model, image_processor, _ = load_model(args)
-                check_budget(method, max_visual_tokens(model))
+                check_budget(method, max_visual_tokens(model) * max(most_images, 1))
                 answerer = (answerer_class or Answerer)(
                     tokenizer, model, image_processor, image_folder, args.conv_mode, generation
                 )
                 answerer.max_image_pixels = args.max_image_pixels
+                answerer.masks_padding = padding == ZERO
                 evaluation.run(answerer, method, interrupts)
         except BaseException as error:
             # What went wrong first is what the user must hear of; a full disk would fail here a second time.
@@ -144,6 +178,36 @@ def run_questions(
             raise
         evaluation.close()
         return whole.merge_if_last(world, evaluation.summarize())
+
+
+def resolve_padding(args: argparse.Namespace, default: str) -> tuple[str, bool]:
+    """The `--padding-attention` of a run, and whether its answers record it.
+
+    Runs of earlier versions have none and zeroed the attention in every tool: they are continued like that. It is also
+    what a tool whose default it is need not record.
+    """
+    given = getattr(args, "padding_attention", None)
+    earlier = _earlier_options(args.answers_file) if args.resume else None
+    if earlier is not None and "padding_attention" not in earlier and default != ZERO and given in (None, ZERO):
+        if given is None and not args.quiet:
+            print(
+                f"{args.answers_file}: these answers were begun with --padding-attention {ZERO}, which this version no "
+                "longer has by default: continuing with it",
+                file=sys.stderr,
+            )
+        return ZERO, False
+    padding = given or default
+    return padding, KEEP in (padding, default)
+
+
+def _earlier_options(answers_file: str) -> Mapping[str, Any] | None:
+    """The metadata of the first answer that is there; None if there is none. What is broken is told elsewhere."""
+    for path in (Path(answers_file), *existing_parts(answers_file)):
+        with contextlib.suppress(UserError, OSError):
+            for _, record in iter_jsonl(path, "answers file"):
+                metadata = record.get("metadata")
+                return metadata if isinstance(metadata, dict) else None
+    return None
 
 
 def max_visual_tokens(model: Any) -> int:

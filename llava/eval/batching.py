@@ -1,7 +1,7 @@
 """Which questions share a forward pass, and what happens when one pass fails.
 
-Knows prepared samples and how large a batch may be; nothing of files. Questions of similar length share a batch, a
-batch that does not fit into memory is halved, and a sample that fails is told from those that only shared its batch.
+Questions of similar length share a batch, a batch that does not fit into memory is halved, and a sample that fails is
+told from those that only shared its batch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from llava.eval.arguments import AUTO
+from llava.eval.images import SampleError
 from llava.eval.numerics import where_not_finite
 from llava.utils import UserError, is_user_error
 
@@ -64,8 +65,8 @@ class BatchSize:
 
 
 def sample_length(sample: Any) -> tuple[int, int]:
-    """What the length of a sample's row grows with: views of the image, then tokens of the prompt."""
-    views = 0 if sample.pixels is None else sample.pixels.shape[0] if sample.pixels.ndim == 4 else 1
+    """What the length of a sample's row grows with: views of its images, then tokens of the prompt."""
+    views = sum(pixels.shape[0] if pixels.ndim == 4 else 1 for pixels in sample.pixels or ())
     return views, len(sample.input_ids)
 
 
@@ -87,7 +88,7 @@ class Batcher:
     """Answers prepared samples batch by batch.
 
     answerer: an `Answerer`; run: what a method's `attach` returned. on_skip: told of a sample that found no memory even
-    alone, on_fail: of one whose numbers are not finite; without them these are `UserError`s.
+    alone or does not fit the model, on_fail: of one whose numbers are not finite; without them these are `UserError`s.
     """
 
     def __init__(
@@ -141,6 +142,8 @@ class Batcher:
         elif len(batch) > 1:  # one of them, perhaps: the others must not suffer from it
             for sample in batch:
                 yield from self._answer([sample])
+        elif isinstance(failure, SampleError):
+            self._report(self.on_skip, batch[0].question, str(failure))
         else:
             self._explain(batch[0], failure.with_traceback(original))
 

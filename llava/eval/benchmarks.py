@@ -227,7 +227,7 @@ def spread(questions: Sequence[Question], limit: int | None) -> list[Question]:
         return list(questions)
     groups: list[list[Question]] = []
     for question in questions:
-        if groups and question.image is not None and groups[-1][0].image == question.image:
+        if groups and question.images and groups[-1][0].images == question.images:
             groups[-1].append(question)
         else:
             groups.append([question])

@@ -21,14 +21,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from llava.constants import (
-    DEFAULT_IM_END_TOKEN,
-    DEFAULT_IM_START_TOKEN,
-    DEFAULT_IMAGE_TOKEN,
-    IMAGE_PLACEHOLDER,
-    IMAGE_TOKEN_INDEX,
-)
-from llava.conversation import Conversation, SeparatorStyle, conv_templates, infer_conv_mode
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.conversation import Conversation, SeparatorStyle, conv_templates, infer_conv_mode, with_image_tokens
 from llava.eval.arguments import GenerationOptions
 from llava.eval.images import SampleError, decode_image
 from llava.eval.runner import check_conv_mode
@@ -95,30 +89,6 @@ def choose_conv_mode(requested: str | None, model_name: str) -> str:
             file=sys.stderr,
         )
     return requested
-
-
-def with_image_tokens(text: str, images: int, start_end: bool = False) -> str:
-    """The message with one placeholder per image.
-
-    `<image-placeholder>` or `<image>` in the text say where the images belong; without them each gets a line in
-    front. start_end: the checkpoint wants start and end tokens around an image.
-
-    Raises:
-        UserError: placeholders were written, but not one per image.
-    """
-    token = DEFAULT_IMAGE_TOKEN
-    if start_end:
-        token = DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN
-    text = text.replace(IMAGE_PLACEHOLDER, DEFAULT_IMAGE_TOKEN)
-    written = text.count(DEFAULT_IMAGE_TOKEN)
-    if written == 0:
-        return f"{token}\n" * images + text
-    if written != images:
-        raise UserError(
-            f"the text has {written} image placeholder(s) ({DEFAULT_IMAGE_TOKEN} or {IMAGE_PLACEHOLDER}) for {images} "
-            "image(s): write one per image, or none"
-        )
-    return text.replace(DEFAULT_IMAGE_TOKEN, token)
 
 
 def token_report(trace: Any) -> str:

@@ -123,7 +123,7 @@ def load_questions(entry: Entry, path: Path) -> list[Question]:
 
 
 def _check_images(report: Report, folder: Path, questions: Sequence[Question], all_images: bool) -> None:
-    names = list(dict.fromkeys(question.image for question in questions if question.image))
+    names = list(dict.fromkeys(name for question in questions for name in question.images))
     step = 1 if all_images else max(len(names) // SAMPLED_IMAGES, 1)
     sample = names[::step]
     absent = [name for name in sample if not (folder / name).is_file()]

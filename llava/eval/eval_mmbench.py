@@ -149,9 +149,9 @@ def load_rows(path: str) -> dict[int, dict[str, str]]:
         index = row_index(row["index"], where)
         if index in rows:
             raise UserError(f"{where}: index {index} occurs twice")
-        answer = row.get("answer", "")
-        if not is_empty(answer) and answer.strip() not in _choices(row):
-            raise UserError(f"{where}: answer {answer.strip()[:40]!r} is none of the row's options")
+        answer = row["answer"] = row.get("answer", "").strip()
+        if not is_empty(answer) and answer not in _choices(row):
+            raise UserError(f"{where}: answer {answer[:40]!r} is none of the row's options")
         rows[index] = row
     if not any(not is_empty(row.get("answer")) for row in rows.values()):
         raise UserError(f"{path}: no row has an answer (a test split?); upload the workbook to the server instead")

@@ -10,15 +10,16 @@ import argparse
 import contextlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llava.eval.answers import AnswerFile
 from llava.eval.interrupts import Interrupts
 from llava.eval.progress import Progress
-from llava.eval.questions import Question
+from llava.eval.questions import Question, Selected
 from llava.eval.run_metadata import RunMetadata, describe_run, read_metadata
 from llava.eval.traces import TraceFile
+from llava.utils import visible
 
 INCOMPLETE_STATUS = 3
 METADATA_INTERVAL = 30.0  # seconds between updates of the metadata while a run lasts
@@ -77,6 +78,15 @@ class Evaluation:
             "skipped": self.skipped,
             "failed": self.answers.failed,
         }
+
+    def set_aside(self, problem: Callable[[Question], str | None]) -> None:
+        """Skips, with a line, the pending questions of which `problem` says why they cannot be asked."""
+        reasons = {i: reason for i, q in enumerate(self.pending) if (reason := problem(q)) is not None}
+        for i, reason in reasons.items():
+            print(visible(f"skipped {self.pending[i].source}: {reason}"), file=sys.stderr)
+        if reasons:
+            self.skipped += len(reasons)
+            self.pending = Selected(self.pending, [i for i in range(len(self.pending)) if i not in reasons])
 
     def run(self, answerer: Any, method: Any, interrupts: Interrupts) -> None:
         """Answers what is pending."""
@@ -160,11 +170,11 @@ class Evaluation:
     def explain_interruption(self, error: BaseException) -> None:
         """Says on stderr what is kept."""
         kept = self.done + self.answers.appended
-        print(
+        text = (
             f"{error or 'interrupted'}: {kept} of {len(self.questions)} answers are in {self.answers.path}; "
-            "run the same command again to continue",
-            file=sys.stderr,
+            "run the same command again to continue"
         )
+        print(visible(text), file=sys.stderr)
 
     def summarize(self) -> int:
         """Prints the summary; returns the exit status."""

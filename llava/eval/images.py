@@ -1,6 +1,6 @@
 """Reading the images of question files, which nobody has checked.
 
-Knows files and decoders; nothing of models. What cannot be read costs one sample and is reported with its name.
+What cannot be read costs one sample and is reported with its name.
 
 An image name comes from a question file and may come from anywhere, so it may not climb out of the image folder
 (`..`, absolute paths). What lies in the folder is the user's own arrangement: symbolic links in it are followed, also
@@ -56,7 +56,9 @@ def decode_image(open_source: Callable[[], Any], name: str, max_pixels: int = MA
 
 
 def image_path(folder: Path, name: str) -> Path:
-    """Where the image `name` lies; raises `SampleError` if the name leads out of `folder`."""
+    """Where the image `name` lies; raises `SampleError` if it is no name or leads out of `folder`."""
+    if "\0" in name:
+        raise SampleError(f"image path {name!r} holds a null character")
     relative = PurePosixPath(name)
     if relative.is_absolute() or ".." in relative.parts or os.path.isabs(name):
         raise SampleError(f"image path {name!r} leaves the image folder")

@@ -1,7 +1,6 @@
-"""Samples are prepared (prompt tokenized, image decoded and processed) ahead of the model, in worker processes.
+"""Samples are prepared (prompt tokenized, images decoded and processed) ahead of the model, in worker processes.
 
-Knows torch's DataLoader and what can go wrong with its workers; nothing of models. A worker that dies (killed,
-crashed in a decoder) costs at most the sample that kills it again when it is tried alone.
+A worker that dies (killed, crashed in a decoder) costs at most the sample that kills it again when it is tried alone.
 """
 
 from __future__ import annotations
@@ -81,40 +80,40 @@ class _Packer:
         self._pixels: dict[int, tuple[Any, Any]] = {}
 
     def __call__(self, sample: Any) -> Any:
-        if isinstance(sample, SampleError) or sample.pixels is None:
-            return sample if isinstance(sample, SampleError) else replace(sample, input_ids=sample.input_ids.numpy())
-        pixels = sample.pixels
+        if isinstance(sample, SampleError):
+            return sample
+        packed = tuple(self._packed(pixels) for pixels in sample.pixels)
+        return replace(sample, input_ids=sample.input_ids.numpy(), pixels=packed)
+
+    def _packed(self, pixels: torch.Tensor) -> Any:
         if id(pixels) not in self._pixels:
             raw = pixels.detach().contiguous().view(-1).view(torch.uint8).numpy()
             # The tensor is kept too, so that its id stays its own.
             self._pixels[id(pixels)] = pixels, (raw, pixels.dtype, tuple(pixels.shape))
-        return replace(sample, input_ids=sample.input_ids.numpy(), pixels=self._pixels[id(pixels)][1])
+        return self._pixels[id(pixels)][1]
 
 
 def _unpack(sample: Any) -> Any:
     if isinstance(sample, SampleError):
         return sample
-    pixels = sample.pixels
-    if pixels is not None:
-        raw, dtype, shape = pixels
-        pixels = torch.from_numpy(raw).view(dtype).view(shape)
+    pixels = tuple(torch.from_numpy(raw).view(dtype).view(shape) for raw, dtype, shape in sample.pixels)
     return replace(sample, input_ids=torch.from_numpy(np.asarray(sample.input_ids)), pixels=pixels)
 
 
 class _Groups:
-    """Ranges of positions from `start` on: consecutive questions about one image, at most `_MAX_GROUP`."""
+    """Ranges of positions from `start` on: consecutive questions about the same images, at most `_MAX_GROUP`."""
 
     def __init__(self, questions: Sequence[Any], start: int, stop: int, largest: int = _MAX_GROUP) -> None:
         self.questions, self.start, self.stop, self.largest = questions, start, stop, largest
 
     def __iter__(self) -> Iterator[range]:
-        begin, image = self.start, None
+        begin, images = self.start, ()
         for position in range(self.start, self.stop):
-            current = self.questions[position].image
-            if position > begin and (current is None or current != image or position - begin >= self.largest):
+            current = self.questions[position].images
+            if position > begin and (not current or current != images or position - begin >= self.largest):
                 yield range(begin, position)
                 begin = position
-            image = current
+            images = current
         if begin < self.stop:
             yield range(begin, self.stop)
 
@@ -152,7 +151,7 @@ class _Workers:
                         (item,) = self._load(position, position + 1, 1)
                     except WorkerDied as error:
                         question = self.questions[position]
-                        name = "the question" if question.image is None else f"image {question.image}"
+                        name = f"image {', '.join(question.images)}" if question.images else "the question"
                         item = question, SampleError(f"{name} ended the process that prepared it ({error})")
                         yield item
                         position += 1

@@ -1,7 +1,4 @@
-"""MMBench's files: the tsv with questions, and the workbook that its server takes.
-
-Knows columns, quoting and empty cells; nothing of metrics or models. Workbooks need the package openpyxl.
-"""
+"""MMBench's files: the tsv with questions, and the workbook that its server takes (it needs the package openpyxl)."""
 
 from __future__ import annotations
 
@@ -31,9 +28,18 @@ _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 _MAX_CELL = 32767  # characters
 
 
+# What pandas reads as a missing value if nobody tells it otherwise (documented under `na_values` of `read_csv`).
+_MISSING = frozenset(
+    ["", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>"]
+    + ["N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"]
+)
+
+
 def is_empty(value: str | None) -> bool:
-    """Upstream's idea of an empty cell: nothing, or the words nan and none, which pandas leaves behind."""
-    return value is None or value.strip().lower() in ("", "nan", "none")
+    """Whether LLaVA's published tool takes a cell for empty: it reads the table with pandas, which knows many words for
+    a missing value, and then leaves out nan and none in any spelling.
+    """
+    return value is None or value in _MISSING or value.lower() in ("nan", "none")
 
 
 def row_options(row: Mapping[str, str]) -> dict[str, str]:

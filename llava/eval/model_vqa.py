@@ -3,7 +3,8 @@
     python -m llava.eval.model_vqa --model-path CKPT --image-folder IMAGES --question-file Q.jsonl \\
         --answers-file A.jsonl --target-token-num 64
 
-The tool is `model_vqa_loader` with room for long answers; files and exit statuses are the same.
+The tool is `model_vqa_loader` with room for long answers and, as published, with the CLS attention on padding left as
+it is; files and exit statuses are the same.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from llava.eval.model_vqa_loader import build_parser as build_loader_parser
-from llava.eval.model_vqa_loader import eval_model
+from llava.eval import model_vqa_loader
+from llava.eval.answering import KEEP
 from llava.utils import cli_main
 
 MAX_NEW_TOKENS = 1024
@@ -20,11 +21,16 @@ MAX_NEW_TOKENS = 1024
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags of the tool."""
-    parser = build_loader_parser()
+    parser = model_vqa_loader.build_parser(KEEP)
     parser.prog = "python -m llava.eval.model_vqa"
     parser.description = "Answer open questions with LLaVA under a visual-token pruning method."
     parser.set_defaults(max_new_tokens=MAX_NEW_TOKENS)
     return parser
+
+
+def eval_model(args: argparse.Namespace) -> int:
+    """Runs what the flags say; returns the exit status."""
+    return model_vqa_loader.eval_model(args, KEEP)
 
 
 @cli_main

@@ -3,8 +3,7 @@
     python -m llava.eval.model_vqa_loader --model-path CKPT --image-folder IMAGES --question-file Q.jsonl \\
         --answers-file A.jsonl --target-token-num 64
 
-Knows its command line; running is in `answering`, prompting and generation in `runner`, the output format in
-`answers`. Exit status: 0 all questions answered, 2 wrong input, 3 some samples were skipped.
+Exit status: 0 all questions answered, 2 wrong input, 3 some samples were skipped.
 """
 
 from __future__ import annotations
@@ -12,14 +11,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from llava.eval.answering import add_running_arguments, run_questions
+from llava.eval.answering import ZERO, add_padding_argument, add_running_arguments, run_questions
 from llava.eval.arguments import Parser, add_generation_arguments, add_model_arguments, add_pruning_arguments
 from llava.eval.questions import chunk, read_questions
 from llava.utils import UserError, cli_main
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """All flags of the tool."""
+def build_parser(padding_attention: str = ZERO) -> argparse.ArgumentParser:
+    """All flags of the tool. padding_attention: the default that --help tells."""
     parser = Parser(
         prog="python -m llava.eval.model_vqa_loader",
         description="Answer a question file with LLaVA under a visual-token pruning method.",
@@ -34,16 +33,18 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--limit", type=int, default=None, help="only the first LIMIT questions; default: all")
     add_generation_arguments(parser)
     add_pruning_arguments(parser)
+    add_padding_argument(parser, padding_attention)
     add_running_arguments(parser)
     return parser
 
 
-def eval_model(args: argparse.Namespace) -> int:
-    """Runs what the flags say; returns the exit status."""
+def eval_model(args: argparse.Namespace, padding_attention: str = ZERO) -> int:
+    """Runs what the flags say; returns the exit status. padding_attention: see `run_questions`."""
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit must be at least 1, got {args.limit}")
     questions = read_questions(args.question_file)[: args.limit]
-    return run_questions(args, chunk(questions, args.num_chunks, args.chunk_idx))
+    questions = chunk(questions, args.num_chunks, args.chunk_idx)
+    return run_questions(args, questions, padding_attention=padding_attention)
 
 
 @cli_main

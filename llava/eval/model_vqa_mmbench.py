@@ -3,14 +3,15 @@
     python -m llava.eval.model_vqa_mmbench --model-path CKPT --question-file mmbench_dev_20230712.tsv \\
         --answers-file A.jsonl --single-pred-prompt --target-token-num 64
 
-Knows how MMBench rows become prompts; the tsv itself is read by `mmbench_data`. Images are in the tsv, so there is no
-image folder. Exit status: 0 all questions answered, 2 wrong input, 3 some samples were skipped.
+Images are in the tsv, so there is no image folder. Exit status: 0 all questions answered, 2 wrong input, 3 some samples
+were skipped.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llava.eval.answering import run_questions
@@ -18,7 +19,7 @@ from llava.eval.mmbench_data import OPTIONS, is_empty, read_table, row_index, ro
 from llava.eval.model_vqa import MAX_NEW_TOKENS
 from llava.eval.model_vqa_loader import build_parser as build_loader_parser
 from llava.eval.questions import Question, chunk
-from llava.utils import UserError, cli_main
+from llava.utils import UserError, cli_main, visible
 
 SINGLE_PREDICTION = {
     "en": "Answer with the option's letter from the given choices directly.",
@@ -43,11 +44,13 @@ def row_prompts(row: Mapping[str, str], all_rounds: bool = False) -> list[tuple[
     return rounds
 
 
-def read_rows(path: str, all_rounds: bool = False) -> tuple[list[list[Question]], dict[str, str]]:
+def read_rows(
+    path: str, all_rounds: bool = False, warn: Callable[[str], None] | None = None
+) -> tuple[list[list[Question]], dict[str, str]]:
     """The questions of each row, one for each round, and the images: name -> base64.
 
     A row's image is named by its index; a cell that holds a number instead of an image names the row whose image
-    it is.
+    it is. warn: told of rows whose right option is not among those that are asked.
     """
     rows: list[list[Question]] = []
     cells: dict[str, str] = {}
@@ -58,10 +61,20 @@ def read_rows(path: str, all_rounds: bool = False) -> tuple[list[list[Question]]
         if str(index) in cells:
             raise UserError(f"{source}: index {index} occurs twice")
         cells[str(index)] = row["image"].strip()
+        problem = "the cell of the question is empty" if is_empty(row["question"]) else None
+        if not cells[str(index)]:
+            problem = f"image of row {index} is missing: the cell is empty"
+        options, right = row_options(row), row.get("answer", "").strip()
+        if warn is not None and right in OPTIONS and right not in options:
+            last = OPTIONS[len(options)]
+            warn(
+                f"{source}: the right option {right} of row {index} is not asked: options end before {last}, "
+                f"{row.get(last, '')!r}, which counts as a missing value as in LLaVA's tool"
+            )
         questions = []
         for round_id, (prompt, texts, letters) in enumerate(row_prompts(row, all_rounds)):
             fields = {"round_id": round_id, "options": texts, "option_char": letters}
-            questions.append(Question(count, source, index, prompt, str(index), fields))
+            questions.append(Question(count, source, index, prompt, (str(index),), fields, problem))
             count += 1
         rows.append(questions)
     if not rows:
@@ -86,20 +99,29 @@ def eval_model(args: argparse.Namespace) -> int:
     """Runs what the flags say; returns the exit status."""
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit must be at least 1, got {args.limit}")
-    rows, images = read_rows(args.question_file, args.all_rounds)
+
+    def warn(text: str) -> None:
+        print(f"warning: {visible(text)}", file=sys.stderr)
+
+    rows, images = read_rows(args.question_file, args.all_rounds, warn)
     rows = chunk(rows[: args.limit], args.num_chunks, args.chunk_idx)
     instruction = f"\n{SINGLE_PREDICTION[args.lang]}" if args.single_pred_prompt else ""
+
+    def prompt_text(question: Question) -> str:
+        return question.text + instruction
 
     def answerer(*parts: Any) -> Any:
         from llava.eval.answerers import VariedAnswerer  # imports torch: not for --help and wrong flags
 
-        return VariedAnswerer(*parts, prompt_text=lambda question: question.text + instruction, images=images)
+        return VariedAnswerer(*parts, prompt_text=prompt_text, images=images)
 
     return run_questions(
         args,
         [question for row in rows for question in row],
         answerer,
         metadata={"single_pred_prompt": args.single_pred_prompt, "lang": args.lang, "all_rounds": args.all_rounds},
+        prompt_text=prompt_text,
+        images_are_files=False,
     )
 
 

@@ -3,8 +3,8 @@
     python -m llava.eval.model_vqa_science --model-path CKPT --image-folder images/test \\
         --question-file llava_test_CQM-A.json --answers-file A.jsonl --single-pred-prompt --target-token-num 64
 
-Knows LLaVA's conversation format: one JSON list of `id`, optional `image`, `conversations`. Exit status: 0 all
-questions answered, 2 wrong input, 3 some samples were skipped.
+The question file is in LLaVA's conversation format: one JSON list of `id`, optional `image`, `conversations`. Exit
+status: 0 all questions answered, 2 wrong input, 3 some samples were skipped.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.eval.answering import run_questions
+from llava.eval.answering import KEEP, run_questions
 from llava.eval.jsonio import read_json
 from llava.eval.model_vqa import MAX_NEW_TOKENS
 from llava.eval.model_vqa_loader import build_parser as build_loader_parser
-from llava.eval.questions import Question, chunk
+from llava.eval.questions import Question, chunk, image_names, require_encodable
 from llava.utils import UserError, cli_main
 
 SINGLE_PREDICTION = "Answer with the option's letter from the given choices directly."
@@ -28,7 +28,8 @@ def read_conversations(path: str, single_prediction: bool = False) -> list[Quest
     """The questions of a file: the first turn of each conversation.
 
     The text is what answer files carry as `prompt`: the placeholder of the image on a line of its own if there is an
-    image, the question, and with `single_prediction` the instruction to name only a letter.
+    image, the question, and with `single_prediction` the instruction to name only a letter. As in LLaVA the placeholder
+    of a single image comes first, wherever the question has it; those of several images stay where they are.
     """
     entries = read_json(path, "question file")
     if not isinstance(entries, list) or not entries:
@@ -41,32 +42,34 @@ def _question(entry: Any, index: int, source: str, single_prediction: bool) -> Q
     if isinstance(identity, bool) or not isinstance(identity, int | str):
         raise UserError(f"{source} needs an 'id', a number or a string")
     source = f"{source} (id {identity})"
-    turns, image = entry.get("conversations"), entry.get("image")
+    turns = entry.get("conversations")
     first = turns[0].get("value") if isinstance(turns, list) and turns and isinstance(turns[0], dict) else None
     if not isinstance(first, str):
         raise UserError(f"{source} needs a list of 'conversations' whose first has a text as 'value'")
-    if image is not None and not isinstance(image, str):
-        raise UserError(f"{source}: image must be a string, found {type(image).__name__}")
-    text = first.replace(DEFAULT_IMAGE_TOKEN, "").strip()
-    if image:
-        text = f"{DEFAULT_IMAGE_TOKEN}\n{text}"
+    images = image_names(entry, source)
+    text, written = first.strip(), first.count(DEFAULT_IMAGE_TOKEN)
+    if len(images) == 1 and written <= 1:
+        text = f"{DEFAULT_IMAGE_TOKEN}\n{first.replace(DEFAULT_IMAGE_TOKEN, '').strip()}"
+    elif not written:
+        text = f"{DEFAULT_IMAGE_TOKEN}\n" * len(images) + text
     if single_prediction:
         text = f"{text}\n{SINGLE_PREDICTION}"
-    try:
-        f"{identity}{text}{image}".encode()
-    except UnicodeEncodeError:  # half a surrogate pair, which no file and no tokenizer takes
-        raise UserError(f"{source}: holds characters that are not valid Unicode") from None
-    return Question(index, source, identity, text, image or None)
+    require_encodable(source, str(identity), text, *images)
+    return Question(index, source, identity, text, images)
 
 
 def without_placeholder(question: Question) -> str:
-    """The text without the placeholder line, which the runner puts in itself, as the checkpoint needs it."""
-    return question.text.removeprefix(f"{DEFAULT_IMAGE_TOKEN}\n")
+    """The text without the line of a single image's placeholder, which belongs into the prompt as the checkpoint needs
+    it.
+    """
+    if len(question.images) == question.text.count(DEFAULT_IMAGE_TOKEN) == 1:
+        return question.text.removeprefix(f"{DEFAULT_IMAGE_TOKEN}\n")
+    return question.text
 
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags of the tool."""
-    parser = build_loader_parser()
+    parser = build_loader_parser(KEEP)
     parser.prog = "python -m llava.eval.model_vqa_science"
     parser.description = "Answer ScienceQA with LLaVA under a visual-token pruning method."
     parser.set_defaults(max_new_tokens=MAX_NEW_TOKENS, question_file="tables/question.json")
@@ -92,6 +95,8 @@ def eval_model(args: argparse.Namespace) -> int:
         chunk(questions, args.num_chunks, args.chunk_idx),
         answerer,
         metadata={"single_pred_prompt": args.single_pred_prompt},
+        prompt_text=without_placeholder,
+        padding_attention=KEEP,
     )
 
 

@@ -1,7 +1,4 @@
-"""How far a run is: a bar on a terminal, plain lines in a log file, nothing when it shall be quiet.
-
-Knows counts and rates; nothing of questions or models.
-"""
+"""How far a run is: a bar on a terminal, plain lines in a log file, nothing when it shall be quiet."""
 
 from __future__ import annotations
 
@@ -10,6 +7,8 @@ import time
 from typing import Any
 
 from tqdm import tqdm
+
+from llava.utils import visible
 
 LINE_INTERVAL = 30.0  # seconds between lines of a log
 
@@ -78,6 +77,7 @@ class Progress:
 
     def message(self, text: str) -> None:
         """Prints a line that must not be lost, above the bar."""
+        text = visible(text)
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         else:

@@ -1,7 +1,4 @@
-"""LLaVA question files: reading, validating, cutting into chunks.
-
-Knows the JSON-lines format (`question_id`, `text`, optional `image`); opens no image.
-"""
+"""LLaVA question files: JSON lines of `question_id`, `text` and, optionally, `image` or `images`."""
 
 from __future__ import annotations
 
@@ -23,16 +20,27 @@ class Question:
     """One line of a question file.
 
     index: position among the questions of the file, from 0; source: "file:line" for messages; id: as in the
-    file (int or str, not unique in TextVQA and MME); text: before any template; image: path relative to the
-    image folder, None for a question without image; fields: further keys that go into the answer.
+    file (int or str, not unique in TextVQA and MME); text: before any template; images: paths relative to the
+    image folder, in the order of their places in the text (one name or None will do as well); fields: further
+    keys that go into the answer; problem: why the question cannot be asked, if its reader knows.
     """
 
     index: int
     source: str
     id: Any
     text: str
-    image: str | None = None
+    images: tuple[str, ...] = ()
     fields: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    problem: str | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        images = (self.images,) if isinstance(self.images, str) else tuple(self.images or ())
+        object.__setattr__(self, "images", images)
+
+    @property
+    def image(self) -> str | None:
+        """The first image; None for a question without."""
+        return self.images[0] if self.images else None
 
     @property
     def key(self) -> tuple[str, str]:
@@ -102,19 +110,37 @@ def read_questions(path: str | Path) -> Sequence[Question]:
 
 def _question(record: dict[str, Any], index: int, source: str) -> Question:
     require_keys(record, ("question_id", "text"), source)
-    identity, text, image = record["question_id"], record["text"], record.get("image")
+    identity, text, images = record["question_id"], record["text"], image_names(record, source)
     if isinstance(identity, bool) or not isinstance(identity, int | str):
         raise UserError(f"{source}: question_id must be a number or a string, found {identity!r}")
     if not isinstance(text, str):
         raise UserError(f"{source}: text must be a string, found {type(text).__name__}")
-    if image is not None and not isinstance(image, str):
-        raise UserError(f"{source}: image must be a string, found {type(image).__name__}")
-    _require_encodable(source, str(identity), text, image or "")
-    return Question(index, source, identity, text, image or None)
+    require_encodable(source, str(identity), text, *images)
+    return Question(index, source, identity, text, images)
 
 
-def _require_encodable(source: str, *texts: str) -> None:
-    # JSON can spell half a surrogate pair, which no file and no tokenizer takes.
+def image_names(record: Mapping[str, Any], source: str) -> tuple[str, ...]:
+    """The images of a record: `images`, a list, or `image`, one name or a list; none if neither is there.
+
+    Raises:
+        UserError: something else than names; the message begins with `source`.
+    """
+    key = "images" if record.get("images") is not None else "image"
+    value = record.get(key)
+    if value is None or value == "":
+        return ()
+    names = [value] if isinstance(value, str) and key == "image" else value
+    if not isinstance(names, list):
+        wanted = "a string or a list of strings" if key == "image" else "a list of strings"
+        raise UserError(f"{source}: {key} must be {wanted}, found {type(value).__name__}")
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise UserError(f"{source}: {key} must hold the names of image files, found {name!r}")
+    return tuple(names)
+
+
+def require_encodable(source: str, *texts: str) -> None:
+    """Raises a `UserError` for half a surrogate pair: JSON can spell it, but no file and no tokenizer takes it."""
     for text in texts:
         try:
             text.encode("utf-8")

@@ -17,33 +17,37 @@ import torch
 from PIL import Image
 from transformers import LogitsProcessorList
 
-from llava.constants import (
-    DEFAULT_IM_END_TOKEN,
-    DEFAULT_IM_START_TOKEN,
-    DEFAULT_IMAGE_TOKEN,
-    IMAGE_TOKEN_INDEX,
-)
-from llava.conversation import conv_templates
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.conversation import build_prompt, conv_templates
 from llava.eval.arguments import MAX_IMAGE_PIXELS, GenerationOptions
-from llava.eval.batching import Batcher, BatchSize
-from llava.eval.images import SampleError, decode_image, open_image
+from llava.eval.batching import Batcher, BatchSize, is_out_of_memory
+from llava.eval.images import SampleError, decode_image, image_path, open_image
 from llava.eval.input_pipeline import prepared
 from llava.eval.numerics import FiniteWatch
 from llava.eval.questions import Question
-from llava.mm_utils import process_images, tokenizer_image_token
+from llava.mm_utils import ImageTooLarge, process_images, tokenizer_image_token
 from llava.utils import UserError
 
-__all__ = ["Answered", "Answerer", "Sample", "SampleError", "answer_questions", "decode_image", "open_image"]
+__all__ = [
+    "Answered",
+    "Answerer",
+    "Sample",
+    "SampleError",
+    "answer_questions",
+    "build_prompt",
+    "decode_image",
+    "open_image",
+]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A question ready for the model: prompt ids `[T]`, pixels (None without image) and image size (w, h)."""
+    """A question ready for the model: prompt ids `[T]` and, for each of its images, pixels and size (w, h)."""
 
     question: Question
     input_ids: torch.Tensor
-    pixels: torch.Tensor | None
-    image_size: tuple[int, int] | None
+    pixels: tuple[torch.Tensor, ...] = ()
+    image_sizes: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,17 +123,21 @@ def check_conv_mode(name: str) -> None:
         raise UserError(f"--conv-mode: unknown template {name!r}; known: {', '.join(sorted(conv_templates))}")
 
 
-def build_prompt(text: str, with_image: bool, conv_mode: str, mm_use_im_start_end: bool = False) -> str:
-    """The full prompt of a question: the image placeholder on a line of its own, in the template."""
-    if with_image:
-        image = DEFAULT_IMAGE_TOKEN
-        if mm_use_im_start_end:
-            image = DEFAULT_IM_START_TOKEN + image + DEFAULT_IM_END_TOKEN
-        text = f"{image}\n{text}"
-    conversation = conv_templates[conv_mode].copy()
-    conversation.append_message(conversation.roles[0], text)
-    conversation.append_message(conversation.roles[1], None)
-    return conversation.get_prompt()
+def question_problem(question: Question, text: str, conv_mode: str, image_folder: Path | None) -> str | None:
+    """Why the question cannot be asked, as far as that shows before an image is opened; None if it can.
+
+    text: what the model is asked, without template. image_folder: None if the images are no files.
+    """
+    if question.problem is not None:
+        return question.problem
+    try:
+        build_prompt(text, len(question.images), conv_mode)
+        if image_folder is not None:
+            for name in question.images:
+                image_path(image_folder, name)
+    except (UserError, SampleError) as error:
+        return str(error)
+    return None
 
 
 @dataclass
@@ -137,7 +145,7 @@ class Answerer:
     """A loaded model with all that turns questions into answers.
 
     image_cache: processed images kept for following questions about the same image. max_image_pixels: larger images
-    are refused unread.
+    are refused unread. masks_padding: the CLS attention of patches that only pad a picture to a square counts as 0.
     """
 
     tokenizer: Any
@@ -148,17 +156,32 @@ class Answerer:
     generation: GenerationOptions = field(default_factory=GenerationOptions)
     image_cache: int = 8
     max_image_pixels: int = MAX_IMAGE_PIXELS
+    masks_padding: bool = True
     _cache: OrderedDict[str, tuple[torch.Tensor, tuple[int, int]]] = field(default_factory=OrderedDict)
 
     def prepare(self, question: Question) -> Sample:
-        """Tokenizes the prompt and loads the image; raises `SampleError` if that fails."""
-        pixels, size = self._pixels(question.image) if question.image is not None else (None, None)
-        return Sample(question, self.prompt_ids(question), pixels, size)
+        """Tokenizes the prompt and loads the images; raises `SampleError` if that fails."""
+        if question.problem is not None:
+            raise SampleError(question.problem)
+        try:
+            images = [self._pixels(name) for name in question.images]
+            ids = self.prompt_ids(question)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise SampleError("out of memory while the question was prepared") from None
+        # Questions that follow one another are often about the same images.
+        while len(self._cache) > max(self.image_cache, 2 * len(question.images), 1):
+            self._cache.popitem(last=False)
+        return Sample(question, ids, tuple(pixels for pixels, _ in images), tuple(size for _, size in images))
 
     def prompt_ids(self, question: Question) -> torch.Tensor:
-        """Ids `[T]` of the question's prompt, with a placeholder for the image."""
+        """Ids `[T]` of the question's prompt, with a placeholder for each image; raises `SampleError`."""
         start_end = getattr(self.model.config, "mm_use_im_start_end", False)
-        prompt = build_prompt(question.text, question.image is not None, self.conv_mode, start_end)
+        try:
+            prompt = build_prompt(question.text, len(question.images), self.conv_mode, start_end)
+        except UserError as error:
+            raise SampleError(str(error)) from None
         return tokenizer_image_token(prompt, self.tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
 
     def _pixels(self, name: str) -> tuple[torch.Tensor, tuple[int, int]]:
@@ -166,10 +189,11 @@ class Answerer:
             self._cache.move_to_end(name)
             return self._cache[name]
         image = self.load_image(name)
-        pixels = process_images([image], self.image_processor, self.model.config)[0]
+        try:
+            pixels = process_images([image], self.image_processor, self.model.config)[0]
+        except ImageTooLarge as error:
+            raise SampleError(f"image {name}: {error}") from None
         self._cache[name] = (pixels.to(self.model.dtype), image.size)
-        while len(self._cache) > max(self.image_cache, 1):
-            self._cache.popitem(last=False)
         return self._cache[name]
 
     def forget_images(self) -> None:
@@ -181,18 +205,26 @@ class Answerer:
         started = time.perf_counter()
         input_ids, mask = left_pad([sample.input_ids for sample in samples], self._pad_id())
         device = self.model.device
-        with_image = [sample for sample in samples if sample.pixels is not None]
-        images: Any = [sample.pixels.to(device) for sample in with_image] or None
+        images: Any = [pixels.to(device) for sample in samples for pixels in sample.pixels] or None
         if images is not None and all(image.ndim == 3 for image in images):
             images = torch.stack(images)  # as LLaVA's tools: a list would mean images cut into crops
         with torch.inference_mode():
             inputs = self.model.prepare_multimodal_inputs(
                 input_ids,
                 images=images,
-                image_sizes=[s.image_size for s in with_image] if with_image else None,
+                image_sizes=[size for sample in samples for size in sample.image_sizes] or None,
                 attention_mask=mask,
+                image_masks=None if self.masks_padding or images is None else [None] * len(images),
                 with_cls_attention=with_cls_attention,
             )
+        longest = inputs.max_length
+        for sample, length in zip(samples, inputs.lengths, strict=True):
+            # One image and its question are cut as LLaVA does; several that do not fit would lose the question.
+            if longest is not None and length > longest and len(sample.pixels) > 1:
+                raise SampleError(
+                    f"{len(sample.pixels)} images and the question are {length} tokens, and this model takes "
+                    f"{longest}: show fewer images, or have --visual-token-num leave fewer tokens of each image"
+                )
         return Encoded(tuple(samples), inputs, time.perf_counter() - started)
 
     def generate(self, encoded: Encoded, run: Any) -> list[Answered]:

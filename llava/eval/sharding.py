@@ -126,22 +126,22 @@ def question_costs(
 
     from llava.eval.images import SampleError, image_path
 
-    last: tuple[str | None, int] = (None, 0)
+    last: tuple[tuple[str, ...], int] = ((), 0)
     costs = np.empty(len(questions))
     varies = crops((1, 1)) > 1
+
+    def crops_of(name: str) -> int:
+        with contextlib.suppress(SampleError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            with Image.open(image_path(image_folder, name)) as image:
+                return crops(image.size)
+        return 1
+
     for i, question in enumerate(questions):
-        if question.image is None:
-            tokens = 0
-        elif question.image == last[0]:
-            tokens = last[1]
-        else:
-            count = 1
-            if varies:  # otherwise all images cost the same, and nobody needs to open them
-                with contextlib.suppress(SampleError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-                    with Image.open(image_path(image_folder, question.image)) as image:
-                        count = crops(image.size)
-            tokens = patches * count
-            last = question.image, tokens
+        if question.images != last[0]:
+            # Where all images cost the same, nobody needs to open them.
+            count = sum(map(crops_of, question.images)) if varies else len(question.images)
+            last = question.images, patches * count
+        tokens = last[1]
         costs[i] = tokens + len(question.text) / _CHARACTERS_PER_TOKEN + 1
     return costs
 
@@ -152,15 +152,15 @@ def deal(questions: Sequence[Question], costs: np.ndarray, processes: int) -> li
     Largest first to whoever has least so far; the same input gives the same parts.
     """
     groups: list[tuple[int, int]] = []
-    begin, image = 0, None
+    begin, images = 0, ()
     # An image with very many questions must not become the longest part: groups stay well below a fair share.
     most = max(1, min(16, len(questions) // (4 * processes)))
     for position, question in enumerate(questions):
-        fresh = question.image is None or question.image != image or position - begin >= most
+        fresh = not question.images or question.images != images or position - begin >= most
         if position > begin and fresh:
             groups.append((begin, position))
             begin = position
-        image = question.image
+        images = question.images
     if begin < len(questions):
         groups.append((begin, len(questions)))
     sums = [(float(costs[start:stop].sum()), start, stop) for start, stop in groups]

@@ -25,6 +25,7 @@ from llava.model.image_arguments import Images, size_list, split_images
 from llava.model.multimodal import (
     MultimodalInputs,
     VisualTokens,
+    check_ids,
     check_image_count,
     count_placeholders,
     positions_from_mask,
@@ -141,7 +142,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         self,
         images: Images | None,
         image_sizes: Sequence[tuple[int, int]] | None = None,
-        image_masks: Sequence[Tensor] | None = None,
+        image_masks: Sequence[Tensor | None] | None = None,
         with_cls_attention: bool = False,
         images_per_row: Sequence[int] | None = None,
     ) -> list[VisualTokens]:
@@ -152,7 +153,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
             image_sizes: original `(width, height)` per image. Needed for images of several crops; where the
                 checkpoint pads to a square it also tells which patches are padding, whose CLS attention becomes 0.
             image_masks: bool per image, one entry per visual token (`[grid, grid]` for one crop), True = padding;
-                overrides what `image_sizes` says.
+                overrides what `image_sizes` says. None for an image: nothing of it is padding.
             with_cls_attention: compute the CLS attention of each token too.
             images_per_row: images of each prompt, which share a pruning budget; default: every image has its own.
 
@@ -245,7 +246,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
             with_cls_attention: None = only if an attached pruning run needs it.
 
         Raises:
-            UserError: placeholders and images do not match.
+            UserError: placeholders and images do not match, or an id is negative and no placeholder.
         """
         if input_ids.ndim == 1:
             input_ids = input_ids[None]
@@ -260,6 +261,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         # Read here, if they are on a device at all: behind the tower the host would wait for it.
         input_ids = input_ids.cpu()
         attention_mask = None if attention_mask is None else attention_mask.cpu()
+        check_ids(input_ids, attention_mask)
         placeholders = count_placeholders(input_ids, attention_mask)
         check_image_count(placeholders, len(split_images(images)))
         visual = self.encode_visual_tokens(images, image_sizes, image_masks, with_cls_attention, placeholders)
@@ -289,7 +291,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
             raise UserError("a pruning run is attached: pass images= with -200 placeholders instead of pixel_values=")
         starts = past_key_values is None or past_key_values.get_seq_length() == 0
         if input_ids is not None and inputs_embeds is None and starts and kwargs.get("pixel_values") is None:
-            if images is not None or any(count_placeholders(input_ids)):
+            if images is not None or bool((input_ids < 0).any()):
                 prepared = self.prepare_multimodal_inputs(
                     input_ids, images, image_sizes, attention_mask, labels, image_masks
                 )

@@ -60,6 +60,8 @@ class MultimodalInputs:
         labels: `[B, L]` with `IGNORE_INDEX` on visual tokens and padding, or None.
         facts: per name one tensor per row, see `VisualTokens`.
         reduced: what each row says about a reduction of its visual tokens; None if there was none.
+        lengths: tokens of each row before it was cut to `max_length`.
+        max_length: how many tokens a row may have; None: any number.
     """
 
     inputs_embeds: Tensor
@@ -70,6 +72,8 @@ class MultimodalInputs:
     labels: Tensor | None = None
     facts: Mapping[str, list[Tensor]] = field(default_factory=dict)
     reduced: list[ReducedRow] | None = None
+    lengths: tuple[int, ...] = ()
+    max_length: int | None = None
 
     def tell(self, run: Any, **kwargs: Any) -> None:
         """Tell a pruning run where the visual tokens are and what the vision tower said about them."""
@@ -106,6 +110,19 @@ def check_image_count(placeholders_per_row: Sequence[int], images: int) -> None:
         )
 
 
+def check_ids(input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+    """Raises a `UserError` for a negative id that is no placeholder; what an attention mask hides does not matter."""
+    wrong = (input_ids < 0) & (input_ids != IMAGE_TOKEN_INDEX)
+    if attention_mask is not None:
+        wrong &= attention_mask.to(wrong.device).bool()
+    if wrong.any():
+        row, column = wrong.nonzero()[0].tolist()
+        raise UserError(
+            f"input_ids have {int(input_ids[row, column])} in row {row}, column {column}: the only negative id is "
+            f"{IMAGE_TOKEN_INDEX}, the place of an image; hide padding with attention_mask"
+        )
+
+
 def splice(
     embed: Callable[[Tensor], Tensor],
     input_ids: Tensor,
@@ -126,11 +143,12 @@ def splice(
             checkpoint's `tokenizer_model_max_length`: a long prompt loses text (even visual tokens), silently.
 
     Raises:
-        UserError: numbers of placeholders and images differ.
+        UserError: numbers of placeholders and images differ, or an id is negative and no placeholder.
     """
     # Everything below indexes with host integers. Ids on a device are waited for here.
     ids_BT = input_ids.tolist()
     valid_BT = None if attention_mask is None else attention_mask.bool().tolist()
+    check_ids(input_ids, attention_mask)
     kept = [[t for t in range(len(ids)) if valid_BT is None or valid_BT[b][t]] for b, ids in enumerate(ids_BT)]
     check_image_count(
         [sum(ids[t] == IMAGE_TOKEN_INDEX for t in keep) for ids, keep in zip(ids_BT, kept, strict=True)], len(visual)
@@ -168,6 +186,7 @@ def splice(
         rows.append(torch.cat(pieces) if pieces else embeds_BTC[b, :0])
         places.append(place)
         row_labels.append(torch.cat(label_pieces) if label_pieces else torch.empty(0, dtype=torch.long))
+    lengths = tuple(len(row) for row in rows)
     if max_length is not None:
         rows = [row[:max_length] for row in rows]
         row_labels = [row[:max_length] for row in row_labels]
@@ -181,6 +200,8 @@ def splice(
         reduced=[place.reduced_row(row) for place, row in zip(places, rows, strict=True)]
         if any(image.place is not None for image in visual)
         else None,
+        lengths=lengths,
+        max_length=max_length,
     )
 
 

@@ -108,12 +108,11 @@ def test_limit_of_pixels_is_an_option(argv, data, preloaded, capsys):
 
 
 def same(one, other):
-    assert one.question == other.question and one.image_size == other.image_size
+    assert one.question == other.question and one.image_sizes == other.image_sizes
     assert torch.equal(one.input_ids, other.input_ids) and one.input_ids.dtype == other.input_ids.dtype
-    if one.pixels is None:
-        assert other.pixels is None
-    else:
-        assert torch.equal(one.pixels, other.pixels) and one.pixels.dtype == other.pixels.dtype
+    assert len(one.pixels) == len(other.pixels) == len(one.question.images)
+    for pixels, sent in zip(one.pixels, other.pixels, strict=True):
+        assert torch.equal(pixels, sent) and pixels.dtype == sent.dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -112,3 +112,47 @@ def test_without_openpyxl_the_message_says_what_to_install(tmp_path, monkeypatch
     monkeypatch.setitem(__import__("sys").modules, "openpyxl", None)
     with pytest.raises(UserError, match="pip install openpyxl"):
         mmbench_data.write_workbook(tmp_path / "w.xlsx", ["a"], [])
+
+
+# What pandas takes for missing, from its documentation (`read_csv`, `na_values`), and what it does not.
+MISSING = (
+    ["", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA"]
+    + ["NULL", "NaN", "None", "n/a", "nan", "null"]
+    + ["NONE", "none", "NAN", "Nan"]  # the published tool's own
+)
+PRESENT = ["0", "-", "no", "Null", "Na", "N/a", " ", " nan", "None.", "missing", "unknown", "nil"]
+
+
+@pytest.mark.parametrize(("cells", "empty"), [(MISSING, True), (PRESENT, False)])
+def test_missing_cells_are_those_of_the_published_tool(cells, empty):
+    assert [cell for cell in cells if mmbench_data.is_empty(cell) is not empty] == []
+
+
+def test_rows_that_lose_their_right_option_are_named(tmp_path, capsys):
+    from llava.eval import eval_mmbench
+    from llava.eval.model_vqa_mmbench import read_rows
+
+    header = "index\tquestion\thint\tA\tB\tC\tD\tanswer\timage\n"
+    path = table(
+        tmp_path,
+        header
+        + "0\tHow many?\tnan\tNone\tTwo\tOne\tThree\tA\tx\n"
+        + "1\tHow many?\tN/A\tTwo\tNone\tOne\tThree\tC\tx\n"
+        + "2\tWhat is the code?\tread it\tX1\tB7\tNA\tA1\tB\tx\n"
+        + "3\tPlain?\tnull\t1\t2\t3\t\tC\tx\n",
+    )
+    warnings = []
+    read, _ = read_rows(str(path), warn=warnings.append)
+    assert [row[0].text for row in read] == [
+        "How many?",
+        "How many?\nA. Two",
+        "read it\nWhat is the code?\nA. X1\nB. B7",
+        "Plain?\nA. 1\nB. 2\nC. 3",
+    ]
+    assert len(warnings) == 2
+    for text, line, index, right, cell in zip(warnings, (2, 3), (0, 1), "AC", "AB", strict=True):
+        assert f"t.tsv:{line}: the right option {right} of row {index}" in text and f"before {cell}, 'None'" in text
+    # The scorer takes the table: what is right is what the row says, asked or not.
+    rows_found = eval_mmbench.load_rows(str(path))
+    answers = [{"question_id": i, "text": text} for i, text in enumerate("AACC")]
+    assert eval_mmbench.evaluate_mmbench(rows_found, answers)["per_row"] == 50.0

@@ -5,6 +5,7 @@ docs/images_and_prompts.md.
 from __future__ import annotations
 
 import io
+import time
 import warnings
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from transformers import CLIPImageProcessorPil
 
 import llava.mm_utils
 from llava.mm_utils import process_images, to_rgb
+from llava.thin_images import pad_and_scale
 
 SIDE = 56
 PINPOINTS = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
@@ -264,3 +266,47 @@ def test_very_long_images_need_no_gigabytes(processor, size, aspect_ratio, monke
     pixels = process_images([new("RGB", size, (10, 100, 200))], processor, config(aspect_ratio))[0]
     assert pixels.shape[-3:] == (3, SIDE, SIDE) and pixels.isfinite().all()
     assert max(largest) <= llava.mm_utils.MAX_CANVAS_PIXELS
+
+
+@pytest.mark.parametrize("size", [(1, 2000), (2000, 1), (37, 3001), (3001, 37), (350, 1500), (1500, 351), (7, 400)])
+def test_thin_pictures_are_padded_and_scaled_to_the_same_bytes(size):
+    draw = np.random.default_rng(size[0])
+    image = Image.fromarray(draw.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    for side, color in ((336, (122, 116, 104)), (56, (0, 0, 0))):
+        square = llava.mm_utils.expand2square(image, color).resize((side, side), Image.Resampling.BICUBIC)
+        assert pad_and_scale(image, side, color).tobytes() == square.tobytes()
+
+
+def test_tall_pictures_cost_what_wide_ones_do(processor):
+    """Their rows lie inside rows of padding as long as they are tall: the work grew with the height squared."""
+    image = Image.effect_noise((12, 100_000), 80).convert("RGB")
+    large = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
+    started = time.perf_counter()
+    pixels = process_images([image], large, config("pad"))
+    assert time.perf_counter() - started < 10  # over 20 s before, 0.2 s now
+    assert pixels.shape == (1, 3, 336, 336)
+
+
+@pytest.mark.parametrize("aspect_ratio", ["pad", "anyres", "plain"])
+@pytest.mark.parametrize("tall", [False, True])
+def test_sides_are_bounded_by_what_scaling_needs(processor, aspect_ratio, tall, monkeypatch):
+    monkeypatch.setattr(llava.mm_utils, "MAX_SCALED_PIXELS", SIDE * 500)
+    for length, fits in ((500, True), (501, False)):
+        image = Image.new("RGB", (1, length) if tall else (length, 1))
+        if fits:
+            process_images([image], processor, config(aspect_ratio))
+        else:
+            with pytest.raises(llava.mm_utils.ImageTooLarge, match="a side may have 500 pixels"):
+                process_images([image], processor, config(aspect_ratio))
+
+
+@pytest.mark.parametrize("mode", ["F", "I", "I;16"])
+def test_deep_gray_is_converted_in_pieces_to_the_same_values(monkeypatch, mode):
+    draw = np.random.default_rng(0)
+    values = draw.integers(0, 60_000, (50, 30))
+    dtype = {"F": np.float32, "I": np.int32, "I;16": np.uint16}[mode]
+    image = Image.fromarray(values.astype(dtype))
+    assert image.mode == mode
+    whole = to_rgb(image).tobytes()
+    monkeypatch.setattr(llava.mm_utils, "_BLOCK_VALUES", 70)
+    assert to_rgb(image).tobytes() == whole

@@ -212,8 +212,9 @@ def answer_missing(args: argparse.Namespace, experiment: Any) -> int:
     # One input for all settings: tiles are joined as pruning wants them, for dense too.
     args.method = next((s.method.name for s in experiment.settings if s.budget is not None), "dense")
     tokenizer, model, image_processor, _ = load_model(args)
+    most_images = max((len(question.images) for asked in experiment.sets for question in asked.questions), default=1)
     for setting in experiment.settings:
-        check_budget(setting.method, max_visual_tokens(model), "--budgets")
+        check_budget(setting.method, max_visual_tokens(model) * max(most_images, 1), "--budgets")
     write_json(Path(args.output_dir) / "run.json", describe_conditions(args.model_path, args.batch_size, model))
     make_answerer = partial(
         VariedAnswerer,

@@ -256,7 +256,7 @@ def take_turns(
     progress: told of every answer.
     """
     # Prompts of one length share a batch: less padding, and the attention kernels run without a mask.
-    ordered = sorted(questions, key=lambda question: len(answerer.prompt_ids(question)))
+    ordered = sorted(questions, key=lambda question: _prompt_length(answerer, question))
     for number, chunk in enumerate(batches(ordered, batch_size)):
         encodings = Encodings(answerer)
         samples: dict[int, Sample] | None = None
@@ -270,12 +270,31 @@ def take_turns(
             batch = [samples[question.index] for question in wanted if question.index in samples]
             if batch:
                 with cell.method.attach(answerer.model) as run:
-                    answers = answerer.generate(encodings.of(batch, run), run)
+                    answers = _answers(answerer, encodings, batch, run, skip)
                 cell.add([answer for answer in answers if answer.failed is None])
                 for answer in answers:
                     if answer.failed is not None:
                         skip(answer.question, answer.failed)
             progress.advance(count=len(wanted))
+
+
+def _prompt_length(answerer: Answerer, question: Question) -> int:
+    try:
+        return len(answerer.prompt_ids(question))
+    except SampleError:  # told when it is the question's turn
+        return 0
+
+
+def _answers(
+    answerer: Answerer, encodings: Encodings, batch: Sequence[Sample], run: Any, skip: Skip
+) -> list[Answered]:
+    try:
+        return answerer.generate(encodings.of(batch, run), run)
+    except SampleError as error:  # one of them does not fit the model
+        if len(batch) == 1:
+            skip(batch[0].question, str(error))
+            return []
+        return [answer for sample in batch for answer in _answers(answerer, encodings, [sample], run, skip)]
 
 
 def _prepare(answerer: Answerer, questions: Sequence[Question], skip: Skip) -> dict[int, Sample]:
