@@ -48,6 +48,14 @@ conv_mode_of() {
     esac
 }
 
+# The data that ship with the repository are made on first use.
+make_miniature() {
+    local folder="${DATA_DIR%/data/*}"
+    if [ -z "${DRY_RUN:-}" ] && [ -f "$folder/build/checksums.txt" ] && [ "$folder" -ef "$ROOT/playground/tiny" ]; then
+        "$PYTHON" -m playground.tiny.build --quiet >&2
+    fi
+}
+
 begin() {
     BENCHMARK="$1"; FOLDER="$2"; shift 2
     [ $# -ge 1 ] || die "usage: bash $0 TOKENS [flags of llava.eval.$TOOL ...]; TOKENS is a number or 'dense'"
@@ -80,6 +88,7 @@ begin() {
     export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
     # Waiting threads sleep instead of spinning; spinning slows every process down when cores are shared.
     export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
+    make_miniature
     NAME="$CKPT/$RUN" # of the run, in all files of answers and uploads
     DATA="$DATA_DIR/$FOLDER"
     OUT="$OUT_DIR/$FOLDER"

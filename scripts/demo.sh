@@ -8,4 +8,5 @@ autoprune_setup
 
 export PYTHONPATH="$AUTOPRUNE_ROOT${PYTHONPATH:+:$PYTHONPATH}"
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}" MPLBACKEND=Agg
+"$PYTHON" -m playground.tiny.build --quiet >&2
 exec "$PYTHON" -m llava.eval.demo "$@"

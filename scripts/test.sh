@@ -19,6 +19,8 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then
     export OMP_NUM_THREADS="$((cores < 4 ? cores : 4))"
 fi
 
+"$PYTHON" -m playground.tiny.build --quiet >&2
+
 # A style error fails the run but does not keep the tests from running.
 style=0
 if "$PYTHON" -m ruff --version >/dev/null 2>&1; then

@@ -34,6 +34,7 @@ if [ -z "${PYTHON:-}" ]; then
     [ -x "$PYTHON" ] || command -v "$PYTHON" >/dev/null 2>&1 || PYTHON=python3
 fi
 export PYTHON PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+[ -z "${TINY:-}" ] || "$PYTHON" -m playground.tiny.build --quiet >&2 # makes what is missing of the miniature benchmarks
 
 limit=()
 arguments=("$@")

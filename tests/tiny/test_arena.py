@@ -7,9 +7,10 @@ import json
 import pytest
 import torch
 
-from playground.tiny import arena, export
-from playground.tiny.building import Item
-from playground.tiny.make_benchmarks import ARENA, build_all
+from playground.tiny.build.benchmarks import ARENA, build_all
+from playground.tiny.build.items import Item
+from playground.tiny.measure import arena
+from playground.tiny.train import export
 
 
 @pytest.fixture(scope="module")

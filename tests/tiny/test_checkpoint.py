@@ -12,10 +12,11 @@ from safetensors import safe_open
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from playground.tiny import export, make_benchmarks, packing, text
-from playground.tiny.questions import KINDS, sample_questions
-from playground.tiny.scenes import pad_square, render, sample_scene
-from playground.tiny.vision import SELECTED, normalize, run_tower
+from playground.tiny.build import benchmarks as make_benchmarks
+from playground.tiny.train import export, packing, text
+from playground.tiny.train.vision import SELECTED, normalize, run_tower
+from playground.tiny.world.questions import KINDS, sample_questions
+from playground.tiny.world.scenes import pad_square, render, sample_scene
 
 FOLDER = text.CHECKPOINT
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from playground.tiny import export, packing, text, wide
-from playground.tiny.anyres import visual_tokens
-from playground.tiny.make_benchmarks import DATA_WIDE, build_wide
-from playground.tiny.scenes import render
+from playground.tiny.build.benchmarks import DATA_WIDE, build_wide
+from playground.tiny.train import export, packing, text, wide
+from playground.tiny.train.anyres import visual_tokens
+from playground.tiny.world.scenes import WIDE, render, sample_wide
 
 FOLDER = text.CHECKPOINT_16
 
@@ -36,7 +36,7 @@ def test_layout_is_that_of_llava_1_6() -> None:
     config = json.loads((FOLDER / "config.json").read_text())
     assert config["image_aspect_ratio"] == "anyres" and config["mm_patch_merge_type"] == "spatial_unpad"
     assert [tuple(size) for size in config["image_grid_pinpoints"]] == list(wide.PINPOINTS)
-    longest = max(len(wide.order(*layout, merge)) for layout in wide.WIDE for merge in wide.MERGES)
+    longest = max(len(wide.order(*layout, merge)) for layout in WIDE for merge in wide.MERGES)
     assert config["tokenizer_model_max_length"] >= longest + 500, "prompts with all views are not cut"
     weights = load_file(FOLDER / "model.safetensors")
     assert weights["model.image_newline"].shape == (config["hidden_size"],)
@@ -56,9 +56,9 @@ def test_the_tower_is_that_of_1_5_and_the_decoder_is_not() -> None:
 @pytest.mark.parametrize("merge", wide.MERGES)
 def test_large_pictures_reach_the_decoder_as_in_training(parts: export.TinyLlava, merge: str) -> None:
     tokenizer, model, processor, _ = loaded(merge)
-    scene = wide.sample_wide(np.random.default_rng(9), 4, 6, held_out=False)
+    scene = sample_wide(np.random.default_rng(9), 4, 6, held_out=False)
     while (scene.rows, scene.cols) != (4, 6):  # two crops with padding: the cheapest of all
-        scene = wide.sample_wide(np.random.default_rng(scene.texture), 4, 6, held_out=False)
+        scene = sample_wide(np.random.default_rng(scene.texture), 4, 6, held_out=False)
     picture = Image.fromarray(render(scene))
     (crops,) = process_images([picture], processor, model.config)
     ids = tokenizer_image_token(text.prompt("Describe the image."), tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")[

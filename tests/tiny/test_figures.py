@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from playground.tiny import figures, text
-from playground.tiny.make_benchmarks import build_all
+from playground.tiny.build.benchmarks import build_all
+from playground.tiny.measure import figures
+from playground.tiny.train import text
 
 
 @pytest.mark.parametrize("name", ["scienceqa", "mmbench_cn", "mm-vet", "vizwiz"])

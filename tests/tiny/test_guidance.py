@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from playground.tiny import chinese, extend, formats, guidance, packing, text
-from playground.tiny.packing import attributes
-from playground.tiny.questions import Question
-from playground.tiny.scenes import sample_scene
+from playground.tiny.train import extend, guidance, packing, text
+from playground.tiny.train.packing import attributes
+from playground.tiny.world import chinese, formats
+from playground.tiny.world.questions import Question
+from playground.tiny.world.scenes import sample_scene
 
 
 def drawn(count: int = 25) -> list[Question]:

@@ -13,13 +13,13 @@ from llava.eval.mmbench_data import ROTATION
 from llava.eval.model_vqa_mmbench import read_rows
 from llava.eval.model_vqa_science import read_conversations
 from llava.eval.questions import read_questions
-from playground.tiny import chinese, formats
-from playground.tiny import make_benchmarks as mb
-from playground.tiny.building import Item
-from playground.tiny.grade_mmvet import grade, grade_all
-from playground.tiny.grade_mmvet import main as grade_main
-from playground.tiny.questions import LETTER, SHORT, Question
-from playground.tiny.scenes import COLORS, SHAPES, Scene
+from playground.tiny.build import benchmarks as mb
+from playground.tiny.build.items import Build, Item
+from playground.tiny.measure.grade_mmvet import grade, grade_all
+from playground.tiny.measure.grade_mmvet import main as grade_main
+from playground.tiny.world import chinese, formats
+from playground.tiny.world.questions import LETTER, SHORT, Question
+from playground.tiny.world.scenes import COLORS, SHAPES, Scene
 
 DATA = mb.DATA
 LINES = {
@@ -43,15 +43,15 @@ TABLES = {
 
 
 @pytest.fixture(scope="module")
-def build() -> mb.Build:
+def build() -> Build:
     return mb.build_all(tuple(name for name in mb.BUILDERS if name not in mb.ARENA))
 
 
-def items(build: mb.Build, name: str) -> list[Item]:
+def items(build: Build, name: str) -> list[Item]:
     return [item for item in build.items if item.benchmark == name]
 
 
-def answers(build: mb.Build, name: str) -> list[dict]:
+def answers(build: Build, name: str) -> list[dict]:
     """The right answers as an answer file holds them."""
     key = "id" if name == "scienceqa" else "question_id"
     return [
@@ -61,7 +61,7 @@ def answers(build: mb.Build, name: str) -> list[dict]:
 
 
 @pytest.mark.parametrize("name", tuple(LINES))
-def test_line_files_are_read_by_the_loader_and_have_their_pictures(build: mb.Build, name: str) -> None:
+def test_line_files_are_read_by_the_loader_and_have_their_pictures(build: Build, name: str) -> None:
     questions = read_questions(DATA / LINES[name])
     assert [q.text for q in questions] == [i.question.text for i in items(build, name)]
     assert len({q.id for q in questions}) == len(questions)
@@ -69,14 +69,14 @@ def test_line_files_are_read_by_the_loader_and_have_their_pictures(build: mb.Bui
     assert len(questions) >= (30 if name == "llava-bench" else 100)
 
 
-def test_prompts_end_as_llava_asks(build: mb.Build) -> None:
+def test_prompts_end_as_llava_asks(build: Build) -> None:
     for name, last in (("vqav2", SHORT), ("vizwiz", SHORT), ("seed_bench", LETTER)):
         assert {i.question.text.split("\n")[-1] for i in items(build, name)} == {last}
     assert {i.question.text.split("\n")[1] for i in items(build, "vizwiz")} == {formats.UNANSWERABLE}
     assert all("\n" not in i.question.text for i in items(build, "mm-vet") + items(build, "llava-bench"))
 
 
-def test_vqav2_truth_joins_and_the_whole_split_holds_more(build: mb.Build) -> None:
+def test_vqav2_truth_joins_and_the_whole_split_holds_more(build: Build) -> None:
     truth = json.loads((DATA / "vqav2/v2_mscoco_test-dev2015_annotations.json").read_text())["annotations"]
     by_id = {entry["question_id"]: entry for entry in truth}
     dev = items(build, "vqav2")
@@ -94,7 +94,7 @@ def test_vqav2_truth_joins_and_the_whole_split_holds_more(build: mb.Build) -> No
     assert sum(entry["answer"] == "" for entry in upload) == len(whole) - len(dev)
 
 
-def test_vizwiz_is_partly_unanswerable_and_truthful(build: mb.Build) -> None:
+def test_vizwiz_is_partly_unanswerable_and_truthful(build: Build) -> None:
     truth = json.loads((DATA / "vizwiz/test.json").read_text())
     own = items(build, "vizwiz")
     assert [e["image"] for e in truth] == [i.line["image"] for i in own]
@@ -113,7 +113,7 @@ def test_vizwiz_is_partly_unanswerable_and_truthful(build: mb.Build) -> None:
     assert len(convert.vizwiz_upload(questions, texts)) == len(own)
 
 
-def test_scienceqa_scores_right_answers_as_right(build: mb.Build) -> None:
+def test_scienceqa_scores_right_answers_as_right(build: Build) -> None:
     questions = read_conversations(str(DATA / "scienceqa/llava_test_CQM-A.json"), True)
     own = items(build, "scienceqa")
     assert [q.text.removeprefix("<image>\n") for q in questions] == [i.question.text for i in own]
@@ -137,7 +137,7 @@ def test_scienceqa_scores_right_answers_as_right(build: mb.Build) -> None:
 
 
 @pytest.mark.parametrize("name", tuple(TABLES))
-def test_mmbench_tables(build: mb.Build, name: str) -> None:
+def test_mmbench_tables(build: Build, name: str) -> None:
     path, lang = TABLES[name]
     rows, images = read_rows(str(DATA / path))
     questions = [question for row in rows for question in row]
@@ -163,7 +163,7 @@ def test_mmbench_tables(build: mb.Build, name: str) -> None:
     assert all(ord(row["question"][0]) > 255 for row in table.values()) == (lang == "cn")
 
 
-def test_chinese_questions_say_what_the_scene_shows(build: mb.Build) -> None:
+def test_chinese_questions_say_what_the_scene_shows(build: Build) -> None:
     for item in items(build, "mmbench_cn"):
         asked, things = item.question, item.scene.things
         if asked.question.endswith("是什么颜色？"):
@@ -179,7 +179,7 @@ def test_chinese_questions_say_what_the_scene_shows(build: mb.Build) -> None:
             assert asked.options["ABCD".index(asked.answer)] == str(number)
 
 
-def test_seed_bench_scores_right_answers_as_right(build: mb.Build) -> None:
+def test_seed_bench_scores_right_answers_as_right(build: Build) -> None:
     questions, names = convert.load_seed(str(DATA / "seed_bench/SEED-Bench.json"))
     texts = {str(a["question_id"]): a["text"] for a in answers(build, "seed_bench")}
     result = convert.seed_accuracy(questions, texts, names)
@@ -194,7 +194,7 @@ def test_seed_bench_scores_right_answers_as_right(build: mb.Build) -> None:
     assert set(spread) == set("ABCD") and max(spread.values()) < 80
 
 
-def test_mmvet_reference_answers_get_full_grades(build: mb.Build, tmp_path, capsys) -> None:
+def test_mmvet_reference_answers_get_full_grades(build: Build, tmp_path, capsys) -> None:
     capabilities = eval_mmvet.load_capabilities(str(DATA / "mm-vet/mm-vet.json"))
     assert {c for names in capabilities.values() for c in names} == set(eval_mmvet.CAPABILITIES)
     said = {f"v1_{a['question_id']}": a["text"] for a in answers(build, "mm-vet")}
@@ -242,7 +242,7 @@ def test_llava_bench_files_belong_together() -> None:
     assert {c["image"] for c in context} == {line["image"] for line in lines}
 
 
-def test_questions_without_a_picture_are_split_by_their_text(build: mb.Build) -> None:
+def test_questions_without_a_picture_are_split_by_their_text(build: Build) -> None:
     import numpy as np
 
     texts = {i.question.text for i in items(build, "scienceqa") if i.scene is None}
@@ -256,7 +256,7 @@ def test_questions_without_a_picture_are_split_by_their_text(build: mb.Build) ->
     assert not any(map(formats.held_out_text, drawn))
 
 
-def test_lettered_questions_point_at_their_answer(build: mb.Build) -> None:
+def test_lettered_questions_point_at_their_answer(build: Build) -> None:
     for item in build.items:
         asked: Question = item.question
         if asked.options:
@@ -266,7 +266,7 @@ def test_lettered_questions_point_at_their_answer(build: mb.Build) -> None:
             assert len(set(asked.options)) == len(asked.options)
 
 
-def test_evaluation_scenes_are_held_out(build: mb.Build) -> None:
+def test_evaluation_scenes_are_held_out(build: Build) -> None:
     shown = [*build.images.values(), *(c for rows in build.tables.values() for r in rows for c in r.values())]
     scenes = [cell for cell in shown if isinstance(cell, Scene)]
     assert len(scenes) > 300 and all(scene.held_out() for scene in scenes)

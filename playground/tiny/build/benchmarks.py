@@ -1,0 +1,57 @@
+"""The miniature benchmarks by name, and where they lie.
+
+Their builders are in `arena` (TextVQA, POPE, GQA, MME), `short` (VQAv2, VizWiz), `choice` (ScienceQA, MMBench,
+MMBench-CN, SEED-Bench) and `open_ended` (MM-Vet, LLaVA-Bench).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from playground.tiny.build.arena import build_gqa, build_mme, build_pope, build_textvqa
+from playground.tiny.build.choice import build_mmbench, build_mmbench_cn, build_scienceqa, build_seed
+from playground.tiny.build.items import Build
+from playground.tiny.build.open_ended import build_llava_bench, build_mmvet
+from playground.tiny.build.short import build_vizwiz, build_vqav2
+from playground.tiny.world.scenes import Scene, sample_wide
+
+ROOT = Path(__file__).resolve().parents[1] / "data"
+DATA, DATA_WIDE = ROOT / "eval", ROOT / "eval_wide"
+ARENA = ("textvqa", "pope", "gqa", "mme")
+BUILDERS: dict[str, Callable[[], Build]] = {
+    "textvqa": build_textvqa,
+    "pope": build_pope,
+    "gqa": build_gqa,
+    "mme": build_mme,
+    "vqav2": build_vqav2,
+    "vizwiz": build_vizwiz,
+    "scienceqa": build_scienceqa,
+    "mmbench": build_mmbench,
+    "mmbench_cn": build_mmbench_cn,
+    "seed_bench": build_seed,
+    "mm-vet": build_mmvet,
+    "llava-bench": build_llava_bench,
+}
+
+
+def build_all(names: tuple[str, ...] = tuple(BUILDERS)) -> Build:
+    """Several benchmarks in one."""
+    total = Build()
+    for name in names:
+        total.add(BUILDERS[name]())
+    return total
+
+
+def build_wide() -> Build:
+    """TextVQA and GQA on wide, tall and large pictures, for the tiny LLaVA-1.6."""
+    total = build_textvqa(30, "wide-textvqa", wide_scene)
+    total.add(build_gqa(30, "wide-gqa", wide_scene))
+    return total
+
+
+def wide_scene(rng: np.random.Generator, word_share: float = 0.6) -> Scene:
+    """Five to eight objects, from the evaluation half."""
+    return sample_wide(rng, 5, 8, held_out=True, word_share=word_share)

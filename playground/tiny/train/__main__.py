@@ -1,0 +1,104 @@
+"""Train the tiny LLaVA, stage by stage.
+
+    python -m playground.tiny.train --stage tokenizer
+    python -m playground.tiny.train --stage vision --minutes 25 --threads 1 &
+    python -m playground.tiny.train --stage language --minutes 25 --threads 1
+    python -m playground.tiny.train --stage align --minutes 1
+    python -m playground.tiny.train --stage joint --minutes 20
+    python -m playground.tiny.train.export && python -m playground.tiny.measure.arena
+    python -m playground.tiny.train --stage extend --minutes 48
+    python -m playground.tiny.train.export --state extend.pt && python -m playground.tiny.measure.arena
+    python -m playground.tiny.train --stage anyres --minutes 20
+    python -m playground.tiny.train.export --state anyres.pt
+
+Every stage saves its weights to `playground/tiny/runs/` as it goes, so a run can be stopped at any time; `--resume`
+continues from there (with scenes not drawn before and fresh optimizers).
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from llava.utils import UserError, cli_main
+from playground.tiny.train import text
+from playground.tiny.train.anyres import train_anyres
+from playground.tiny.train.common import RUNS
+from playground.tiny.train.export import load
+from playground.tiny.train.extend import train_extend
+from playground.tiny.train.joint import align, train_joint
+from playground.tiny.train.language import train_language
+from playground.tiny.train.vision import train_vision
+
+STAGES = {
+    "tokenizer": (),
+    "vision": (),
+    "language": (),
+    "align": ("vision.pt", "language.pt"),
+    "joint": ("joint.pt",),
+    "extend": (),
+    "anyres": (),
+}
+
+
+@cli_main
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m playground.tiny.train",
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--stage", choices=tuple(STAGES), required=True, help="what to train")
+    parser.add_argument(
+        "--minutes", type=float, default=20, help="training time; the learning rate falls towards its end"
+    )
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--rate", type=float, default=None, help="factor on the learning rates of language and joint")
+    parser.add_argument("--resume", action="store_true", help="language, extend, anyres: continue the saved run")
+    parser.add_argument(
+        "--run", type=int, default=0, help="joint, extend, anyres: number of the restart, chooses its random stream"
+    )
+    parser.add_argument("--copying", action="store_true", help="extend: set up the head that copies option letters")
+    parser.add_argument("--deepen", action="store_true", help="joint: grow the decoder from six to twelve layers first")
+    parser.add_argument(
+        "--full-share", type=float, help="joint: last part of the run with all 576 visual tokens (0.2); anyres: (0.1)"
+    )
+    args = parser.parse_args()
+    needed = STAGES[args.stage] + ((f"{args.stage}.pt",) if args.resume else ())
+    for name in needed:
+        if not (RUNS / name).is_file():
+            raise UserError(f"{RUNS / name}: no such file; train the earlier stages first")
+    if args.minutes <= 0:
+        raise UserError(f"--minutes {args.minutes}: must be above 0")
+    torch.set_num_threads(args.threads)
+    if args.stage == "tokenizer":
+        text.train_tokenizer()
+    elif args.stage == "vision":
+        train_vision(RUNS, args.minutes)
+    elif args.stage == "language":
+        train_language(RUNS, args.minutes, resume=args.resume, rate=args.rate or 0.6)
+    elif args.stage == "align":
+        align(RUNS, args.minutes)
+    elif args.stage == "extend":
+        train_extend(
+            load(), RUNS, args.minutes, rate=args.rate or 0.3, run=args.run, resume=args.resume, copying=args.copying
+        )
+    elif args.stage == "anyres":
+        share = 0.1 if args.full_share is None else args.full_share
+        train_anyres(
+            load(), RUNS, args.minutes, 6, rate=args.rate or 0.2, full_share=share, run=args.run, resume=args.resume
+        )
+    else:
+        train_joint(
+            RUNS,
+            args.minutes,
+            rate=args.rate or 0.3,
+            run=args.run,
+            full_share=args.full_share or 0.2,
+            deepen=args.deepen,
+        )
+
+
+if __name__ == "__main__":
+    main()
