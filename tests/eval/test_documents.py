@@ -1,5 +1,6 @@
 """What the documents tell people to type exists: commands parse, flags are known, the Python example runs."""
 
+import argparse
 import importlib
 import re
 import shlex
@@ -7,7 +8,6 @@ import subprocess
 
 import pytest
 
-from llava.eval.arguments import Parser
 from tests.eval.helpers import ROOT, TINY_MODEL
 
 DOCUMENTS = ("README.md", "EVAL.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")))
@@ -41,7 +41,7 @@ def test_there_are_commands():
 @pytest.mark.parametrize(("document", "command"), ALL)
 def test_command_is_valid(document, command, monkeypatch):
     subprocess.run(["bash", "-n", "-c", command], check=True)
-    words = shlex.split(command)
+    words = shlex.split(command, comments=True)
     while "=" in words[0]:
         assert words[0].split("=")[0] in VARIABLES, words[0]
         words.pop(0)
@@ -69,12 +69,16 @@ def known_flags(module, flags, monkeypatch, required=True):
         if not required:
             for action in self._actions:
                 action.required = False
-        super(Parser, self).parse_args(argv, namespace)
+        original(self, argv, namespace)
         raise Parsed
 
-    monkeypatch.setattr(Parser, "parse_args", parse_args)
+    original = argparse.ArgumentParser.parse_args
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    module = importlib.import_module(module)
+    if hasattr(module, "__path__"):  # `python -m` runs the `__main__` of a package
+        module = importlib.import_module(f"{module.__name__}.__main__")
     with pytest.raises(Parsed):
-        importlib.import_module(module).main(flags)
+        module.main(flags)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
