@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -70,6 +71,10 @@ def cli_main(main: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(main)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
+        # What the terminal's encoding cannot say is escaped, as it is on stderr anyway.
+        with contextlib.suppress(AttributeError, OSError):
+            if sys.stdout.errors == "strict":
+                sys.stdout.reconfigure(errors="backslashreplace")
         try:
             result = main(*args, **kwargs)
         except KeyboardInterrupt as error:

@@ -6,6 +6,8 @@ Knows flags and defaults; loads no model. `--help` of every tool shows the same 
 from __future__ import annotations
 
 import argparse
+import re
+import sys
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -48,6 +50,33 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As in the standard library, but what can be no text and no name of a file is refused, whatever takes it."""
+        args = sys.argv[1:] if args is None else list(args)
+        option = "the command line"
+        for value in args:
+            name, equals, given = value.partition("=")
+            if value.startswith("--"):
+                option, value = name, given if equals else None
+            if value is not None:
+                _check_text(option, value)
+        return super().parse_known_args(args, namespace)
+
+
+# Options whose value names a file or folder that there has to be, or has to become.
+_PATH_OPTION = re.compile(r"--(.*-)?(path|base|file|files|dir|json|csv|src|dst|plot)$")
+
+
+def _check_text(option: str, value: str) -> None:
+    if "\0" in value:
+        raise UserError(f"{option}: {value!r} holds a null character")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{option}: {value!r} holds bytes that are not UTF-8: rename the file, or use UTF-8") from None
+    if not value.strip() and _PATH_OPTION.fullmatch(option):
+        raise UserError(f"{option} must not be empty: it names a file or folder")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:

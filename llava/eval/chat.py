@@ -1,7 +1,6 @@
 """One conversation about images: questions in, answers and what pruning did out.
 
-Behind `run_llava` (one turn) and `llava.serve.cli` (many). Knows prompts, images and `generate`; nothing of
-command lines or terminals.
+Behind `run_llava` (one turn) and `llava.serve.cli` (many).
 
 Every turn runs the whole conversation as one prompt. The cache of the turn before could not be continued: which
 visual tokens survive depends on the question, and those that the last question did without are gone from it.
@@ -9,10 +8,10 @@ visual tokens survive depends on the question, and those that the last question 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
-import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -24,39 +23,39 @@ from PIL import Image
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation, SeparatorStyle, conv_templates, infer_conv_mode, with_image_tokens
 from llava.eval.arguments import GenerationOptions
+from llava.eval.batching import is_out_of_memory
+from llava.eval.downloads import fetch
 from llava.eval.images import SampleError, decode_image
 from llava.eval.runner import check_conv_mode
 from llava.mm_utils import KeywordsStoppingCriteria, process_images, tokenizer_image_token
-from llava.utils import UserError
+from llava.utils import UserError, visible
 
-URL_SECONDS = 30
+URL_SECONDS = 30  # for the whole of a download
 URL_BYTES = 100 * 2**20
 
 
-def load_image(source: str) -> Image.Image:
-    """The image at a path or http(s) address, as RGB; raises `UserError` with the reason."""
+def load_image(source: str, private_redirects: bool = False) -> Image.Image:
+    """The image at a path or http(s) address, as RGB; raises `UserError` with the reason.
+
+    private_redirects: an address may redirect to machines that are not public.
+    """
     try:
-        return decode_image(lambda: _open(source), source)
+        return decode_image(lambda: _open(source, private_redirects), source)
     except SampleError as error:
         raise UserError(f"{error}; --image-file takes files and http(s) addresses") from None
 
 
-def _open(source: str) -> Any:
-    if source.startswith(("http://", "https://")):
-        request = urllib.request.Request(source, headers={"User-Agent": "llava"})
-        with urllib.request.urlopen(request, timeout=URL_SECONDS) as response:
-            data = response.read(URL_BYTES + 1)
-        if len(data) > URL_BYTES:
-            raise ValueError(f"more than {URL_BYTES >> 20} MiB")
-        return BytesIO(data)
+def _open(source: str, private_redirects: bool) -> Any:
+    if source.lower().startswith(("http://", "https://")):
+        return BytesIO(fetch(source, URL_SECONDS, URL_BYTES, private_redirects))
     path = Path(source)
     if not path.is_file():  # also: a pipe, which would block
         raise FileNotFoundError("not a file" if path.exists() else "does not exist")
     return path
 
 
-def load_images(image_file: str | None, sep: str = ",") -> list[Image.Image]:
-    """The images of an `--image-file` value: names joined by `sep`, or None."""
+def load_images(image_file: str | None, sep: str = ",", private_redirects: bool = False) -> list[Image.Image]:
+    """The images of an `--image-file` value: names joined by `sep`, or None. private_redirects: see `load_image`."""
     if image_file is None:
         return []
     if not sep:
@@ -64,7 +63,14 @@ def load_images(image_file: str | None, sep: str = ",") -> list[Image.Image]:
     names = [name.strip() for name in image_file.split(sep)]
     if not all(names):
         raise UserError(f"--image-file: {image_file!r} has an empty name (names are separated by {sep!r}, see --sep)")
-    return [load_image(name) for name in names]
+    try:
+        return [load_image(name, private_redirects) for name in names]
+    except UserError as error:
+        if len(names) == 1:
+            raise
+        raise UserError(
+            f"{error}; {image_file!r} was split at {sep!r}: if that is part of a name, give another --sep"
+        ) from None
 
 
 def choose_conv_mode(requested: str | None, model_name: str) -> str:
@@ -75,11 +81,8 @@ def choose_conv_mode(requested: str | None, model_name: str) -> str:
     inferred = infer_conv_mode(model_name)
     if requested is None:
         if inferred == "llava_v0":
-            print(
-                f"[WARNING] the name {model_name!r} tells no version: using the oldest conversation mode, llava_v0; "
-                "LLaVA-1.5 and later take --conv-mode vicuna_v1",
-                file=sys.stderr,
-            )
+            text = f"[WARNING] the name {model_name!r} tells no version: using the oldest conversation mode, llava_v0; "
+            print(visible(text) + "LLaVA-1.5 and later take --conv-mode vicuna_v1", file=sys.stderr)
         return inferred
     check_conv_mode(requested)
     if requested != inferred:
@@ -100,6 +103,26 @@ def token_report(trace: Any) -> str:
         f"processed {trace.mean_tokens('processed'):.1f}; decoder prefill FLOPs "
         f"{100 * trace.flops() / trace.dense_flops():.1f}% of dense"
     )
+
+
+def require_unicode(text: str, what: str) -> None:
+    """Raises a `UserError` for text with bytes that were not UTF-8 where it was typed: no tokenizer takes them."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{what} holds bytes that are not UTF-8: {text!r}") from None
+
+
+@contextlib.contextmanager
+def _memory_in_words() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            "out of memory: ask something shorter, show fewer images, or start with less (--dtype, --load-4bit)"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -135,8 +158,9 @@ class Chat:
         self._image_tokens = 0
         self._pixels = None
         if self.images:
-            pixels = process_images(self.images, self.image_processor, self.model.config)
-            self._pixels = [image.to(self.model.device, self.model.dtype) for image in pixels]
+            with _memory_in_words():
+                pixels = process_images(self.images, self.image_processor, self.model.config)
+                self._pixels = [image.to(self.model.device, self.model.dtype) for image in pixels]
         if self.generation.samples:
             torch.manual_seed(self.generation.seed)
 
@@ -161,8 +185,10 @@ class Chat:
             streamer: gets the tokens of the answer as they come.
 
         Raises:
-            UserError: misplaced image placeholders, or the conversation no longer fits the model.
+            UserError: misplaced image placeholders, text that is not valid Unicode, or the conversation no longer fits
+                the model or the memory.
         """
+        require_unicode(text, "the question")
         turns = self.conversation.messages
         before = len(turns)
         first = before == self.conversation.offset
@@ -172,7 +198,8 @@ class Chat:
         self.conversation.append_message(self.conversation.roles[1], None)
         answer = ""
         try:
-            reply = self._generate(run, streamer)
+            with _memory_in_words():
+                reply = self._generate(run, streamer)
             answer = reply.text
         finally:
             if answer:

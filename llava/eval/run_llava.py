@@ -3,7 +3,7 @@
     python -m llava.eval.run_llava --model-path CKPT --image-file a.png,b.png --query "What is this?" \\
         --target-token-num 64
 
-The answer goes to stdout, what pruning did to stderr. Knows its command line; the conversation is in `chat`.
+The answer goes to stdout, what pruning did to stderr.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llava.eval.arguments import (
     check_budget,
     method_from_args,
 )
-from llava.utils import cli_main
+from llava.utils import cli_main, visible
 
 MAX_NEW_TOKENS = 512
 
@@ -37,6 +37,11 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
         "--image-file", default=None, help="image file(s) or http(s) address(es), separated by --sep; default: no image"
     )
     group.add_argument("--sep", default=",", help="what separates the names in --image-file")
+    group.add_argument(
+        "--allow-private-redirects",
+        action="store_true",
+        help="let an http(s) address redirect to this machine or to a private network",
+    )
     add_generation_arguments(parser, single=True)
     parser.set_defaults(max_new_tokens=MAX_NEW_TOKENS)
     add_pruning_arguments(parser)
@@ -53,17 +58,23 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def open_chat(args: argparse.Namespace) -> tuple[Any, Any]:
-    """The `Chat` and the pruning method that the flags describe; everything is checked before the model loads."""
+def open_chat(args: argparse.Namespace, query: str | None = None) -> tuple[Any, Any]:
+    """The `Chat` and the pruning method that the flags describe; everything is checked before the model loads, the
+    first question too if it is known.
+    """
     method = method_from_args(args)
     generation = GenerationOptions.from_args(args)
 
+    from llava.conversation import build_prompt
     from llava.eval.answering import load_model, max_visual_tokens
-    from llava.eval.chat import Chat, choose_conv_mode, load_images
+    from llava.eval.chat import Chat, choose_conv_mode, load_images, require_unicode
     from llava.mm_utils import get_model_name_from_path
 
     conv_mode = choose_conv_mode(args.conv_mode, get_model_name_from_path(args.model_path))
-    images = load_images(args.image_file, args.sep)
+    images = load_images(args.image_file, args.sep, args.allow_private_redirects)
+    if query is not None:
+        require_unicode(query, "--query")
+        build_prompt(query, len(images), conv_mode)
     tokenizer, model, image_processor, _ = load_model(args)
     if images:
         check_budget(method, max_visual_tokens(model) * len(images))
@@ -80,10 +91,10 @@ def eval_model(args: Any) -> str:
 
     defaults = vars(build_parser().parse_args(["--model-path", args.model_path, "--query", args.query]))
     args = argparse.Namespace(**{name: getattr(args, name, value) for name, value in defaults.items()})
-    chat, method = open_chat(args)
+    chat, method = open_chat(args, args.query)
     with method.attach(chat.model) as run:
         reply = chat.ask(args.query, run)
-    print(reply.text, flush=True)
+    print(visible(reply.text, one_line=False), flush=True)
     print(f"[{args.method}: {token_report(reply.trace)}]", file=sys.stderr)
     return reply.text
 

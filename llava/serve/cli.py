@@ -3,7 +3,7 @@
     python -m llava.serve.cli --model-path CKPT --image-file a.png --target-token-num 64
 
 An empty line, Ctrl-D or Ctrl-C ends it. Answers are streamed to stdout; what pruning kept in each turn goes to
-stderr. Knows its command line and the terminal; the conversation is in `llava.eval.chat`.
+stderr.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from llava.eval.arguments import Parser
 from llava.eval.run_llava import add_chat_arguments, open_chat
-from llava.utils import UserError, cli_main
+from llava.utils import UserError, cli_main, describe_error, visible
 
 with contextlib.suppress(ImportError):
     import readline  # noqa: F401 - makes input() editable; not on every platform
@@ -45,6 +45,12 @@ def converse(chat: Any, run: Any, method_name: str, debug: bool = False) -> None
 
     from llava.eval.chat import token_report
 
+    class Streamer(TextStreamer):
+        """Shows on the terminal what the terminal would obey."""
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(visible(text, one_line=False), stream_end)
+
     user, assistant = (_shown(role) for role in chat.conversation.roles)
     # Beams are only decided at the end: nothing can be shown before.
     streams = chat.generation.num_beams == 1
@@ -57,24 +63,27 @@ def converse(chat: Any, run: Any, method_name: str, debug: bool = False) -> None
             print("exit...")
             return
         print(f"{assistant}: ", end="", flush=True)
-        streamer = TextStreamer(chat.tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
+        streamer = Streamer(chat.tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
         try:
             reply = chat.ask(question, run, streamer)
         except UserError as error:
             print(flush=True)
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {describe_error(error)}", file=sys.stderr)
             continue
         if not streams:
-            print(reply.text, flush=True)
+            print(visible(reply.text, one_line=False), flush=True)
         print(f"[{method_name}: {token_report(reply.trace)}]", file=sys.stderr)
         if debug:
-            print(f"[prompt: {chat.prompt()!r}]", file=sys.stderr)
+            print(visible(f"[prompt: {chat.prompt()!r}]"), file=sys.stderr)
 
 
 @cli_main
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     chat, method = open_chat(args)
+    # Bytes that are no text in the terminal's encoding cost one question, not the chat.
+    with contextlib.suppress(AttributeError, OSError):
+        sys.stdin.reconfigure(errors="surrogateescape")
     try:
         with method.attach(chat.model) as run:
             converse(chat, run, args.method, args.debug)
