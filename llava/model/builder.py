@@ -1,12 +1,12 @@
 """`load_pretrained_model`: from a checkpoint folder to tokenizer, model, image processor and context length.
 
-Puts together what `locate`, `checkpoint` and `weights` read; placing weights on devices, casting and
-quantizing are left to transformers.
+Everything that can be wrong is looked at before the weights are touched: configuration, vision tower, tokenizer, image
+processor, names and shapes of all tensors, memory. Placing weights on devices and quantizing are left to transformers.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,62 +14,31 @@ import torch
 from PIL import Image
 from transformers import BitsAndBytesConfig, CLIPImageProcessorPil, GenerationConfig
 
-from llava.model.adapters import apply_adapter, base_named_by, is_adapter
-from llava.model.checkpoint import (
-    check_config,
-    find_tower,
-    is_llava_hf_config,
-    llava_config,
-    read_json,
-    tower_config,
-    tower_name,
-    translate_name,
-    translate_tower_name,
-)
+from llava.model.assemble import MERGE_TYPES
 from llava.model.configuration import LlavaConfig
+from llava.model.fields import PREPROCESSOR, check_depths, check_generation
 from llava.model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.llava_mistral import LlavaMistralForCausalLM
-from llava.model.locate import locate
+from llava.model.locate import read_checkpoint_json
+from llava.model.machine import check_memory, slow_half_precision
+from llava.model.projector import projector_depth
+from llava.model.reading import Checkpoint, Weights, look_up, read_checkpoint_weights
 from llava.model.tokenizer import load_tokenizer
-from llava.model.weights import check_weights, read_weights, weight_files
+from llava.model.weights import check_weights
+from llava.schema import check
 from llava.utils import UserError
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_CONTEXT_LEN = 2048
-TOWER_PREFIX = "model.vision_tower."
 NEWLINE = "model.image_newline"
+MAX_SCALE = 4
+"""How much larger than the crop an image processor may scale a picture; CLIP's scale its short side to the crop."""
 # Left in full precision under bitsandbytes, as LLaVA does: small, and sensitive to quantization.
 UNQUANTIZED_MODULES = ["lm_head", "multi_modal_projector", "vision_tower"]
 PASSED_ON = ("attn_implementation", "quantization_config", "max_memory", "offload_folder", "offload_buffers")
 # Accepted for the sake of LLaVA's callers; loading is always lean, and every model here is multimodal.
 NO_LONGER_NEEDED = ("low_cpu_mem_usage", "use_fast", "trust_remote_code", "use_cache", "multimodal")
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """What the files of a checkpoint say, before a model is built.
-
-    Attributes:
-        folder: the checkpoint.
-        base: the folder of its base model, for LoRA and projector-only checkpoints.
-        config: translated configuration.
-        weights: translated names, tensors on the CPU, mapped from disk where they can be.
-        files: where the decoder's weights came from.
-        tower_folder: the vision tower's folder, if it has one.
-    """
-
-    folder: Path
-    base: Path | None
-    config: LlavaConfig
-    weights: dict[str, torch.Tensor]
-    files: list[Path]
-    tower_folder: Path | None
-
-    def find(self, *names: str) -> Path | None:
-        """The folder, of the checkpoint and its base, that has one of these files; LLaVA takes the base's first."""
-        for folder in (self.base, self.folder):
-            if folder is not None and any((folder / name).is_file() for name in names):
-                return folder
-        return None
 
 
 def load_pretrained_model(
@@ -121,26 +90,35 @@ def load_pretrained_model(
         raise UserError(f"load_pretrained_model: unknown option(s) {', '.join(unknown)}; valid ones: {valid}")
     options |= {name: value for name, value in kwargs.items() if value is not None}
 
-    folder = locate(str(model_path), "checkpoint", local_files_only=local_files_only)
-    base = None
-    if model_base:
-        base = locate(str(model_base), "base model", local_files_only=local_files_only)
-    # Converted while reading where the result stays on the CPU; on the way to another device the device does it.
-    on_cpu = _only_cpu(options["device_map"]) and "quantization_config" not in options
-    checkpoint = _read_checkpoint(folder, base, options["dtype"], on_cpu, local_files_only)
-    config = checkpoint.config
+    if mm_patch_merge_type is not None and mm_patch_merge_type not in MERGE_TYPES:
+        raise UserError(f"mm_patch_merge_type {mm_patch_merge_type!r}: expected one of {', '.join(MERGE_TYPES)}")
+    if _only_cpu(options["device_map"]) and (notice := slow_half_precision(options["dtype"])):
+        logger.warning("%s", notice)
+
+    checkpoint = look_up(str(model_path), str(model_base) if model_base else None, local_files_only)
+    config, folder = checkpoint.config, checkpoint.folder
+    _check_merge_type(config, mm_patch_merge_type, folder)
     tokenizer = load_tokenizer(checkpoint.find("tokenizer.model", "tokenizer.json") or folder, config)
-    image_processor = load_image_processor(base or folder, checkpoint.tower_folder, config)
-    model = _build_model(checkpoint, options)
+    image_processor = load_image_processor(checkpoint.base or folder, checkpoint.tower_folder, config)
+    generation = _generation_tokens(checkpoint.find("generation_config.json") or folder)
+    model = _build_model(checkpoint, read_checkpoint_weights(checkpoint), options)
     model.image_processor = image_processor
     if not getattr(config, "anyres_resolution_rule", None):
         # How LLaVA itself chooses among image_grid_pinpoints, or the published AutoPrune.
         model.config.anyres_resolution_rule = "fill" if mm_patch_merge_type == "spatial" else "effective"
     if mm_patch_merge_type is not None:
         model.set_patch_merge_type(mm_patch_merge_type)
-    _set_generation_config(model, checkpoint.find("generation_config.json") or folder)
+    _set_generation_config(model, generation)
     model.generation_config.suppress_tokens = _wordless_tokens(config, tokenizer, model.generation_config.eos_token_id)
     return tokenizer, model, image_processor, int(getattr(config, "max_sequence_length", None) or DEFAULT_CONTEXT_LEN)
+
+
+def _check_merge_type(config: LlavaConfig, asked: str | None, folder: Path) -> None:
+    own = getattr(config, "mm_patch_merge_type", None) or "flat"
+    if asked is None and own not in MERGE_TYPES:
+        raise UserError(
+            f"{folder / 'config.json'}: mm_patch_merge_type {own!r} is not supported, only {', '.join(MERGE_TYPES)}"
+        )
 
 
 # --- options ------------------------------------------------------------------------------------------------
@@ -202,51 +180,7 @@ def _quantization_options(load_8bit: bool, load_4bit: bool, dtype: torch.dtype) 
     }
 
 
-# --- files --------------------------------------------------------------------------------------------------
-
-
-def _read_checkpoint(
-    folder: Path, base: Path | None, dtype: torch.dtype, convert: bool, local_files_only: bool
-) -> Checkpoint:
-    """Configuration and translated weights, vision tower included; adapters are merged into their base."""
-    into = dtype if convert else None
-    if base is None and is_adapter(folder) and not _has_weights(folder):
-        named = base_named_by(folder)
-        raise UserError(
-            f"{folder}: holds LoRA matrices or a projector only: pass --model-base with the model it was trained on"
-            + (f" ({named})" if named else "")
-        )
-    if base is not None and not is_adapter(folder):
-        raise UserError(
-            f"{folder}: has neither LoRA matrices (adapter_config.json) nor mm_projector.bin to put on a base model; "
-            "leave --model-base out if this is a whole checkpoint"
-        )
-    # LLaVA's adapters carry the whole configuration; those that peft alone wrote go by their base's.
-    path = (base if base is not None and not (folder / "config.json").is_file() else folder) / "config.json"
-    raw = read_json(path)
-    # What is wrong with the decoder's half comes first: finding it out needs no download of a tower.
-    check_config(raw, path)
-    files = weight_files(base or folder)
-    weights = read_weights(files, translate_name, into)
-    if base is not None:
-        apply_adapter(weights, folder, dtype)
-    if is_llava_hf_config(raw):
-        config, tower_folder = llava_config(raw, path, None), None
-    else:
-        inside = any(name.startswith(TOWER_PREFIX) for name in weights)
-        name = tower_name(raw, path)
-        tower_folder = find_tower(name, path, not inside, local_files_only)
-        if tower_folder is not None and not inside:
-            weights |= read_weights(weight_files(tower_folder), translate_tower_name, into)
-        config = llava_config(raw, path, tower_config(name, tower_folder))
-    return Checkpoint(folder, base, config, weights, files, tower_folder)
-
-
-def _has_weights(folder: Path) -> bool:
-    try:
-        return bool(weight_files(folder))
-    except UserError:
-        return False
+# --- small files ------------------------------------------------------------------------------------------------
 
 
 def load_image_processor(folder: Path, tower_folder: Path | None, config: LlavaConfig) -> CLIPImageProcessorPil:
@@ -258,23 +192,34 @@ def load_image_processor(folder: Path, tower_folder: Path | None, config: LlavaC
     for path in [place / name for place in places for name in ("preprocessor_config.json", "processor_config.json")]:
         if not path.is_file():
             continue
-        raw = read_json(path)
+        raw = read_checkpoint_json(path)
         if path.name == "processor_config.json":
             # Newer llava-hf folders keep the image processor's settings inside the processor's.
             raw = raw.get("image_processor")
             if not isinstance(raw, dict):
                 continue
         try:
+            check(raw, PREPROCESSOR, "settings")
             processor = CLIPImageProcessorPil.from_dict(raw)
-            crop = int(processor.crop_size["height"])
-            # Most of what a setting can be wrong about shows only when a picture goes through.
-            red, green, blue = (int(255 * mean) for mean in processor.image_mean)
-            processor(Image.new("RGB", (crop, crop), (red, green, blue)), return_tensors="pt")
+            crop = {int(processor.crop_size[edge]) for edge in ("height", "width")}
+            scaled = [int(length) for length in dict(processor.size).values() if length]
+            # Most of what a setting can be wrong about shows only when a picture goes through, which is no larger than
+            # the tower takes.
+            if crop == {side} and max(scaled) <= MAX_SCALE * side:
+                red, green, blue = (int(255 * mean) for mean in processor.image_mean)
+                processor(Image.new("RGB", (side, side), (red, green, blue)), return_tensors="pt")
         except Exception as error:
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).split())[:300]
             raise UserError(f"{path}: not a usable image processor ({reason}); copy or download it again") from None
-        if crop != side:
-            raise UserError(f"{path}: crop_size is {crop} pixels but the vision tower takes {side}")
+        if crop != {side}:
+            found = " x ".join(str(processor.crop_size[edge]) for edge in ("width", "height"))
+            found = found if len(crop) > 1 else str(*crop)
+            raise UserError(f"{path}: crop_size is {found} pixels but the vision tower takes {side}")
+        if max(scaled) > MAX_SCALE * side:
+            raise UserError(
+                f"{path}: size is {max(scaled)} pixels, more than {MAX_SCALE} times the {side} that the vision tower "
+                "takes"
+            )
         return processor
     return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
@@ -282,23 +227,30 @@ def load_image_processor(folder: Path, tower_folder: Path | None, config: LlavaC
 # --- model --------------------------------------------------------------------------------------------------
 
 
-def _build_model(checkpoint: Checkpoint, options: dict[str, Any]) -> LlavaLlamaForCausalLM:
-    config, folder = checkpoint.config, checkpoint.folder
+def _build_model(checkpoint: Checkpoint, weights: Weights, options: dict[str, Any]) -> LlavaLlamaForCausalLM:
+    config, folder, tensors = checkpoint.config, checkpoint.folder, weights.tensors
     model_class = LlavaMistralForCausalLM if config.text_config.model_type == "mistral" else LlavaLlamaForCausalLM
+    depth = projector_depth(getattr(config, "mm_projector_type", None) or "linear")
+    layers = (config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers, depth or 0)
+    check_depths(tensors, *layers, checkpoint.config_path)
     try:
         with torch.device("meta"):
             expected = model_class(config).state_dict()
     except Exception as error:
         # Sizes that make no model; what torch and transformers raise for them depends on the field.
-        reason = " ".join(str(error).split())
-        raise UserError(f"{folder / 'config.json'}: not a usable configuration ({reason})") from None
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{checkpoint.config_path}: not a usable configuration ({reason})") from None
     if NEWLINE not in expected:
         # It belongs to an arrangement of tiles that this checkpoint does not use; some store one nevertheless.
-        checkpoint.weights.pop(NEWLINE, None)
+        tensors.pop(NEWLINE, None)
     optional = ("lm_head.weight",) if config.tie_word_embeddings else ()
-    check_weights(checkpoint.weights, expected, folder, optional, checkpoint.files)
+    check_weights(tensors, expected, folder, optional, weights.files)
+    _check_memory(weights, options)
+    # Converted while reading where the result stays on the CPU; on the way to another device the device does it.
+    on_cpu = _only_cpu(options["device_map"]) and "quantization_config" not in options
+    weights.prepare(options["dtype"], convert=on_cpu)
     try:
-        model = model_class.from_pretrained(None, config=config, state_dict=checkpoint.weights, **options)
+        model = model_class.from_pretrained(None, config=config, state_dict=tensors, **options)
     except (ImportError, ValueError) as error:
         # Packages or options that do not fit this machine (flash attention, quantization, device maps).
         raise UserError(f"{folder}: cannot be loaded this way: {' '.join(str(error).split())}") from None
@@ -306,13 +258,29 @@ def _build_model(checkpoint: Checkpoint, options: dict[str, Any]) -> LlavaLlamaF
     return model.eval()
 
 
-def _set_generation_config(model: LlavaLlamaForCausalLM, folder: Path) -> None:
+def _check_memory(weights: Weights, options: dict[str, Any]) -> None:
+    device_map = options["device_map"]
+    places = set(device_map.values()) if isinstance(device_map, dict) else {"cpu" if device_map is None else device_map}
+    if len(places) != 1 or "quantization_config" in options:
+        return  # transformers distributes it, over the disk where need be
+    try:
+        device = torch.device(places.pop())
+    except (RuntimeError, TypeError):  # "auto", "disk"
+        return
+    needed, held = weights.bytes_in(options["dtype"])
+    if notice := check_memory(needed, held, device, options["dtype"]):
+        logger.warning("%s", notice)
+
+
+def _generation_tokens(folder: Path) -> dict[str, Any] | None:
     path = folder / "generation_config.json"
-    if path.is_file():
-        raw = read_json(path)
-        # Sampling settings in the file (LLaVA-1.5: temperature 0.9, top_p 0.6) would silently apply
-        # wherever a caller leaves one out; only what belongs to the checkpoint is taken.
-        tokens = {name: raw[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in raw}
+    # Sampling settings in the file (LLaVA-1.5: temperature 0.9, top_p 0.6) would silently apply wherever a caller
+    # leaves one out; only what belongs to the checkpoint is taken.
+    return check_generation(read_checkpoint_json(path), path) if path.is_file() else None
+
+
+def _set_generation_config(model: LlavaLlamaForCausalLM, tokens: dict[str, Any] | None) -> None:
+    if tokens is not None:
         model.generation_config = GenerationConfig(**tokens)
     text = model.config.text_config
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

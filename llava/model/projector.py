@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 DEFAULT_PROJECTOR = "mlp2x_gelu"
-_MLP = re.compile(r"^mlp(\d+)x_gelu$")
+_MLP = re.compile(r"^mlp(\d{1,3})x_gelu$", re.ASCII)
 
 
 def projector_depth(kind: str) -> int | None:
-    """Linear layers of a projector type: `identity` 0, `linear` 1, `mlp2x_gelu` 2, `mlpNx_gelu` N; None if unknown."""
+    """Linear layers of a projector type: `identity` 0, `linear` 1, `mlp2x_gelu` 2, `mlpNx_gelu` N; None if unknown.
+
+    N is below 1000: a config.json asks for layers before anybody knows whether there are weights for them.
+    """
     if kind in ("identity", "linear"):
         return ("identity", "linear").index(kind)
     found = _MLP.match(kind)

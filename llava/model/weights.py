@@ -1,12 +1,14 @@
-"""Weight files of a checkpoint folder: which there are, reading them safely, comparing names and shapes
-with the model's.
+"""Weight files of a checkpoint folder: which there are, reading them safely, converting them, comparing names and
+shapes with the model's.
 
-Knows file formats (safetensors, PyTorch `.bin`, sharded or not), not models.
+Formats: safetensors and PyTorch `.bin`, sharded or not.
 """
 
 from __future__ import annotations
 
 import pickle
+import re
+import sys
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,15 +16,16 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from tqdm import tqdm
 
-from llava.model.checkpoint import read_json
+from llava.model.locate import INDEX_FILES, SINGLE_FILES, refuse_pointer, shard_names
 from llava.utils import UserError
 
-# In the order they are looked for; an index lists the shards.
-SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
-INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 LISTED_NAMES = 12
 PIECE_BYTES = 64 << 20
+PROGRESS_BYTES = 1 << 30
+"""Conversions of more than this show how far they are."""
+Translate = Callable[[str], str | None]
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -44,19 +47,14 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index}: has no weight_map; copy or download it again")
-    files = [index.parent / name for name in sorted(set(map(str, weight_map.values())))]
+    files = [index.parent / name for name in shard_names(index)]
     for file in files:
         if not file.is_file():
             raise UserError(f"{file}: no such file, but {index.name} lists it; copy or download this shard")
     return files
 
 
-def read_weights(
-    files: Iterable[Path], translate: Callable[[str], str | None], dtype: torch.dtype | None = None
-) -> dict[str, Tensor]:
+def read_weights(files: Iterable[Path], translate: Translate, only: set[str] | None = None) -> dict[str, Tensor]:
     """All tensors of `files` on the CPU, under translated names; names translated to None are left out.
 
     Tensors are mapped from disk where the format allows it, so nothing is copied before the model asks for it, and a
@@ -65,30 +63,60 @@ def read_weights(
     Args:
         files: safetensors and `.bin` files.
         translate: file name of a tensor -> name in the result, or None.
-        dtype: convert what is stored otherwise. Done piece by piece, the pages of what has been converted go back to
-            the system; left to the model, the whole checkpoint would stay in memory beside the converted one.
+        only: these names of the result and no others.
 
     Raises:
         UserError: a file cannot be read, or two tensors get the same name.
     """
     weights: dict[str, Tensor] = {}
     for file in files:
-        read = _read_safetensors if file.suffix == ".safetensors" else _read_bin
-        found = read(file, translate, None)
-        if dtype is not None:
-            names = [name for name, tensor in found.items() if tensor.is_floating_point() and tensor.dtype != dtype]
-            pieces = _pieces(names, found)
-            for name in names:
-                del found[name]
-            for piece in pieces:
-                # A fresh mapping per piece: closing it is what lets go of the pages.
-                mapped = read(file, translate, piece)
-                found |= {name: mapped.pop(name).to(dtype) for name in piece}
-        for name, tensor in found.items():
+        for name, tensor in _read(file, translate, only).items():
             if name in weights:
                 raise UserError(f"{file}: tensor {name!r} appears twice in the checkpoint")
             weights[name] = tensor
     return weights
+
+
+def convert_weights(
+    weights: dict[str, Tensor], parts: Iterable[tuple[Sequence[Path], Translate]], dtype: torch.dtype, keep: set[str]
+) -> None:
+    """Convert what `read_weights` has mapped to `dtype`, in place.
+
+    Done piece by piece with mappings of their own; the pages of what has been converted go back to the system. Left to
+    the model, the whole checkpoint would stay in memory beside the converted one.
+
+    Args:
+        weights: changed; no other reference to a mapped tensor should be left.
+        parts: where they came from, as `read_weights` was called.
+        dtype: floating point tensors of another type are converted.
+        keep: names that no longer are what the files hold.
+    """
+    todo = [name for name, tensor in weights.items() if name not in keep and tensor.dtype != dtype]
+    total = sum(weights[name].nbytes for name in todo)
+    with tqdm(
+        total=total,
+        desc=f"converting to {str(dtype).removeprefix('torch.')}",
+        unit="B",
+        unit_scale=True,
+        disable=total < PROGRESS_BYTES,
+        mininterval=0.5 if sys.stderr.isatty() else 15,
+    ) as progress:
+        for file, translate in [(file, translate) for files, translate in parts for file in files]:
+            here = set(_read(file, translate, None)) & set(todo)
+            if not zipfile.is_zipfile(file) and file.suffix != ".safetensors":
+                # An old pickle cannot be mapped: reading it again for every piece would take for ever.
+                for name in here:
+                    progress.update(weights[name].nbytes)
+                    weights[name] = weights[name].to(dtype)
+                continue
+            pieces = _pieces([name for name in todo if name in here], weights)
+            for name in here:
+                del weights[name]
+            for piece in pieces:
+                # A fresh mapping per piece: closing it is what lets go of the pages.
+                mapped = _read(file, translate, piece)
+                progress.update(sum(tensor.nbytes for tensor in mapped.values()))
+                weights |= {name: mapped.pop(name).to(dtype) for name in piece}
 
 
 def _pieces(names: Iterable[str], tensors: Mapping[str, Tensor]) -> list[set[str]]:
@@ -104,7 +132,12 @@ def _pieces(names: Iterable[str], tensors: Mapping[str, Tensor]) -> list[set[str
     return pieces
 
 
-def _read_safetensors(file: Path, translate: Callable[[str], str | None], only: set[str] | None) -> dict[str, Tensor]:
+def _read(file: Path, translate: Translate, only: set[str] | None) -> dict[str, Tensor]:
+    refuse_pointer(file)
+    return (_read_safetensors if file.suffix == ".safetensors" else _read_bin)(file, translate, only)
+
+
+def _read_safetensors(file: Path, translate: Translate, only: set[str] | None) -> dict[str, Tensor]:
     try:
         with safe_open(file, framework="pt", device="cpu") as archive:
             names = {name: translate(name) for name in archive.keys()}  # noqa: SIM118 - not a mapping
@@ -113,28 +146,48 @@ def _read_safetensors(file: Path, translate: Callable[[str], str | None], only: 
                 for name, new in names.items()
                 if new is not None and (only is None or new in only)
             }
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError, KeyError) as error:
         raise _unreadable(file, error) from None
 
 
-def _read_bin(file: Path, translate: Callable[[str], str | None], only: set[str] | None) -> dict[str, Tensor]:
+def _read_bin(file: Path, translate: Translate, only: set[str] | None) -> dict[str, Tensor]:
     try:
         # weights_only: a pickle from somewhere else must not run code. Only the zip format can be mapped.
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:
+        # The interpreter of pickles raises whatever a damaged one makes of it: IndexError, TypeError, struct.error, ...
         raise _unreadable(file, error) from None
     if not isinstance(content, Mapping):
         raise UserError(f"{file}: holds {type(content).__name__}, not a dictionary of tensors")
     tensors: dict[str, Tensor] = {}
     for name, tensor in content.items():
+        if not isinstance(tensor, Tensor):
+            continue
+        if not isinstance(name, str):
+            raise UserError(f"{file}: a tensor is called {ascii(name)[:80]}, which is no name; download the file again")
         new = translate(name)
-        if new is not None and isinstance(tensor, Tensor) and (only is None or new in only):
+        if new is not None and (only is None or new in only):
+            if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+                raise UserError(f"{file}: tensor {name!r} is sparse, quantized or empty; only plain ones can be read")
             tensors[new] = tensor
     return tensors
 
 
+# How torch says that a pickle asks for something that it does not hand out.
+_REFUSED_PICKLE = re.compile(
+    r"(?:[Uu]nsupported (?:global: )?GLOBAL|unrecognized function|instantiate unrecognized class) (?P<asked>[\w.]+)"
+)
+
+
 def _unreadable(file: Path, error: Exception) -> UserError:
-    reason = " ".join(str(error).split()).split(". ")[0][:200] or type(error).__name__
+    text = " ".join(str(error).split())
+    refused = _REFUSED_PICKLE.search(text) if isinstance(error, pickle.UnpicklingError) else None
+    if refused is not None:
+        return UserError(
+            f"{file}: weights cannot be read: this pickle would run code ({refused['asked'].rstrip('.')}), so it is "
+            "refused; take the weights from a source you trust, best as safetensors"
+        )
+    reason = text.split(". ")[0][:200] or type(error).__name__
     return UserError(f"{file}: weights cannot be read ({reason}); the file is damaged, copy or download it again")
 
 
@@ -164,9 +217,19 @@ def check_weights(
         for name, tensor in sorted(weights.items())
         if name in expected and tensor.shape != expected[name].shape
     ]
+    types = [
+        f"{name} {str(tensor.dtype).removeprefix('torch.')}"
+        for name, tensor in sorted(weights.items())
+        if name in expected and not tensor.is_floating_point()
+    ]
     problems = [
         f"{len(names)} {what} ({_some(names)})"
-        for names, what in ((missing, "missing"), (unexpected, "unexpected"), (shapes, "of wrong shape"))
+        for names, what in (
+            (missing, "missing"),
+            (unexpected, "unexpected"),
+            (shapes, "of wrong shape"),
+            (types, "no floating point numbers"),
+        )
         if names
     ]
     if problems:

@@ -265,7 +265,7 @@ def edit(folder, name, **fields):
     [
         (lambda f: (f / "adapter_model.bin").unlink(), "but no adapter_model.safetensors or adapter_model.bin"),
         (lambda f: (f / "adapter_config.json").unlink(), "adapter_config.json: no such file, but the LoRA weights"),
-        (lambda f: (f / "adapter_config.json").write_text("{"), "adapter_config.json: not valid JSON"),
+        (lambda f: (f / "adapter_config.json").write_text("{"), "adapter_config.json:1: malformed JSON"),
         (lambda f: (f / "adapter_model.bin").write_bytes(b"PK"), "adapter_model.bin: weights cannot be read"),
         (lambda f: torch.save({}, f / "adapter_model.bin"), "adapter_model.bin: holds no LoRA matrices"),
         (lambda f: edit(f, "adapter_config.json", use_dora=True), "use_dora True is not supported"),

@@ -54,9 +54,9 @@ def forget_shard(index):
 
 BROKEN = {
     "no config": ("safetensors", True, drop("config.json"), "config.json: no such file"),
-    "corrupt config": ("safetensors", True, overwrite("config.json", b'{"a": 1,\n}'), r"config.json.*line 2"),
-    "binary config": ("safetensors", True, overwrite("config.json", b"\xff\xfe\x00"), "config.json: not a text"),
-    "config is a list": ("safetensors", True, overwrite("config.json", b"[]"), "config.json: expected a JSON object"),
+    "corrupt config": ("safetensors", True, overwrite("config.json", b'{"a": 1,\n}'), r"config.json:2: malformed JSON"),
+    "binary config": ("safetensors", True, overwrite("config.json", b"\xff\xfe\x00"), "config.json: not UTF-8 text"),
+    "config is a list": ("safetensors", True, overwrite("config.json", b"[]"), "must be a JSON object, found an empty"),
     "not llava": ("safetensors", True, edit("config.json", model_type="llama"), "model_type 'llama' is not a LLaVA"),
     "missing field": ("safetensors", True, edit("config.json", hidden_size="absent"), "missing field.* hidden_size"),
     "no tower named": ("safetensors", True, edit("config.json", mm_vision_tower="absent"), "field mm_vision_tower"),
@@ -88,7 +88,7 @@ BROKEN = {
         "safetensors",
         True,
         edit("config.json", mm_vision_tower="/nowhere/clip"),
-        "/nowhere/clip: no such folder; .*config.json names it as mm_vision_tower: write the path of a local copy",
+        "/nowhere/clip: no such folder; .*config.json names it as mm_vision_tower: put a copy .*/llava/clip, or write",
     ),
     "tower of another kind": (
         "safetensors",
@@ -148,7 +148,7 @@ BROKEN = {
         "bin-sharded",
         True,
         overwrite("pytorch_model.bin.index.json", b"{,"),
-        "pytorch_model.bin.index.json: not valid JSON",
+        "pytorch_model.bin.index.json:1: malformed JSON",
     ),
     "tokenizer without its model": (
         "safetensors",
@@ -166,7 +166,7 @@ BROKEN = {
         "safetensors",
         True,
         edit("vision_tower/preprocessor_config.json", image_std=[0.5]),
-        "vision_tower/preprocessor_config.json: not a usable image processor .*3 elements",
+        "vision_tower/preprocessor_config.json: not a usable image processor .*image_std must have 3 entries",
     ),
     "resampler": ("safetensors", True, edit("config.json", mm_resampler_type="perceiver"), "mm_resampler_type 'perc"),
     "corrupt tokenizer": ("safetensors", True, overwrite("tokenizer.model", b"hello"), "tokenizer cannot be read"),
@@ -174,7 +174,7 @@ BROKEN = {
         "safetensors",
         True,
         overwrite("generation_config.json", b"{"),
-        "generation_config.json: not valid JSON",
+        "generation_config.json:1: malformed JSON",
     ),
 }
 
