@@ -5,6 +5,7 @@ Importing the package is cheap: nothing heavy (torch, transformers) is loaded un
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,6 +13,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["LlavaLlamaForCausalLM", "__version__"]
+
+if sys.argv[:1] == ["-m"]:  # only while Python looks for the module of `python -m llava...`
+    from llava.launch import explain_missing_packages
+
+    explain_missing_packages()
 
 
 def __getattr__(name: str):

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 USER_ERROR_STATUS = 2
+INCOMPLETE_STATUS = 3  # done, but something of the input was left out
 INTERRUPTED_STATUS = 130
 
 

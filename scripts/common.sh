@@ -1,8 +1,10 @@
 # What the benchmark scripts share: source it, then `begin BENCHMARK FOLDER "$@"`, `answer ...`, `score MODULE ...`, `finish`.
 #
-#   bash scripts/v1_5/eval/<benchmark>.sh TOKENS [flags of the answering tool ...]
+#   bash scripts/v1_5/eval/<benchmark>.sh TOKENS [TAG] [flags of the answering tool ...]
 #
-# TOKENS: mean number of visual tokens per layer, or `dense` for no pruning. Environment:
+# TOKENS: mean number of visual tokens per layer, or `dense` for no pruning. TAG: a word for the name of the run, as in
+# AutoPrune's textvqa.sh: answers go to n_TOKENS_TAG (there with a time behind it, which would keep a run from being
+# continued). Environment:
 #   CKPT                  checkpoint folder name below MODEL_DIR            (v1_5: llava-v1.5-7b, v1_6: llava-v1.6-vicuna-7b)
 #   MODEL_DIR             folder with checkpoints                          (playground/models)
 #   DATA_DIR              benchmark data in upstream's layout              (playground/data/eval)
@@ -58,8 +60,15 @@ make_miniature() {
 
 begin() {
     BENCHMARK="$1"; FOLDER="$2"; shift 2
-    [ $# -ge 1 ] || die "usage: bash $0 TOKENS [flags of llava.eval.$TOOL ...]; TOKENS is a number or 'dense'"
+    [ $# -ge 1 ] || die "usage: bash $0 TOKENS [TAG] [flags of llava.eval.$TOOL ...]; TOKENS is a number or 'dense'"
     TOKENS="$1"; shift
+    TAG=
+    case "${1--}" in
+        "") shift ;;
+        -*) ;;
+        *[!A-Za-z0-9._-]* | .*) die "TAG becomes part of a file name: letters, digits and ._- only, got '$1'" ;;
+        *) TAG="$1"; shift ;;
+    esac
     TOOL_ARGS=("$@")
     LLAVA_VERSION="${LLAVA_VERSION:-v1_5}"
     case "$LLAVA_VERSION" in
@@ -78,6 +87,7 @@ begin() {
         "" | *[!0-9]*) die "TOKENS must be a number or 'dense', got '$TOKENS'" ;;
         *) RUN="$METHOD/n_$TOKENS" ;;
     esac
+    RUN="$RUN${TAG:+_$TAG}"
     if [ -z "${PYTHON:-}" ]; then
         PYTHON="${AUTOPRUNE_PYTHON:-$ROOT/.venv/bin/python}"
         [ -x "$PYTHON" ] || command -v "$PYTHON" >/dev/null 2>&1 || PYTHON=python3
@@ -185,7 +195,11 @@ has_gaps() {
 # convert NAME [flags]: runs scripts/convert_NAME.py, which writes what a server takes.
 convert() {
     local name="$1"; shift
-    run "$PYTHON" "$ROOT/scripts/convert_$name.py" "$@"
+    local status=0
+    run "$PYTHON" "$ROOT/scripts/convert_$name.py" "$@" || status=$?
+    FAILED=0
+    take_status "$status" # what is written has gaps: the rest of the script goes on
+    [ "$FAILED" -eq 0 ] || exit "$FAILED"
 }
 
 # The same for a server that refuses an upload with gaps.

@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.eval.arguments import Parser
-from llava.eval.convert import first_round_texts, join, load_whole_answers, mmbench_sheet
+from llava.eval.convert import first_round_texts, join, load_whole_answers, mmbench_sheet, report_bad_lines
 from llava.eval.mmbench_data import NOT_UPLOADED, read_table, row_index, write_workbook
 from llava.eval.scoring import warn
 from llava.utils import UserError, cli_main
 
 
 @cli_main
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(description="MMBench answers as the server takes them.")
     parser.add_argument("--annotation-file", required=True, help="the tsv that was answered")
     parser.add_argument("--result-dir", required=True, help="folder with EXPERIMENT.jsonl")
@@ -33,13 +33,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     questions = [{"question_id": row_index(row["index"], args.annotation_file)} for row in rows]
     answers, bad = load_whole_answers(str(source))
     texts, coverage = join(questions, first_round_texts(answers), str(source))
-    if bad:
-        warn(f"{bad} lines of {source} are no answers and are left out")
     coverage.report("rows have no answer; their cells stay empty")
     header, table = mmbench_sheet(rows, {int(key): text for key, text in texts.items()})
     changed = write_workbook(Path(args.upload_dir) / f"{args.experiment}.xlsx", header, table)
     if changed:
         warn(f"{changed} cells held what a workbook cannot hold (control characters, more than 32767 characters)")
+    return report_bad_lines(bad, source)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from llava.eval.convert import (
     join,
     load_questions,
     load_whole_answers,
+    report_bad_lines,
     require_all,
     vizwiz_upload,
     write_upload,
@@ -20,7 +21,7 @@ from llava.utils import cli_main
 
 
 @cli_main
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(description="VizWiz answers as the EvalAI server takes them.")
     parser.add_argument("--annotation-file", required=True, help="question file (llava_test.jsonl)")
     parser.add_argument("--result-file", required=True, help="answer file (.jsonl)")
@@ -33,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     require_all(coverage, args.result_upload_file)
     coverage.report(missing=None)
     write_upload(args.result_upload_file, vizwiz_upload(questions, texts))
+    return report_bad_lines(bad, args.result_file)
 
 
 if __name__ == "__main__":

@@ -162,11 +162,13 @@ def _sqa(folder: Path, entry: Entry, questions: Sequence[Question]) -> str:
 
 
 def _textvqa(folder: Path, entry: Entry, questions: Sequence[Question]) -> str:
-    from llava.eval.eval_textvqa import load_annotations, question_of_prompt
+    from llava.eval.eval_textvqa import find_key, load_annotations
+    from llava.eval.scoring import QuestionIndex
 
     annotations = load_annotations(str(folder / entry.truth[0]))
     known = {(str(item["image_id"]), item["question"].lower()) for item in annotations}
-    return _covered(known, questions, lambda q: (str(q.id), question_of_prompt(q.text)), entry.truth[0])
+    index = QuestionIndex(known)
+    return _covered(known, questions, lambda q: find_key(index, str(q.id), q.text), entry.truth[0])
 
 
 def _pope(folder: Path, entry: Entry, questions: Sequence[Question]) -> str:
@@ -178,10 +180,11 @@ def _pope(folder: Path, entry: Entry, questions: Sequence[Question]) -> str:
 
 
 def _mme(folder: Path, entry: Entry, questions: Sequence[Question]) -> str:
-    from llava.eval.eval_mme import load_truth, question_key
+    from llava.eval.eval_mme import Lookup, load_truth
 
     truth = load_truth(str(folder / entry.truth[0]))
-    return _covered(truth, questions, lambda q: question_key(str(q.id), q.text), entry.truth[0])
+    lookup = Lookup(truth)
+    return _covered(truth, questions, lambda q: lookup.find(str(q.id), q.text), entry.truth[0])
 
 
 def _seed(folder: Path, entry: Entry, questions: Sequence[Question]) -> str:

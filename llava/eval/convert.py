@@ -15,10 +15,10 @@ from typing import Any
 from llava.eval.eval_gqa import to_prediction
 from llava.eval.jsonio import parse_line, read_json, read_records, require_file, write_text_atomic
 from llava.eval.mmbench_data import NOT_UPLOADED, PREDICTION_PLACE, row_index
-from llava.eval.scoring import Coverage, as_answer, join_answers, shorten
+from llava.eval.scoring import Coverage, as_answer, join_answers, shorten, warn
 from llava.eval.vqa_text import normalize_answer
 from llava.schema import ID, TEXT, WHOLE, Fields, ListOf, MapOf, check, optional
-from llava.utils import UserError
+from llava.utils import INCOMPLETE_STATUS, UserError
 
 _SEED = Fields(
     {
@@ -77,6 +77,14 @@ def require_all(coverage: Coverage, upload: str) -> None:
             f"{len(coverage.missing)} of {coverage.expected} questions have no answer ({shorten(coverage.missing)}); "
             f"finish the run first; {upload} is not written"
         )
+
+
+def report_bad_lines(bad: int, path: str | Path) -> int:
+    """Says that `bad` lines of an answer file were no answers; the exit status that goes with it."""
+    if not bad:
+        return 0
+    warn(f"{bad} lines of {path} are no answers and are left out; run the answering tool again for their questions")
+    return INCOMPLETE_STATUS
 
 
 def vqav2_upload(questions: Sequence[Mapping[str, Any]], texts: Mapping[str, str]) -> list[dict[str, Any]]:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava.eval.arguments import Parser
 from llava.eval.jsonio import read_records, read_text, require_folder, write_json, write_text_atomic
-from llava.eval.scoring import join_answers, load_answers, warn
+from llava.eval.scoring import QuestionIndex, join_answers, load_answers, warn
 from llava.schema import ID, TEXT, Fields
 from llava.utils import UserError, cli_main
 
@@ -28,6 +29,7 @@ COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation
 
 _LLAVA_INSTRUCTION = "Answer the question using a single word or phrase."
 _MME_INSTRUCTION = "Please answer yes or no."
+_BREAKS = re.compile(r"[\t\r\n]")
 
 
 class Row(NamedTuple):
@@ -115,8 +117,29 @@ def question_key(question_id: str, prompt: str) -> tuple[str, str, str]:
     return category, Path(image).stem, " ".join(text.split())
 
 
-def _key_of_answer(answer: dict[str, Any]) -> tuple[str, str, str]:
-    return question_key(str(answer["question_id"]), str(answer.get("prompt", "")))
+class Lookup:
+    """Finds the question of the release that a question or an answer is about. known: `question_key`s."""
+
+    def __init__(self, known: Iterable[tuple[str, str, str]]) -> None:
+        self._index = QuestionIndex((key[:2], key[2]) for key in known)
+
+    def question(self, item: Mapping[str, Any]) -> tuple[str, str, str]:
+        """Key of an entry with `question_id` and `text`; `UserError` if the release does not have it."""
+        key = self.find(str(item["question_id"]), item["text"])
+        if key is None:
+            text = question_key(str(item["question_id"]), item["text"])[2]
+            raise UserError(f"no ground truth for question {item['question_id']!r}: {text!r}")
+        return key
+
+    def answer(self, item: Mapping[str, Any]) -> tuple[str, str, str] | None:
+        """Key of an entry with `question_id` and `prompt`; None if the release does not have it."""
+        return self.find(str(item["question_id"]), str(item.get("prompt", "")))
+
+    def find(self, question_id: str, prompt: str) -> tuple[str, str, str] | None:
+        """The known key of that image whose question `prompt` asks."""
+        category, image, text = question_key(question_id, prompt)
+        found = self._index.find((category, image), text)
+        return None if found is None else (category, image, found)
 
 
 def evaluate_mme(
@@ -129,12 +152,9 @@ def evaluate_mme(
     truth: `question_key` -> Yes/No; questions: `question_id` ("category/image.png") and `text`; answers:
     `question_id`, `prompt`, `text`. Both questions of an image have the same id, so the text is in the key.
     """
-    expected = [question_key(str(item["question_id"]), item["text"]) for item in questions]
-    for item, key in zip(questions, expected, strict=True):
-        if key not in truth:
-            raise UserError(f"no ground truth for question {item['question_id']!r}: {key[2]!r}")
-
-    found, coverage = join_answers(expected, answers, _key_of_answer)
+    lookup = Lookup(truth)
+    expected = [lookup.question(item) for item in questions]
+    found, coverage = join_answers(expected, answers, lookup.answer)
     rows: dict[str, list[Row]] = {}
     for key, text in found.items():
         rows.setdefault(key[0], []).append(Row(key[1], truth[key], text))
@@ -175,11 +195,13 @@ def tool_files(
     """Input of the official tool: subtask -> content of its text file, and how many images were left out.
 
     A line is image, question of the release, truth and answer between tabs, two lines an image. The tool pairs
-    consecutive lines, so an image without both answers would shift all that follow: it is left out. Line breaks and
-    tabs in an answer become blanks.
+    consecutive lines, so an image without both answers would shift all that follow: it is left out. Each line break or
+    tab in an answer becomes one blank and nothing else changes: the tool reads the first four characters, as
+    `read_answer` does.
     """
-    expected = [question_key(str(item["question_id"]), item["text"]) for item in questions]
-    found, _ = join_answers(expected, answers, _key_of_answer)
+    lookup = Lookup(release)
+    expected = [lookup.question(item) for item in questions]
+    found, _ = join_answers(expected, answers, lookup.answer)
     images: dict[tuple[str, str], list[tuple[str, str, str]]] = {}
     for key in dict.fromkeys(expected):
         images.setdefault(key[:2], []).append(key)
@@ -191,7 +213,7 @@ def tool_files(
             continue
         for key in keys:
             question, truth = release[key]
-            cells = (f"{image}.txt", question, truth, " ".join(found[key].split()))
+            cells = (f"{image}.txt", question, truth, _BREAKS.sub(" ", found[key]))
             content[category] = content.get(category, "") + "\t".join(cells) + "\n"
     return content, left_out
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from llava.eval.arguments import Parser
 from llava.eval.jsonio import read_records, require_folder, write_json
-from llava.eval.scoring import check_same_questions, join_answers, load_answers
+from llava.eval.scoring import asks, check_same_questions, join_answers, load_answers
 from llava.schema import ID, SCALAR, TEXT, Fields, optional
 from llava.utils import UserError, cli_main
 
@@ -117,8 +117,8 @@ def _check_alignment(category: str, entries: Sequence[dict[str, Any]], asked: Se
             "take the label files that belong to it (random has 2910 lines there)"
         )
     for number, (entry, question) in enumerate(zip(entries, asked, strict=True), start=1):
-        same_image = entry.get("image") == question.get("image")
-        same_text = str(entry.get("text", "")).strip() == first_line(question).strip()
+        same_image = _file_name(entry.get("image")) == _file_name(question.get("image"))
+        same_text = asks(question["text"], str(entry.get("text", "")))
         if not (same_image and same_text):
             raise UserError(
                 f"{name} does not line up with the question file: its entry {number} is about "
@@ -127,9 +127,16 @@ def _check_alignment(category: str, entries: Sequence[dict[str, Any]], asked: Se
             )
 
 
+def _file_name(image: Any) -> Any:
+    """Releases differ in the folder that they put in front of an image's name."""
+    return image.replace("\\", "/").rsplit("/", 1)[-1] if isinstance(image, str) else image
+
+
 def first_line(question: Mapping[str, Any]) -> str:
-    """The question itself: an instruction stands on lines of its own below it."""
-    return question["text"].split("\n")[0]
+    """The question itself: an instruction stands on lines of its own below it, in some releases behind a backslash
+    and n.
+    """
+    return question["text"].split("\n")[0].split("\\n")[0]
 
 
 def load_labels(folder: str) -> dict[str, list[dict[str, Any]]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from llava.eval.arguments import Parser
 from llava.eval.jsonio import read_json, require_folder, write_json
-from llava.eval.scoring import join_answers, load_answers
+from llava.eval.scoring import QuestionIndex, join_answers, load_answers
 from llava.eval.vqa_text import soft_accuracy
 from llava.schema import ID, TEXT, Fields, ListOf, check
 from llava.utils import UserError, cli_main
@@ -37,6 +37,12 @@ def question_of_prompt(prompt: str) -> str:
     return lines[0].lower() if lines else ""
 
 
+def find_key(questions: QuestionIndex, image_id: str, prompt: str) -> tuple[str, str] | None:
+    """Image id and question, lower case, of the annotated question that `prompt` asks; None if there is none."""
+    question = questions.find(image_id, question_of_prompt(prompt))
+    return None if question is None else (image_id, question)
+
+
 def textvqa_accuracy(annotations: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Mean soft accuracy in percent over the answered questions.
 
@@ -45,11 +51,12 @@ def textvqa_accuracy(annotations: Sequence[dict[str, Any]], answers: Sequence[di
     question together are the key.
     """
     references = {(str(item["image_id"]), item["question"].lower()): item["answers"] for item in annotations}
-    found, coverage = join_answers(
-        references,
-        answers,
-        lambda item: (str(item["question_id"]), question_of_prompt(item.get("prompt", ""))),
-    )
+    questions = QuestionIndex(references)
+
+    def key(answer: dict[str, Any]) -> tuple[str, str] | None:
+        return find_key(questions, str(answer["question_id"]), answer.get("prompt", ""))
+
+    found, coverage = join_answers(references, answers, key)
     scores = [soft_accuracy(text, references[key]) for key, text in found.items()]
     accuracy = 100.0 * sum(scores) / len(scores) if scores else 0.0
     return {"accuracy": accuracy, "samples": len(scores), "coverage": coverage}

@@ -19,9 +19,8 @@ from llava.eval.progress import Progress
 from llava.eval.questions import Question, Selected
 from llava.eval.run_metadata import RunMetadata, describe_run, read_metadata
 from llava.eval.traces import TraceFile
-from llava.utils import visible
+from llava.utils import INCOMPLETE_STATUS, visible
 
-INCOMPLETE_STATUS = 3
 METADATA_INTERVAL = 30.0  # seconds between updates of the metadata while a run lasts
 
 

@@ -18,8 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from llava.eval.answers import FAILED, TOKENS, TokenTotals, first_difference, question_hashes, run_options
 from llava.eval.arguments import Parser
 from llava.eval.jsonio import iter_jsonl, require_file, require_keys, write_json, write_lines_atomic
@@ -155,6 +153,8 @@ def choose_lines(
             although their parts did not skip as many.
     """
     keys = question_hashes(questions)
+    import numpy as np  # here: a package in front of llava's would be looked for among the files of this folder
+
     owner = np.concatenate([np.full(len(part.hashes), i) for i, part in enumerate(parts)])
     line = np.concatenate([np.arange(len(part.hashes)) for part in parts])
     found = array("Q", (value for part in parts for value in part.hashes))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.jsonfiles import iter_jsonl, parse_line, require_file
 from llava.schema import ID, SCALAR, TEXT, Fields, check, optional
 from llava.utils import UserError
@@ -142,6 +143,35 @@ def check_same_questions(result_file: str, texts: Mapping[str, str], answers: Se
 
 def _plain(text: str) -> str:
     return " ".join(text.split()).casefold()
+
+
+def asks(prompt: str, question: str) -> bool:
+    """True if `prompt` begins with `question`: what follows, an instruction or OCR tokens, does not identify a sample.
+
+    Blanks, line breaks, case and placeholders of images do not count; the question has to end at the end of a word.
+    """
+    text, start = _plain(prompt.replace(DEFAULT_IMAGE_TOKEN, " ")), _plain(question)
+    # Some releases carry a backslash and n where others have a line break: no letter of the question goes on there.
+    return bool(start) and text.startswith(start) and not (start[-1].isalnum() and text[len(start) :][:1].isalnum())
+
+
+class QuestionIndex:
+    """Finds the known question that a prompt asks about a sample.
+
+    known: pairs of what identifies the sample (an image, say) and the text of one of its questions.
+    """
+
+    def __init__(self, known: Iterable[tuple[Hashable, str]]) -> None:
+        self._questions: dict[Hashable, dict[str, None]] = {}
+        for sample, question in known:
+            self._questions.setdefault(sample, {})[question] = None
+
+    def find(self, sample: Hashable, prompt: str) -> str | None:
+        """The question as it is known; of several that the prompt begins with the longest; None if there is none."""
+        questions = self._questions.get(sample, {})
+        if prompt in questions:
+            return prompt
+        return max((question for question in questions if asks(prompt, question)), key=len, default=None)
 
 
 def join_answers(

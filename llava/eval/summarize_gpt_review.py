@@ -1,7 +1,7 @@
 """LLaVA-Bench: adds up reviews, in which GPT-4 gave two answers to a question a grade from 1 to 10 each.
 
     python -m llava.eval.summarize_gpt_review --dir reviews
-    python -m llava.eval.summarize_gpt_review --files reviews/llava-v1.5-7b.jsonl
+    python -m llava.eval.summarize_gpt_review --files reviews/llava-v1.5-7b.jsonl --ignore 3
 
 Knows the review files of LLaVA's evaluation (`tuple`: reference grade, model grade; `category`); asks no model.
 """
@@ -15,19 +15,20 @@ from typing import Any
 
 from llava.eval.arguments import Parser
 from llava.eval.jsonio import iter_jsonl, require_folder, write_json
-from llava.eval.scoring import warn
+from llava.eval.scoring import shorten, warn
 from llava.utils import UserError, cli_main
 
 
 def summarize(reviews: Sequence[dict[str, Any]]) -> dict[str, tuple[float, float, float]]:
     """Category (and `all`) -> (model / reference in percent, reference, model), the latter two on 0-100.
 
-    reviews: `category` and `tuple`. Rounded as LLaVA prints them: means to three decimals, then everything to one.
+    reviews: `tuple` and perhaps `category`. Rounded as LLaVA prints them: means to three decimals, then everything to
+    one.
     """
     groups: dict[str, list[tuple[float, float]]] = {}
     for review in reviews:
         pair = tuple(review["tuple"])
-        for name in ("all", str(review.get("category", "unknown"))):
+        for name in ("all", *([str(review["category"])] if review.get("category") is not None else [])):
             groups.setdefault(name, []).append(pair)
     summary = {}
     for name, pairs in sorted(groups.items()):
@@ -37,19 +38,28 @@ def summarize(reviews: Sequence[dict[str, Any]]) -> dict[str, tuple[float, float
     return summary
 
 
-def load_reviews(path: str) -> tuple[list[dict[str, Any]], int]:
-    """Reviews of a file, and how many carry no grades (-1: the reviewer's text could not be read)."""
+def load_reviews(path: str, ignore: Sequence[str] = ()) -> tuple[list[dict[str, Any]], int]:
+    """Reviews of a file but for the questions `ignore` (ids), and how many carry no grades (-1: the reviewer's text
+    could not be read). Reviews of the older kind have their grades under `score`.
+    """
     reviews, failed = [], 0
+    known: set[str] = set()
     for number, record in iter_jsonl(path, "review file"):
-        pair = record.get("tuple")
+        known.add(str(record.get("question_id")))
+        if str(record.get("question_id")) in ignore:
+            continue
+        pair = record.get("tuple", record.get("score"))
         if not isinstance(pair, list) or len(pair) != 2 or not all(_is_number(value) for value in pair):
             raise UserError(f"{path}:{number}: needs 'tuple', two grades")
         if min(pair) < 0:
             failed += 1
         else:
-            reviews.append(record)
+            reviews.append({**record, "tuple": pair})
     if not reviews:
-        raise UserError(f"{path}: holds no review with grades")
+        raise UserError(f"{path}: holds no review with grades" + (" besides those ignored" if ignore else ""))
+    unknown = [name for name in ignore if name not in known]
+    if unknown:
+        warn(f"{path}: no review is about question {shorten(unknown)}, named with --ignore")
     return reviews, failed
 
 
@@ -62,29 +72,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description="Add up the reviews of LLaVA-Bench.")
     parser.add_argument("-d", "--dir", help="summarize every .jsonl of this folder")
     parser.add_argument("-v", "--version", help="only reviews by this GPT-4: 0613 if the name says so, else 0314")
-    parser.add_argument("-f", "--files", nargs="*", default=[], help="review files (.jsonl)")
+    parser.add_argument("-f", "--files", nargs="*", default=[], help="review files (.jsonl), below --dir if given")
     parser.add_argument("-s", "--select", nargs="*", default=[], help="only files whose name holds all of these")
-    parser.add_argument("-i", "--ignore", nargs="*", default=[], help="no files whose name holds one of these")
+    parser.add_argument(
+        "-i", "--ignore", nargs="*", default=[], metavar="ID", help="question ids to leave out",
+    )  # fmt: skip
     parser.add_argument("--json", metavar="PATH", help="write the summary of a single file as JSON (percent)")
     args = parser.parse_args(argv)
-    files = [Path(name) for name in args.files]
-    if args.dir:
-        files += sorted(require_folder(args.dir, "review folder").glob("*.jsonl"))
+    if args.dir and args.files:
+        folder = require_folder(args.dir, "review folder")
+        files = [folder / name if (folder / name).is_file() else Path(name) for name in args.files]
+    elif args.dir:
+        files = list(require_folder(args.dir, "review folder").glob("*.jsonl"))
+    else:
+        files = [Path(name) for name in args.files]
     chosen = [
         path
-        for path in files
+        for path in sorted(files)
         if all(part in path.name for part in args.select)
-        and not any(part in path.name for part in args.ignore)
         and args.version in (None, "0613" if "0613" in path.name else "0314")
     ]
     if not chosen:
-        raise UserError("no review file: give --dir or --files, and check --select and --ignore")
+        raise UserError("no review file: give --dir or --files, and check --select and --version")
     if args.json and len(chosen) > 1:
         raise UserError("--json goes with one review file")
     for path in chosen:
-        reviews, failed = load_reviews(str(path))
+        reviews, failed = load_reviews(str(path), args.ignore)
         summary = summarize(reviews)
-        print(path.stem)
+        print(path.stem.replace("gpt4_text_", ""))
         for name, (ratio, reference, model) in summary.items():
             print(name, ratio, reference, model)
         print("=================================")

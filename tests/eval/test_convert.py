@@ -10,7 +10,8 @@ import pytest
 
 from llava.eval import eval_gqa, eval_mmbench
 from llava.eval.mmbench_data import read_workbook
-from tests.eval.helpers import ROOT, answer, fails_with_one_line, read_json, write_json, write_jsonl
+from llava.eval.science_prompts import prompt_and_answer
+from tests.eval.helpers import ROOT, answer, fails_with_one_line, read_json, read_jsonl, write_json, write_jsonl
 
 QUESTIONS = [
     {"question_id": 10, "image": "b.jpg", "text": "One?"},
@@ -54,8 +55,32 @@ def test_vqav2_lines_that_are_no_answers_are_counted(vqa, capsys):
     merge = vqa / "answers" / "dev" / "run 1" / "merge.jsonl"
     crlf = merge.read_bytes().replace(b"\n", b"\r\n")
     merge.write_bytes(b"\xef\xbb\xbf" + crlf + b"\r\n[1]\n\xff\xfe\n" + b'{"question_id": 11, "text": "y')
+    with pytest.raises(SystemExit) as exit_info:
+        run("vqav2_for_submission", "--dir", vqa, "--split", "dev", "--ckpt", "run 1")
+    printed = capsys.readouterr()
+    assert printed.out == "total results: 2, total split: 3, error_line: 3\n"
+    assert exit_info.value.code == 3 and "3 lines of" in printed.err
+    assert (vqa / "answers_upload" / "dev" / "run 1.json").is_file()
+
+
+def test_vqav2_as_published_by_autoprune(vqa, capsys):
+    """`--src` and `--dst` below `--dir`; the same bytes as in LLaVA's way."""
     run("vqav2_for_submission", "--dir", vqa, "--split", "dev", "--ckpt", "run 1")
-    assert capsys.readouterr().out == "total results: 2, total split: 3, error_line: 3\n"
+    src, dst = "answers/dev/run 1/merge.jsonl", "answers_upload/llava/AdaPruner/n_64/upload.json"
+    run("vqav2_for_submission", "--dir", vqa, "--src", src, "--dst", dst)
+    assert (vqa / dst).read_bytes() == (vqa / "answers_upload" / "dev" / "run 1.json").read_bytes()
+    capsys.readouterr()
+    main = script("vqav2_for_submission")
+    fails_with_one_line(main, ["--dir", vqa, "--src", src], capsys, "--dst")
+    fails_with_one_line(main, ["--dir", vqa, "--src", src, "--dst", dst, "--result-file", "x"], capsys, "not both")
+    fails_with_one_line(main, ["--dir", vqa, "--src", "no.jsonl", "--dst", dst], capsys, vqa / "no.jsonl")
+
+
+def test_vqav2_tells_questions_of_the_split_without_an_answer(vqa, capsys):
+    write_jsonl(vqa / "dev.jsonl", QUESTIONS[1:])
+    with pytest.raises(SystemExit) as exit_info:
+        run("vqav2_for_submission", "--dir", vqa, "--split", "dev", "--ckpt", "run 1")
+    assert exit_info.value.code == 3 and "get an empty one: 11" in capsys.readouterr().err
 
 
 def test_vqav2_with_paths_and_bad_input(vqa, tmp_path, capsys):
@@ -252,23 +277,83 @@ def test_science_problems_become_conversations(tmp_path, capsys):
     write_json(tmp_path / "problems.json", problems)
     write_json(tmp_path / "pid_splits.json", {"test": ["9", "4"], "train": []})
     main = script("sqa_to_llava")
-    main(["convert_to_llava", "--base-dir", str(tmp_path), "--split", "test", "--prompt-format", "CQM-A"])
-    assert read_json(tmp_path / "llava_test_CQM-A.json") == [
+    target = tmp_path / "llava_test_CQM-A.json"
+    lettered = ["--base-dir", str(tmp_path), "--prompt-format", "CQM-A-lettered", "--output-file", str(target)]
+    main(["convert_to_llava", "--split", "test", *lettered])
+    assert read_json(target) == [
         {"id": "9", "conversations": [{"from": "human", "value": "What?\nA. x\nB. y\nC. z"},
                                       {"from": "gpt", "value": "The answer is A."}]},
         {"id": "4", "image": "4/image.png",
          "conversations": [{"from": "human", "value": "Context: Look.\nWhich?\nA. a\nB. b\n<image>"},
                            {"from": "gpt", "value": "The answer is B."}]},
     ]  # fmt: skip
-    main(["--base-dir", str(tmp_path)])
-    second = read_json(tmp_path / "llava_test_QCM-LEA.json")[1]["conversations"]
-    assert [turn["value"] for turn in second] == [
-        "Which?\nContext: Look.\nA. a\nB. b\n<image>",
-        "Long.\nBecause.\nThe answer is B.",
-    ]
-    capsys.readouterr()
-    fails_with_one_line(main, ["--base-dir", tmp_path, "--prompt-format", "QX-A"], capsys, "--prompt-format")
     # The answering tool reads it, and it fits the problems.
     from llava.eval.model_vqa_science import read_conversations
 
-    assert [q.image for q in read_conversations(str(tmp_path / "llava_test_CQM-A.json"))] == [None, "4/image.png"]
+    assert [q.image for q in read_conversations(str(target))] == [None, "4/image.png"]
+    main(["--base-dir", str(tmp_path)])
+    second = read_json(tmp_path / "llava_test_QCM-LEPA.json")[1]
+    assert (second["image"], [turn["value"] for turn in second["conversations"]]) == ("4/image.png", [
+        "Which?\nContext: Look.\nOptions: (A) a (B) b\n<image>",
+        "LECTURE: Long.\nSOLUTION: Because.\n###\nANSWER: B.",
+    ])  # fmt: skip
+    main(["convert_to_jsonl", "--base_dir", str(tmp_path), "--prompt_format", "CQM-A"])
+    assert read_jsonl(tmp_path / "scienceqa_test_CQM-A.jsonl")[0] == {
+        "id": "9",
+        "instruction": "Context: N/A\nQuestion: What?\nOptions: (A) x (B) y (C) z",
+        "output": "The answer is A.",
+    }  # fmt: skip
+    capsys.readouterr()
+    for wrong in ("QX-A", "QCM", "QCM-P", "CQM-A-other", "-lettered", ""):
+        fails_with_one_line(main, ["--base-dir", tmp_path, "--prompt-format", wrong], capsys, "--prompt-format")
+
+
+BARE = {"question": "Which?", "choices": ["a", "b"], "answer": 0, "hint": "", "lecture": "", "solution": ""}
+LONG = {**BARE, "answer": 1, "hint": "Look.", "lecture": "Le\nson.", "solution": "So."}
+
+
+@pytest.mark.parametrize(
+    "name, prompt",
+    [
+        ("CQM", "Context: Look.\nQuestion: Which?\nOptions: (A) a (B) b"),
+        ("QCM", "Which?\nContext: Look.\nOptions: (A) a (B) b"),
+        ("QCML", "Which?\nContext: Look.\nOptions: (A) a (B) b\nBECAUSE: Le\nson."),
+        ("QCME", "Which?\nContext: Look.\nOptions: (A) a (B) b\nBECAUSE: So."),
+        ("QCMLE", "Which?\nContext: Look.\nOptions: (A) a (B) b\nBECAUSE: Le\nson. So."),
+        ("QCLM", "Which?\nContext: Look.\nBECAUSE: Le\nson.\nOptions: (A) a (B) b"),
+        ("QCEM", "Which?\nContext: Look.\nBECAUSE: So.\nOptions: (A) a (B) b"),
+        ("QCLEM", "Which?\nContext: Look.\nBECAUSE: Le\nson. So.\nOptions: (A) a (B) b"),
+    ],
+)
+def test_science_prompts(name, prompt):
+    assert prompt_and_answer(LONG, f"{name}-A") == (prompt, "The answer is B.")
+
+
+@pytest.mark.parametrize(
+    "name, full, bare",
+    [
+        ("A", "The answer is B.", "The answer is A."),
+        ("AL", "The answer is B. BECAUSE: So.", "The answer is A."),  # the published script has AL and AE exchanged
+        ("AE", "The answer is B. BECAUSE: Le\nson.", "The answer is A."),
+        ("ALE", "The answer is B. BECAUSE: Le\nson. So.", "The answer is A."),
+        ("AEL", "The answer is B. BECAUSE: So. Le\nson.", "The answer is A."),
+        ("LA", "Le\nson. The answer is B.", "The answer is A."),
+        ("EA", "So. The answer is B.", "The answer is A."),
+        ("LEA", "Le\nson. So. The answer is B.", " The answer is A."),
+        ("ELA", "So. Le\nson. The answer is B.", " The answer is A."),
+        ("LEPA", "LECTURE: Le\nson.\nSOLUTION: So.\n###\nANSWER: B.", "###\nANSWER: A."),
+    ],
+)
+def test_science_answers(name, full, bare):
+    assert prompt_and_answer(LONG, f"QCM-{name}")[1] == full
+    # Three blanks in a row become two, as there: only pairs are made one, and once.
+    assert prompt_and_answer(BARE, f"QCM-{name}") == ("Which?\nContext: N/A\nOptions: (A) a (B) b", bare)
+
+
+def test_science_prompt_without_a_reason_and_with_odd_text():
+    assert prompt_and_answer(BARE, "QCMLE-A")[0] == "Which?\nContext: N/A\nOptions: (A) a (B) b"
+    assert prompt_and_answer(BARE, "QCLM-A")[0] == "Which?\nContext: N/A\nBECAUSE: \nOptions: (A) a (B) b"
+    odd = {**BARE, "question": "Is  Question: one?", "lecture": "one\\ntwo"}
+    assert prompt_and_answer(odd, "QCML-LA") == (
+        "Is one?\nContext: N/A\nOptions: (A) a (B) b\nBECAUSE: one\ntwo", "one\ntwo The answer is A.",
+    )  # fmt: skip

@@ -164,6 +164,32 @@ def test_input_files_of_the_official_tool(tmp_path, capsys):
 
 
 @needs_shared
+@pytest.mark.parametrize("text", [" \n Yes", "\n\n\n\nNo", "\tno", "   yes", "  \r\nYes", "", "ye\ns", "Yes\tit is"])
+def test_the_official_tool_reads_an_answer_as_the_score_does(text):
+    """It splits a line at its tabs and takes the first four characters of the last cell, without stripping."""
+    key = [("color", "a", "One?"), ("color", "a", "Two?")]
+    release = {key[0]: ("One?", "Yes"), key[1]: ("Two?", "No")}
+    questions = [{"question_id": "color/a.png", "text": name} for _, _, name in key]
+    answers = [{**question, "prompt": question["text"], "text": text} for question in questions]
+    content, left_out = eval_mme.tool_files(release, questions, answers)
+    lines = content["color"].splitlines(keepends=True)
+    assert left_out == 0 and len(lines) == 2
+    for line in lines:
+        _, _, _, prediction = line.split("\t")
+        assert eval_mme.read_answer(prediction) == eval_mme.read_answer(text)
+
+
+def test_a_question_is_found_by_its_own_text_at_the_start():
+    """Whatever instruction follows, and however its line break is written; other questions stay unknown."""
+    lookup = eval_mme.Lookup([("color", "a", "Is it red?"), ("color", "a", "Is it"), ("color", "b", "Is it blue?")])
+    instruction = "Answer the question using a single word or phrase."
+    for rest in (f"\\n{instruction}", " Please answer yes or no.\\n", "\nYes or no?", ""):
+        assert lookup.find("color/a.png", "Is it red?" + rest) == ("color", "a", "Is it red?")
+    assert lookup.find("color/b.png", "Is it red?") is None
+    assert lookup.find("color/b.png", "Well, is it blue?") is None
+    assert lookup.find("color/a.png", "Is itself?") is None
+
+
 def test_official_input_of_published_answers(tmp_path):
     """Questions and truth line by line as in the official template; scores as from the answer file."""
     folder = SHARED / "MME"

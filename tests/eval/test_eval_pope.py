@@ -1,6 +1,7 @@
 """POPE scorer: published digits, reading of answers, joining, bad input."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -116,6 +117,31 @@ def test_label_file_of_another_release_is_refused(tmp_path, capsys):
     fails_with_one_line(eval_pope.main, argv, capsys, "coco_pope_random.json", "3 labels", "2")
     labels.write_text("".join(lines[::-1]))
     fails_with_one_line(eval_pope.main, argv, capsys, "coco_pope_random.json", "does not line up", "entry 1")
+
+
+def test_what_identifies_a_sample_is_compared(tmp_path, capsys):
+    """Image and the label's text as the start of the question; not how the instruction is put behind it."""
+    argv = [str(a) for a in make_files(tmp_path, ANSWERS)]
+    eval_pope.main(argv)
+    expected = capsys.readouterr()
+    questions = Path(argv[argv.index("--question-file") + 1])
+    records = [json.loads(line) for line in questions.read_text().splitlines()]
+    for change in (
+        lambda record: {"text": record["text"].split("\n")[0] + "\\nAnswer yes or no."},
+        lambda record: {"text": "<image>\n" + record["text"]},
+        lambda record: {"text": record["text"].split("\n")[0] + " Answer."},
+        lambda record: {"image": "val2014/" + record["image"]},
+    ):
+        write_jsonl(questions, [{**record, **change(record)} for record in records])
+        eval_pope.main(argv)
+        assert capsys.readouterr().out == expected.out
+    for change in (
+        lambda record: {"text": "So " + record["text"]},
+        lambda record: {"text": record["text"].split("?")[0] + "s?"},
+        lambda record: {"image": "other.jpg"},
+    ):
+        write_jsonl(questions, [{**record, **change(record)} for record in records])
+        fails_with_one_line(eval_pope.main, argv, capsys, "does not line up", "entry 1")
 
 
 def test_bad_input(tmp_path, capsys):

@@ -63,6 +63,15 @@ def test_result_dir_scores_every_file(tmp_path, capsys):
     assert capsys.readouterr().out == "a\nSamples: 1\nAccuracy: 100.00%\n\nb\nSamples: 1\nAccuracy: 100.00%\n\n"
 
 
+def test_a_literal_backslash_n_behind_the_question(tmp_path):
+    annotations = [{"image_id": "x", "question": text, "answers": ["stop"] * 10} for text in ("what", "what word?")]
+    annotations.append({"image_id": "y", "question": "what word is it?", "answers": ["go"] * 10})
+    prompt = "What word?\\nReference OCR token: what, stop\\nAnswer the question"
+    result = eval_textvqa.textvqa_accuracy(annotations, [answer("x", "stop", prompt), answer("y", "go", prompt)])
+    assert (result["samples"], result["accuracy"]) == (1, 100.0)
+    assert result["coverage"].unmatched == ["y"], "another image, whose question only begins alike"
+
+
 def test_bad_input(tmp_path, capsys):
     annotation = write_json(tmp_path / "val.json", {"data": ANNOTATIONS})
     answers = write_jsonl(tmp_path / "a.jsonl", [answer("x", "stop", "What word?\nAnswer")])

@@ -68,6 +68,23 @@ def test_bad_vqa_files(tmp_path, capsys):
     fails_with_one_line(eval_vqa.main, argv, capsys, "u.json: entry 0: key 'answer' is missing")
 
 
+def test_reviews_without_ignored_questions(tmp_path, capsys):
+    """The figures of LLaVA's tool for this file: grades 8 8, 8 4 and 9 9 are left."""
+    grades = {1: [8, 8], 2: [8, 4], 3: [10, 1], 13: [9, 9]}
+    records = [{"question_id": key, "category": f"c{key}", "tuple": pair} for key, pair in grades.items()]
+    path = write_jsonl(tmp_path / "gpt4_text_7b.jsonl", records)
+    summarize_gpt_review.main(["-d", str(tmp_path), "-f", path.name, "--ignore", "3"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["7b", "all 84.0 83.3 70.0"] and len(lines) == 6, "13 is not 3"
+    # Without categories there is only the total; older reviews call the grades `score`.
+    write_jsonl(path, [{"question_id": 1, "score": [8, 4]}, {"question_id": "2", "tuple": [8, 8]}])
+    summarize_gpt_review.main(["-f", str(path), "-i", "5", "-v", "0314"])
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[:-1] == ["7b", "all 75.0 80.0 60.0"]
+    assert "question 5" in printed.err
+    fails_with_one_line(summarize_gpt_review.main, ["-f", path, "-i", "1", "2"], capsys, "besides those ignored")
+
+
 def test_reviews(tmp_path, capsys):
     """Means over reviews, ratio of the means; 3 of 4 reviews carry grades."""
     records = [
@@ -88,6 +105,6 @@ def test_reviews(tmp_path, capsys):
     ]
     assert "1 reviews" in printed.err
     assert read_json(tmp_path / "s.json")["all"] == 75.5
-    fails_with_one_line(summarize_gpt_review.main, ["-f", path, "-i", "7b"], capsys, "no review file")
+    fails_with_one_line(summarize_gpt_review.main, ["-f", path, "-s", "13b"], capsys, "no review file")
     write_jsonl(path, [{"tuple": [1, "x"]}])
     fails_with_one_line(summarize_gpt_review.main, ["-f", path], capsys, "7b.jsonl:1", "two grades")

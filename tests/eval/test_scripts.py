@@ -214,6 +214,17 @@ def test_template_follows_the_checkpoint(run, name, template):
     assert "--conv-mode v0 " in own
 
 
+@pytest.mark.parametrize("name", ["textvqa", "vqav2", "mmbench", "textvqa_13b"])
+def test_a_tag_names_the_run(name, run):
+    """As `textvqa.sh 64 TAG` of AutoPrune; flags of the tool may follow."""
+    stdout = run(f"v1_5/eval/{name}", "64", "my-tag.1", DRY_RUN="1", CKPT="c").stdout
+    plain = run(f"v1_5/eval/{name}", "64", DRY_RUN="1", CKPT="c").stdout
+    assert "c/autoprune/n_64_my-tag.1" in stdout and stdout.replace("n_64_my-tag.1", "n_64") == plain
+    assert "--target-token-num 64 --device cpu" in stdout
+    refused = run(f"v1_5/eval/{name}", "64", "a/b", DRY_RUN="1")
+    assert refused.returncode == 2 and "TAG" in refused.stderr
+
+
 def test_dense_has_no_budget(run, place):
     result = run("v1_6/eval/pope", "dense", DRY_RUN="1")
     assert "--method dense" in result.stdout and "token-num" not in result.stdout

@@ -25,7 +25,7 @@ TOOLS = {
     "llava.eval.eval_mmvet": "--annotation-file A --result-file R",
     "llava.eval.summarize_gpt_review": "-d D -v V -s a b -f x y -i c",
     "scripts/convert_gqa_for_eval.py": "--src S --dst D",
-    "scripts/convert_vqav2_for_submission.py": "--dir D --ckpt C --split S",
+    "scripts/convert_vqav2_for_submission.py": "--dir D --ckpt C --split S --src A --dst B",
     "scripts/convert_vizwiz_for_submission.py": "--annotation-file A --result-file R --result-upload-file U",
     "scripts/convert_mmbench_for_submission.py": "--annotation-file A --result-dir R --upload-dir U --experiment E",
     "scripts/convert_mmvet_for_eval.py": "--src S --dst D",

@@ -5,7 +5,9 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/../../common.sh"
 SPLIT=llava_vqav2_mscoco_test-dev2015 MERGED=1
 begin vqav2 vqav2 "$@"
 answer --question-file "$DATA/$SPLIT.jsonl" --image-folder "$DATA/test2015"
-convert vqav2_for_submission --dir "$DATA" --result-file "$ANSWERS" --result-upload-file "$OUT/answers_upload/$SPLIT/$NAME.json"
+whole=()
+has_gaps || whole=(--split "$SPLIT") # every question of the split has to have its answer
+convert vqav2_for_submission --dir "$DATA" ${whole[@]+"${whole[@]}"} --result-file "$ANSWERS" --result-upload-file "$OUT/answers_upload/$SPLIT/$NAME.json"
 truth="$DATA/v2_mscoco_test-dev2015_annotations.json"
 [ ! -f "$truth" ] || score eval_vqa --annotation-file "$truth"
 finish

@@ -1,0 +1,28 @@
+"""What happens when a tool is started with a Python that lacks packages: one line instead of a traceback."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import TracebackType
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def explain_missing_packages() -> None:
+    """From now on, a package that is missing ends the process with one line and exit status 2."""
+    previous = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        name = (getattr(error, "name", None) or "").partition(".")[0]
+        if not isinstance(error, ModuleNotFoundError) or name in ("", "llava"):
+            previous(kind, error, trace)
+            return
+        print(
+            f"error: {sys.executable} lacks the package {name}; run: {sys.executable} -m pip install -e {ROOT} "
+            f"(or once bash {ROOT / 'scripts' / 'demo.sh'}, and then {ROOT / '.venv' / 'bin' / 'python'})",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+
+    sys.excepthook = hook
