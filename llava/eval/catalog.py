@@ -63,7 +63,7 @@ ENTRIES = (
     Entry(
         "sqa", "ScienceQA", "scienceqa", "model_vqa_science",
         "llava_test_CQM-A.json", "images/test", ("problems.json", "pid_splits.json"),
-        source=f"question file: {_EVAL_ZIP} (or scripts/convert_sqa_to_llava.py); the rest: ScienceQA's repository",
+        source=f"question file: {_EVAL_ZIP} (or scripts/convert_sqa_to_llava.py, CQM-A-lettered); the rest: ScienceQA",
     ),
     Entry(
         "textvqa", "TextVQA", "textvqa", "model_vqa_loader",
