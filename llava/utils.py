@@ -24,19 +24,20 @@ class UserError(ValueError):
     """
 
 
-# Control characters (a terminal obeys some of them), marks that turn the order of writing around, and halves of
-# surrogate pairs, which no terminal can show. Line breaks and tabs are for the caller to judge.
-_UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# Marks that turn the order of writing around, and halves of surrogate pairs, which no terminal can show.
+_MISLEADING = "\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff"
+# The control characters that a terminal obeys: it rings, moves, deletes, changes its settings, answers.
+_OBEYED = re.compile(f"[\\x05\\x07\\x08\\x0b-\\x0f\\x18\\x1a\\x1b\\x7f-\\x9f{_MISLEADING}]")
+_CONTROL = re.compile(f"[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029{_MISLEADING}]")
 
 
 def visible(text: str, one_line: bool = True) -> str:
     """`text` for a terminal: what the terminal would obey instead of show becomes an escape like `\\x1b`.
 
-    For everything that comes from outside: names of files, ids, answers of a model. one_line: line breaks and tabs
-    become escapes too; without it they stay.
+    For everything that comes from outside: names of files, ids, answers of a model. one_line: for names and messages,
+    in which no control character has its place; without it line breaks, tabs and what a terminal ignores stay.
     """
-    text = _UNSEEN.sub(_escape, text)
-    return re.sub(r"[\t\n\u2028\u2029]", _escape, text) if one_line else text
+    return (_CONTROL if one_line else _OBEYED).sub(_escape, text)
 
 
 def _escape(match: re.Match[str]) -> str:
