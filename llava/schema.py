@@ -88,6 +88,11 @@ def between(least: float, most: float, kind: Kind = NUMBER) -> Kind:
     return Kind(f"{kind.name} from {least} to {most}", lambda value: kind.accepts(value) and least <= value <= most)
 
 
+def above(bound: float, kind: Kind = NUMBER) -> Kind:
+    """A number that is greater than `bound`."""
+    return Kind(f"{kind.name} above {bound}", lambda value: kind.accepts(value) and value > bound)
+
+
 def one_of(*values: Any) -> Kind:
     """One of a few constants."""
     listed = ", ".join(map(repr, values))

@@ -73,10 +73,11 @@ def cli_main(main: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(main)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        # What the terminal's encoding cannot say is escaped, as it is on stderr anyway.
-        with contextlib.suppress(AttributeError, OSError):
-            if sys.stdout.errors == "strict":
-                sys.stdout.reconfigure(errors="backslashreplace")
+        # What the encoding cannot say is escaped, as it is on a fresh interpreter's stderr anyway.
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError, OSError):
+                if stream.errors == "strict":
+                    stream.reconfigure(errors="backslashreplace")
         try:
             result = main(*args, **kwargs)
         except KeyboardInterrupt as error:

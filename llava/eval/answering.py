@@ -16,8 +16,10 @@ from typing import Any
 
 from llava.eval.arguments import (
     MAX_IMAGE_PIXELS,
+    MAX_WORKERS,
     GenerationOptions,
     check_budget,
+    check_range,
     merge_type_from_args,
     method_from_args,
 )
@@ -119,12 +121,8 @@ def run_questions(
     # Everything that can be wrong with the input is found before the model is loaded.
     method = method_from_args(args)
     generation = GenerationOptions.from_args(args)
-    for flag, value, least in (
-        ("--num-workers", args.num_workers, 0),
-        ("--max-image-pixels", args.max_image_pixels, 1),
-    ):
-        if value is not None and value < least:
-            raise UserError(f"{flag} must be at least {least}, got {value}")
+    check_range("--num-workers", args.num_workers, 0, MAX_WORKERS)
+    check_range("--max-image-pixels", args.max_image_pixels, 1)
     image_folder = Path(args.image_folder or ".")
     most_images = max((len(question.images) for question in questions), default=0)
     if most_images:

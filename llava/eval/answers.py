@@ -18,11 +18,15 @@ import shortuuid
 from llava.eval.jsonio import require_keys
 from llava.eval.questions import Question, Selected
 from llava.eval.records import RecordFile, key_hash, match
+from llava.schema import NUMBER, Fields, at_least, check
 from llava.utils import UserError
 
 TOKENS = "tokens"  # key in the metadata for what differs from sample to sample
 REMEDY = "give another --answers-file, or --overwrite to start over"
 FAILED = "failed"  # key in the metadata of a sample whose answer is worthless, with the reason
+_COUNT = at_least(0, NUMBER)
+_COUNTS = Fields({f"{name}?": _COUNT for name in ("visual", "nominal", "processed", "flops", "dense_flops")})
+_IMAGE_COUNTS = Fields({"nominal": _COUNT, "processed": _COUNT})
 
 
 @dataclass
@@ -41,11 +45,12 @@ class TokenTotals:
         if not tokens:
             return
         try:
-            numbers = {item.name: tokens.get(item.name, 0) + 0 for item in fields(self)[1:]}
+            check(tokens, _COUNTS, "tokens")
             if tokens.get("visual"):
-                numbers |= {name: tokens[name] + 0 for name in ("nominal", "processed")}
-        except (TypeError, KeyError, AttributeError):
-            raise UserError(f"{where}: 'tokens' in the metadata are no token counts; {REMEDY}") from None
+                check(tokens, _IMAGE_COUNTS, "tokens")
+        except UserError as error:
+            raise UserError(f"{where}: 'tokens' in the metadata are no token counts ({error}); {REMEDY}") from None
+        numbers = {item.name: tokens.get(item.name, 0) for item in fields(self)[1:]}
         self.flops += numbers["flops"]
         self.dense_flops += numbers["dense_flops"]
         if numbers["visual"]:

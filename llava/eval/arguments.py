@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from llava.schema import LARGEST, kind_of
 from llava.utils import UserError
 
 DEFAULT_METHOD = "autoprune"
@@ -18,6 +19,9 @@ DEFAULT_TARGET_TOKENS = 64
 MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
 AUTO = "auto"  # of --batch-size
 MAX_IMAGE_PIXELS = 89_478_485  # PIL's own idea of a decompression bomb: a quarter of a gigabyte as RGB
+MAX_BEAMS = 1000
+MAX_TOKENS = 1_000_000  # of an answer: no context is longer
+MAX_WORKERS = 256
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 # flag -> option of the method; x0, k0 and gamma exist only where the method declares them.
@@ -30,6 +34,14 @@ _METHOD_FLAGS = {
     "--k0": "k0",
     "--gamma": "gamma",
 }
+
+
+def check_range(flag: str, value: float | None, least: float, most: float = LARGEST) -> None:
+    """Raises `UserError` unless a number is from `least` to `most`; a flag that was not given (None) is fine."""
+    if value is None or least <= value <= most:
+        return
+    bound = f"at most {most}" if value > most else f"at least {least}"
+    raise UserError(f"{flag} must be {bound}, got {kind_of(value)}")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -269,9 +281,9 @@ class GenerationOptions:
             raise UserError(f"--temperature must be 0 or a positive number, got {self.temperature}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"--top_p must be above 0 and at most 1, got {self.top_p}")
-        for flag, value in (("--num_beams", self.num_beams), ("--max_new_tokens", self.max_new_tokens)):
-            if value < 1:
-                raise UserError(f"{flag} must be at least 1, got {value}")
+        check_range("--num_beams", self.num_beams, 1, MAX_BEAMS)
+        check_range("--max_new_tokens", self.max_new_tokens, 1, MAX_TOKENS)
+        check_range("--seed", self.seed, 0)
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> GenerationOptions:

@@ -17,10 +17,14 @@ from typing import Any
 from llava.eval.arguments import Parser
 from llava.eval.jsonio import read_json, require_folder, write_json, write_text_atomic
 from llava.eval.scoring import Coverage, check_same_questions, join_answers, load_answers, warn
+from llava.schema import ID, TEXT, Fields, ListOf, check, kind_of, optional
 from llava.utils import UserError, cli_main
 
 OPTIONS = ("A", "B", "C", "D", "E")
 FAILED = "FAILED"
+_PROBLEM = Fields(
+    {"choices": ListOf(TEXT), "question?": optional(TEXT), "subject?": optional(TEXT), "image?": optional(TEXT)}
+)
 _ANSWER_IS = re.compile(r"The answer is ([A-Z]).")
 
 
@@ -129,7 +133,7 @@ def load_problems(
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """`problems.json` restricted to the problems of `split`, and their ids in the order of `pid_splits.json`."""
     folder = require_folder(base_dir, "base folder")
-    problems = read_json(folder / "problems.json", "problem file")
+    problems = read_json(folder / "problems.json", "problem file", unique_keys=True)
     splits = read_json(folder / "pid_splits.json", "split file")
     if not isinstance(problems, dict):
         raise UserError(f"{folder / 'problems.json'}: needs an object keyed by problem id")
@@ -137,6 +141,7 @@ def load_problems(
     if not isinstance(ids, list) or not ids:
         known = ", ".join(splits) if isinstance(splits, dict) else "none"
         raise UserError(f"{folder / 'pid_splits.json'}: no problems under split {split!r} (it has: {known})")
+    check(ids, ListOf(ID), f"{folder / 'pid_splits.json'}: split {split!r}")
     chosen: dict[str, dict[str, Any]] = {}
     for key in map(str, ids):
         problem = problems.get(key)
@@ -146,8 +151,9 @@ def load_problems(
         choices, answer = problem.get("choices"), problem.get("answer")
         if not isinstance(choices, list) or not isinstance(answer, int) or isinstance(answer, bool):
             raise UserError(f"{where} needs a list of 'choices' and the index of the 'answer'")
+        check(problem, _PROBLEM, where)
         if not 0 <= answer < min(len(choices), len(options)):
-            raise UserError(f"{where}: answer {answer} is none of its {len(choices)} choices")
+            raise UserError(f"{where}: answer {kind_of(answer)} is none of its {len(choices)} choices")
         chosen[key] = problem
     return chosen, list(chosen)
 

@@ -25,7 +25,18 @@ from llava.eval.locking import FileLock
 from llava.eval.questions import Question, read_questions
 from llava.eval.records import key_hash, match
 from llava.eval.run_metadata import file_sha256, identity, meta_path, read_metadata
+from llava.schema import ANYTHING, NUMBER, TEXT, Fields, MapOf, check
 from llava.utils import UserError, cli_main
+
+# What a run's metadata hold as soon as they are written, and merging needs.
+_MERGEABLE = Fields(
+    {
+        **dict.fromkeys(("model", "device", "finished"), ANYTHING),
+        **dict.fromkeys(("counts", "timing", "arguments", "question_file"), MapOf(ANYTHING)),
+        "seconds": NUMBER,
+        "started": TEXT,
+    }
+)
 
 
 def build_parser() -> Parser:
@@ -69,6 +80,7 @@ def read_part(path: str | Path, unfinished: bool = False) -> Part:
     path = require_file(path, "part")
     part = Part(path, read_metadata(path))
     if part.meta is not None:
+        check(part.meta, _MERGEABLE, str(meta_path(path)))
         part.options = {"model_id": part.meta["model"], **part.meta["options"]}
     position = number = 0
     starts = []

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import os
 import re
-import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from llava.eval.jsonio import require_file
+from llava.eval.jsonio import require_file, write_lines_atomic
 from llava.utils import UserError
 
 OPTIONS = ("A", "B", "C", "D")
@@ -24,8 +24,11 @@ PREDICTION_PLACE = 6  # behind index, question, A, B, C, D
 
 _END = "\0end of file\0"
 # XML 1.0, and with it a workbook, has no way to hold these.
-_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 _MAX_CELL = 32767  # characters
+_MAX_UNPACKED = 128 << 20  # bytes of a workbook; the largest upload has a few MiB
+_CHUNK = 1 << 16
+_MAX_ROWS, _MAX_COLUMNS = 100_000, 200
 
 
 # What pandas reads as a missing value if nobody tells it otherwise (documented under `na_values` of `read_csv`).
@@ -63,10 +66,20 @@ def read_table(
             # A quotation mark that is never closed would swallow the rest of the file, and this line with it.
             reader = csv.reader(itertools.chain(file, [_END]), delimiter="\t")
             yield from _rows(reader, path, required, drop)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}:{_first_bad_line(path)}: not UTF-8 text") from None
     except csv.Error as error:
-        raise UserError(f"{path}: malformed table ({error})") from None
+        raise UserError(f"{path}:{reader.line_num}: malformed table ({error})") from None
+
+
+def _first_bad_line(path: Path) -> int:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return number
+    return 1
 
 
 def _rows(reader: Any, path: Path, required: Sequence[str], drop: Sequence[str]) -> Iterator[tuple[int, dict]]:
@@ -86,7 +99,8 @@ def _rows(reader: Any, path: Path, required: Sequence[str], drop: Sequence[str])
             header = [cell.strip() for cell in cells]
             for column in required:
                 if column not in header:
-                    raise UserError(f"{path}: column {column!r} is missing; it has: {', '.join(header)[:200]}")
+                    names = " ".join(", ".join(header)[:200].split())
+                    raise UserError(f"{path}: column {column!r} is missing; it has: {names}")
             continue
         if len(cells) > len(header):
             raise UserError(f"{where}: {len(cells)} cells in a table of {len(header)} columns")
@@ -125,21 +139,58 @@ def read_workbook(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The rows of the first sheet as column -> value (None for an empty cell); the first row names the columns."""
     path = require_file(path, "result workbook")
     openpyxl = _openpyxl()
+    _refuse_bombs(path)
     try:
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)
-    except Exception as error:  # zipfile, XML and openpyxl each have their own
-        raise UserError(f"{path}: not an Excel workbook ({' '.join(str(error).split())})") from None
+        try:
+            return _sheet_rows(book.worksheets[0], path)
+        finally:
+            book.close()
+    except UserError:
+        raise
+    except Exception as error:  # zipfile, XML and openpyxl each have their own, also for cells that come late
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{path}: not an Excel workbook ({reason})") from None
+
+
+def _refuse_bombs(path: Path) -> None:
+    """A workbook is a zip of XML files: a few kilobytes can unpack to gigabytes, in files or in XML entities."""
     try:
-        lines = iter(book.worksheets[0].iter_rows(values_only=True))
-        header = [None if cell is None else str(cell).strip() for cell in next(lines, ())]
-        # A workbook need not say how wide it is; rows then end with their last cell that is not empty.
-        return [
-            {name: cell for name, cell in itertools.zip_longest(header, cells[: len(header)]) if name}
-            for cells in lines
-            if any(cell is not None for cell in cells)
-        ]
-    finally:
-        book.close()
+        with zipfile.ZipFile(path) as archive:
+            total = 0
+            for member in archive.infolist():
+                # What the directory says of sizes may be a lie: count what comes out.
+                with archive.open(member) as file:
+                    start = file.read(_CHUNK)
+                    if b"<!DOCTYPE" in start.replace(b"\0", b""):  # also as UTF-16
+                        raise UserError(f"{path}: not an Excel workbook ({member.filename} declares XML entities)")
+                    size = len(start)
+                    while piece := file.read(_CHUNK):
+                        size += len(piece)
+                        if total + size > _MAX_UNPACKED:
+                            mib = _MAX_UNPACKED >> 20
+                            raise UserError(f"{path}: more than {mib} MiB unpacked; no upload is so large")
+                    total += size
+    except UserError:
+        raise
+    except Exception as error:  # damaged archives: BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{path}: not an Excel workbook ({reason})") from None
+
+
+def _sheet_rows(sheet: Any, path: Path) -> list[dict[str, Any]]:
+    # The size that a sheet declares costs nothing to write and a cell of memory each to believe.
+    sheet.reset_dimensions()
+    lines = sheet.iter_rows(values_only=True, max_col=_MAX_COLUMNS)
+    header = [None if cell is None else str(cell).strip() for cell in next(lines, ())]
+    rows = []
+    for number, cells in enumerate(lines, start=2):
+        if number > _MAX_ROWS:  # a row may be numbered anything, and the ones before it are made up
+            raise UserError(f"{path}: more than {_MAX_ROWS} rows; MMBench has fewer")
+        if any(cell is not None for cell in cells):
+            # Rows end with their last cell that is not empty.
+            rows.append({name: cell for name, cell in itertools.zip_longest(header, cells[: len(header)]) if name})
+    return rows
 
 
 def write_workbook(path: str | os.PathLike[str], header: Sequence[str], rows: Sequence[Sequence[Any]]) -> int:
@@ -165,22 +216,10 @@ def write_workbook(path: str | os.PathLike[str], header: Sequence[str], rows: Se
                 cell.data_type = "s"  # not a formula
             else:
                 cell.value = value
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        os.close(handle)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-    try:
-        book.save(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        with suppress(OSError):
-            os.unlink(temporary)
+    # Made in memory, so that the file is written as all others are: whole, with the permissions of the umask.
+    stream = io.BytesIO()
+    book.save(stream)
+    write_lines_atomic(path, [stream.getvalue()])
     return changed
 
 

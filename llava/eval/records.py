@@ -127,7 +127,7 @@ class RecordFile:
             UserError: the line could not be written whole (disk full); the lines before it stay.
         """
         assert self._descriptor is not None, "open() comes first"
-        data = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+        data = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
         view = memoryview(data)
         try:
             while view:

@@ -18,11 +18,28 @@ from typing import Any
 import llava
 from llava.eval.answers import TokenTotals, first_difference
 from llava.eval.jsonio import read_json, write_json
+from llava.schema import ANYTHING, NUMBER, TEXT, Fields, MapOf, at_least, check, optional
 from llava.utils import UserError
 
 FORMAT = 1
 # Files up to this size count whole in a checkpoint's fingerprint, larger ones with both ends: 13 GB take too long.
 _WHOLE_BYTES = 1 << 20
+_OBJECT = MapOf(ANYTHING)
+_COUNTS = Fields({name: at_least(0) for name in ("total", "answered", "skipped", "failed")})
+_TIMING = Fields({"samples": at_least(0), "prefill_seconds": at_least(0, NUMBER)})
+_SHAPE = Fields(
+    {
+        "options": _OBJECT,
+        "checkpoint?": optional(_OBJECT),
+        "question_file?": optional(_OBJECT),
+        "arguments?": optional(Fields({"limit?": optional(at_least(0))})),
+        "counts?": optional(_COUNTS),
+        "timing?": optional(_TIMING),
+        "seconds?": optional(at_least(0, NUMBER)),
+        "started?": optional(TEXT),
+        "finished?": optional(TEXT),
+    }
+)
 _REMEDY = "give another --answers-file, or --overwrite to start over"
 
 
@@ -120,7 +137,10 @@ def read_metadata(answers_file: str | os.PathLike[str]) -> dict[str, Any] | None
     value = read_json(path, "run metadata")
     if not isinstance(value, dict) or value.get("format") != FORMAT or not isinstance(value.get("options"), dict):
         raise UserError(f"{path}: not the metadata of a run (format {FORMAT}); {_REMEDY}")
-    return value
+    try:
+        return check(value, _SHAPE, str(path))
+    except UserError as error:
+        raise UserError(f"{error}; {_REMEDY}") from None
 
 
 def identity(meta: Mapping[str, Any]) -> dict[str, Any]:

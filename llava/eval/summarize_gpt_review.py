@@ -8,7 +8,6 @@ Knows the review files of LLaVA's evaluation (`tuple`: reference grade, model gr
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,10 @@ from typing import Any
 from llava.eval.arguments import Parser
 from llava.eval.jsonio import iter_jsonl, require_folder, write_json
 from llava.eval.scoring import shorten, warn
+from llava.schema import NUMBER, ListOf
 from llava.utils import UserError, cli_main
+
+_GRADES = ListOf(NUMBER, least=2, most=2)
 
 
 def summarize(reviews: Sequence[dict[str, Any]]) -> dict[str, tuple[float, float, float]]:
@@ -49,7 +51,7 @@ def load_reviews(path: str, ignore: Sequence[str] = ()) -> tuple[list[dict[str, 
         if str(record.get("question_id")) in ignore:
             continue
         pair = record.get("tuple", record.get("score"))
-        if not isinstance(pair, list) or len(pair) != 2 or not all(_is_number(value) for value in pair):
+        if _GRADES.problem(pair) is not None:
             raise UserError(f"{path}:{number}: needs 'tuple', two grades")
         if min(pair) < 0:
             failed += 1
@@ -61,10 +63,6 @@ def load_reviews(path: str, ignore: Sequence[str] = ()) -> tuple[list[dict[str, 
     if unknown:
         warn(f"{path}: no review is about question {shorten(unknown)}, named with --ignore")
     return reviews, failed
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @cli_main

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 RESAMPLES = 2000
+MAX_RESAMPLES = 1_000_000
 LEVEL = 95.0
 _BLOCK = 4_000_000  # counts drawn at a time, which bounds the memory
 
@@ -34,7 +35,7 @@ def resampled_means(values: np.ndarray, resamples: int, seed: int, name: str = "
     n = len(values)
     if n == 0:
         raise ValueError("nothing to resample: no row")
-    draw = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    draw = np.random.default_rng([seed, zlib.crc32(name.encode("utf-8", "surrogatepass"))])
     even = np.full(n, 1.0 / n)
     means = []
     for start in range(0, resamples, max(1, _BLOCK // n)):

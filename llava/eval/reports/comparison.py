@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from llava.eval.answering import load_model, max_visual_tokens
-from llava.eval.arguments import GenerationOptions, Parser, add_model_arguments, check_budget
+from llava.eval.arguments import GenerationOptions, Parser, add_model_arguments, check_budget, check_range
 from llava.eval.benchmarks import COMPARED, Asked, spread
 from llava.eval.evaluation import INCOMPLETE_STATUS
 from llava.eval.interrupts import Interrupts
 from llava.eval.jsonio import read_json, require_folder, write_json, write_text_atomic
 from llava.eval.questions import read_questions
-from llava.eval.reports.bootstrap import LEVEL, RESAMPLES
+from llava.eval.reports.bootstrap import LEVEL, MAX_RESAMPLES, RESAMPLES
 from llava.eval.reports.comparison_tables import csv_table, markdown_report
 from llava.eval.reports.defaults import DEFAULT_BUDGETS, RESULTS, TINY, parse_budgets
 from llava.eval.reports.differences import credits_path
@@ -77,13 +77,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Answers what is missing, then writes the tables; returns the exit status."""
-    for flag, value, least in (
-        ("--batch-size", args.batch_size, 1),
-        ("--limit", args.limit, 0),
-        ("--resamples", args.resamples, 100),
-    ):
-        if value < least:
-            raise UserError(f"{flag} must be at least {least}, got {value}")
+    check_range("--batch-size", args.batch_size, 1)
+    check_range("--limit", args.limit, 0)
+    check_range("--resamples", args.resamples, 100, MAX_RESAMPLES)
+    check_range("--seed", args.seed, 0)
     settings = available_settings(args)
     sets = chosen_sets(args)
 

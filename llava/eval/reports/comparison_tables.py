@@ -7,10 +7,39 @@ from typing import Any
 
 from llava.eval.common import tables
 from llava.eval.jsonio import read_json
+from llava.eval.reports.bootstrap import MAX_RESAMPLES
 from llava.eval.reports.differences import Difference, credits_path, differences, read_credits
+from llava.schema import FLAG, NUMBER, SCALAR, TEXT, WHOLE, Fields, ListOf, MapOf, at_least, between, check, optional
 from llava.utils import UserError
 
 MIB = 2**20
+
+
+_ESTIMATE = Fields(dict.fromkeys(("value", "low", "high"), NUMBER))
+_ROW = Fields(
+    {
+        **dict.fromkeys(("label", "variant"), TEXT),
+        "budget": optional(WHOLE),
+        "accuracy": MapOf(_ESTIMATE),
+        **dict.fromkeys(("mean_accuracy", "retained"), optional(_ESTIMATE)),
+        "agreement": _ESTIMATE,
+        **dict.fromkeys(("tokens_visual", "tokens_nominal", "tokens_processed", "flops_ratio"), NUMBER),
+        **dict.fromkeys(("kv_ratio", "kv_bytes", "prefill_ms"), NUMBER),
+        "peak_bytes": optional(NUMBER),
+    }
+)
+_RUN = Fields(
+    {
+        **dict.fromkeys(
+            ("model", "budget", "batch_size", "device", "threads", "dtype", "torch", "transformers"), SCALAR
+        ),
+        "level": between(1, 99.9),
+        "resamples": between(1, MAX_RESAMPLES, WHOLE),
+        "seed": at_least(0),
+    }
+)
+_BENCHMARK = Fields({"name": TEXT, "answered": SCALAR, "available": SCALAR, "graded": FLAG})
+_RESULT = Fields({"benchmarks": ListOf(_BENCHMARK), "rows": ListOf(_ROW, least=1), "run": _RUN})
 
 
 def _interval(estimate: Mapping[str, float] | None, unit: str = "%") -> str:
@@ -117,8 +146,13 @@ def markdown_differences(result: Mapping[str, Any], found: Sequence[Difference],
 def describe(path: str, matrix: bool = False, versus: Sequence[str] | None = None) -> str:
     """The table of a comparison's compare.json with its notes, or the differences from the first label of `versus`."""
     result = read_json(path, "result file")
-    if not isinstance(result, dict) or not {"benchmarks", "rows", "run"} <= set(result) or "level" not in result["run"]:
+    if not isinstance(result, dict) or not {"benchmarks", "rows", "run"} <= set(result):
         raise UserError(f"{path}: not a result of llava.eval.compare")
+    check(result, _RESULT, f"{path}: not a result of llava.eval.compare")
+    for row in result["rows"]:
+        missing = [b["name"] for b in result["benchmarks"] if b["graded"] and b["name"] not in row["accuracy"]]
+        if missing:
+            raise UserError(f"{path}: not a result of llava.eval.compare: {row['label']} has no {missing[0]!r}")
     if versus:
         credits = read_credits(credits_path(path), result)
         found = differences(result, credits, versus)

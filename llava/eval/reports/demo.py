@@ -25,6 +25,7 @@ from llava.eval.reports.defaults import DEFAULT_BUDGETS, RESULTS, TINY, parse_bu
 from llava.eval.reports.paper_tables import retained_percent
 from llava.eval.reports.results import collect, costs
 from llava.eval.reports.settings import Variant, make_settings
+from llava.schema import NUMBER, SCALAR, TEXT, Fields, ListOf, MapOf, check
 from llava.utils import UserError
 
 MARKER = "demo table"
@@ -153,11 +154,34 @@ def make_rows(experiment: Any, data_dir: Path) -> list[dict[str, Any]]:
     return rows
 
 
+_ROW = Fields(
+    {
+        "label": TEXT,
+        "scores": MapOf(Fields({"score": NUMBER})),
+        **dict.fromkeys(("mean_accuracy", "retained", "tokens_nominal", "tokens_processed"), NUMBER),
+        **dict.fromkeys(("flops_ratio", "prefill_ratio", "prefill_ms"), NUMBER),
+    }
+)
+_RUN = Fields(
+    {
+        "visual_tokens": NUMBER,
+        **dict.fromkeys(("model", "batch_size", "device", "threads", "dtype", "torch", "transformers"), SCALAR),
+    }
+)
+_BENCHMARK = Fields({"name": TEXT, "metric": TEXT, "samples": SCALAR, "available": SCALAR})
+_RESULT = Fields({"benchmarks": ListOf(_BENCHMARK), "rows": ListOf(_ROW), "run": _RUN})
+
+
 def read_result(path: str) -> dict[str, Any]:
     """A demo.json; `UserError` if it is something else."""
     result = read_json(path, "result file")
     if not isinstance(result, dict) or not {"benchmarks", "rows", "run"} <= set(result):
         raise UserError(f"{path}: not a result of llava.eval.demo")
+    check(result, _RESULT, f"{path}: not a result of llava.eval.demo")
+    for row in result["rows"]:
+        missing = [b["name"] for b in result["benchmarks"] if b["name"] not in row["scores"]]
+        if missing:
+            raise UserError(f"{path}: not a result of llava.eval.demo: {row['label']} has no {missing[0]!r}")
     return result
 
 

@@ -61,7 +61,10 @@ def read_credits(path: Path, result: Mapping[str, Any]) -> dict[str, np.ndarray]
     remedy = "run the same llava.eval.compare command again: it writes it from the answers, without the model"
     if not path.exists():
         raise UserError(f"credits of the questions not found: {path}; {remedy}")
-    lines = list(csv.reader(io.StringIO(read_text(path, "credits"))))
+    try:
+        lines = list(csv.reader(io.StringIO(read_text(path, "credits"))))
+    except csv.Error as error:
+        raise UserError(f"{path}: malformed table ({error}); {remedy}") from None
     labels = [row["label"] for row in result["rows"]]
     if not lines or lines[0] != [*_FIXED, *labels]:
         raise UserError(f"{path}: its columns are not the settings of the result; {remedy}")

@@ -14,7 +14,8 @@ from typing import Any
 from llava.eval.catalog import get_entry
 from llava.eval.common.tables import csv_table, markdown_table
 from llava.eval.reports.published import COLLECTED, published_rows
-from llava.eval.reports.runs import COMPLETE, COSTS, PARTIAL, Run, count_questions, find_run
+from llava.eval.reports.runs import COMPLETE, COSTS, PARTIAL, Run, count_questions, find_run, result_path
+from llava.schema import NUMBER, check
 
 METHOD_NAMES = {"autoprune": "AutoPrune", "dense": "dense", "fastv": "FastV", "divprune": "DivPrune"}
 
@@ -120,9 +121,10 @@ def read_scores(table: Table, runs: Mapping[str, Run]) -> dict[str, float]:
         run = runs[COLUMNS[key].benchmark]
         if run.status == COMPLETE:
             try:
-                scores[key] = float(COLUMNS[key].read(run.result))
+                figure = COLUMNS[key].read(run.result)
             except (KeyError, TypeError):  # a server has it, or an older scorer wrote the file
                 continue
+            scores[key] = float(check(figure, NUMBER, f"{result_path(run.answers)}: {COLUMNS[key].title}"))
     return scores
 
 

@@ -18,6 +18,7 @@ from llava.eval.jsonio import iter_jsonl
 from llava.eval.questions import Question
 from llava.eval.reports.bootstrap import Estimate, estimates, resampled_means, retained
 from llava.eval.reports.differences import credits_table
+from llava.schema import ID, NUMBER, TEXT, Fields, above, at_least, check, optional
 from llava.utils import UserError
 
 Record = Mapping[str, Any]
@@ -35,11 +36,21 @@ class Answers:
     grade: Grade | None = None
 
 
+_COUNT = at_least(0, NUMBER)
+_COSTS = {
+    **dict.fromkeys(("visual", "nominal", "processed", "flops", "selection_flops", "prefill_ms"), _COUNT),
+    **dict.fromkeys(("dense_flops", "kv_bytes"), above(0)),
+    "peak_bytes?": optional(_COUNT),
+}
+_RECORD = Fields({"question_id": ID, "prompt": TEXT, "text": TEXT, "metadata": Fields({TOKENS: Fields(_COSTS)})})
+
+
 def align(path: Path, questions: Sequence[Question]) -> list[Record | None]:
     """The answer to each question in an answer file; None where there is none yet."""
     waiting: dict[tuple[str, str], list[Record]] = {}
     if path.exists():
-        for _, record in iter_jsonl(path, "answers file"):
+        for number, record in iter_jsonl(path, "answers file"):
+            check(record, _RECORD, f"{path}:{number}")
             waiting.setdefault((str(record["question_id"]), record["prompt"]), []).append(record)
     for records in waiting.values():
         records.reverse()

@@ -5,7 +5,6 @@ The scripts leave answers, scores and metadata beside each other: `X.jsonl`, `X.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,10 +13,19 @@ from typing import Any
 
 from llava.eval.catalog import Entry, run_name
 from llava.eval.check_data import load_questions
-from llava.eval.jsonio import read_json
+from llava.eval.jsonio import parse_line, read_json
+from llava.schema import ANYTHING, NUMBER, Fields, MapOf, at_least, check, optional
 from llava.utils import UserError
 
 MISSING, PARTIAL, UNSCORED, COMPLETE = "missing", "partial", "not scored", "complete"
+_COUNT = at_least(0, NUMBER)
+_TOKENS = Fields({"metadata": Fields({"tokens": Fields(dict.fromkeys(("visual", "nominal", "processed"), _COUNT))})})
+_META = Fields(
+    {
+        "counts?": optional(Fields({"total?": optional(at_least(0)), "skipped?": optional(at_least(0))})),
+        "tokens?": optional(MapOf(ANYTHING)),
+    }
+)
 COSTS = ("visual", "nominal", "processed", "flops_ratio", "prefill_ms")
 
 
@@ -65,11 +73,11 @@ def find_run(
     place = (entry, method, tokens, answers)
     if not answers.is_file():
         return Run(*place, MISSING, questions=questions)
-    meta = _read(answers.with_suffix(".meta.json"))
+    meta = check(_read(answers.with_suffix(".meta.json")), _META, str(answers.with_suffix(".meta.json")))
     counts = meta.get("counts") or {}
     answered, costs = _answer_means(answers)
     for key, value in {**(meta.get("tokens") or {}), **meta}.items():
-        if key in COSTS and isinstance(value, int | float):
+        if key in COSTS and NUMBER.accepts(value):
             costs[key] = float(value)
     result = {} if _older(result_path(answers), answers) else _read(result_path(answers))
     result = {**result, **_read(server_path(answers))}
@@ -108,10 +116,10 @@ def _answer_means(answers: Path) -> tuple[int, dict[str, float]]:
                 continue
             count += 1
             try:
-                tokens = json.loads(line)["metadata"]["tokens"]
-                values = {key: float(tokens[key]) for key in sums}
-            except (ValueError, KeyError, TypeError):  # a torn line, or answers of another program
+                tokens = check(parse_line(line, "", "answer"), _TOKENS, "")["metadata"]["tokens"]
+            except UserError:  # a torn line, or answers of another program
                 continue
+            values = {key: float(tokens[key]) for key in sums}
             if values["visual"]:
                 samples += 1
                 for key in sums:

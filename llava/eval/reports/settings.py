@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.eval.jsonio import read_json, read_text
-from llava.utils import UserError
+from llava.utils import UserError, describe_error
 
 DENSE = "dense"
 
@@ -91,7 +91,7 @@ def read_variants(path: str) -> list[Variant]:
         options = entry.get("options") or {}
         if not isinstance(options, dict):
             raise UserError(f"{where}: 'options' must map names to values")
-        unknown = sorted(set(entry) - {"label", "method", "options", "group"})
+        unknown = sorted(map(str, set(entry) - {"label", "method", "options", "group"}))
         if unknown:
             raise UserError(f"{where}: unknown key {unknown[0]!r}; known: label, method, options, group")
         variants.append(Variant(entry["label"], entry["method"], options, str(entry.get("group", ""))))
@@ -106,7 +106,7 @@ def _read_yaml(path: str) -> Any:
         raise UserError(f"{path}: YAML needs the package PyYAML (pip install PyYAML); JSON needs none") from None
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:  # a day 32, 5,000 digits, nesting
         raise UserError(f"{path}: malformed YAML ({' '.join(str(error).split())})") from None
 
 
@@ -140,8 +140,8 @@ def _build(name: str, options: Mapping[str, Any], label: str, flag: str) -> Any:
     try:
         method = get_method(name)
     except (KeyError, ValueError) as error:
-        raise UserError(f"{flag}: {error}") from None
+        raise UserError(f"{flag}: {describe_error(error)}") from None
     try:
         return method.from_options(options)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{label}: {error}") from None
+        raise UserError(f"{label}: {describe_error(error)}") from None

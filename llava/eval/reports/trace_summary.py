@@ -14,10 +14,24 @@ from typing import Any
 
 import numpy as np
 
-from llava.eval.arguments import Parser
-from llava.eval.jsonio import iter_jsonl, require_keys, write_json
+from llava.eval.arguments import Parser, check_range
+from llava.eval.jsonio import iter_jsonl, write_json
+from llava.schema import NUMBER, Fields, ListOf, at_least, between, check, optional
 from llava.utils import UserError
 
+_NUMBER, _COUNT = optional(NUMBER), at_least(0, NUMBER)
+LINE = Fields(
+    {
+        "visual_tokens": at_least(0),
+        "tokens_out": ListOf(_COUNT),
+        "mutual_information?": optional(Fields({"layer0?": _NUMBER, "layer1?": _NUMBER})),
+        "flops?": _COUNT,
+        "dense_flops?": _COUNT,
+        **dict.fromkeys(("mean_nominal?", "mean_processed?", "prefill_seconds?", "decode_seconds?"), _NUMBER),
+        "slope?": optional(between(-1e6, 1e6)),
+    }
+)
+MAX_BINS = 1000
 PERCENTILES = (5, 25, 50, 75, 95)
 BAR_WIDTH = 40
 # name -> (unit, how to get it from a line; None where the line has none)
@@ -99,7 +113,11 @@ class Traces:
                 }
         result = {"samples": self.samples, "with_image": self.with_image, "quantities": quantities}
         if "slope" in self.values:
-            counts, edges = np.histogram(np.asarray(self.values["slope"]), bins=bins)
+            slopes = np.asarray(self.values["slope"])
+            low, high = slopes.min(), slopes.max()
+            if high - low < 1e-9 * max(abs(low), abs(high)):  # numbers have no room for bins between them
+                low, high = low - 0.5, high + 0.5
+            counts, edges = np.histogram(slopes, bins=bins, range=(low, high))
             result["slope_histogram"] = {"edges": edges.tolist(), "counts": counts.tolist()}
         if self.curves:
             result["quartiles"] = [
@@ -116,8 +134,7 @@ def read_traces(argument: str) -> Traces:
     traces = Traces(name)
     for number, line in iter_jsonl(path, "trace file"):
         where = f"{path}:{number}"
-        require_keys(line, ("visual_tokens", "tokens_out"), where)
-        traces.add(line, where)
+        traces.add(check(line, LINE, f"{where}: not a line of a trace file"), where)
     if not traces.samples:
         raise UserError(f"{path}: holds no trace")
     return traces
@@ -174,8 +191,7 @@ def build_parser() -> Parser:
 
 def run(args: argparse.Namespace) -> None:
     """Prints the summaries, and writes and draws them where the flags say."""
-    if args.bins < 1:
-        raise UserError(f"--bins must be at least 1, got {args.bins}")
+    check_range("--bins", args.bins, 1, MAX_BINS)
     traces = [read_traces(argument) for argument in args.traces]
     if len({part.name for part in traces}) < len(traces):
         raise UserError("two trace files have the same name; give names as NAME=PATH")
