@@ -26,7 +26,7 @@ from llava.model.reading import Checkpoint, Weights, look_up, read_checkpoint_we
 from llava.model.tokenizer import load_tokenizer
 from llava.model.weights import check_weights
 from llava.schema import check
-from llava.utils import UserError
+from llava.utils import UserError, describe_error
 
 logger = logging.getLogger(__name__)
 
@@ -209,7 +209,7 @@ def load_image_processor(folder: Path, tower_folder: Path | None, config: LlavaC
                 red, green, blue = (int(255 * mean) for mean in processor.image_mean)
                 processor(Image.new("RGB", (side, side), (red, green, blue)), return_tensors="pt")
         except Exception as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = describe_error(error)[:300]
             raise UserError(f"{path}: not a usable image processor ({reason}); copy or download it again") from None
         if crop != {side}:
             found = " x ".join(str(processor.crop_size[edge]) for edge in ("width", "height"))
@@ -238,7 +238,7 @@ def _build_model(checkpoint: Checkpoint, weights: Weights, options: dict[str, An
             expected = model_class(config).state_dict()
     except Exception as error:
         # Sizes that make no model; what torch and transformers raise for them depends on the field.
-        reason = " ".join(str(error).split())[:300]
+        reason = describe_error(error)[:300]
         raise UserError(f"{checkpoint.config_path}: not a usable configuration ({reason})") from None
     if NEWLINE not in expected:
         # It belongs to an arrangement of tiles that this checkpoint does not use; some store one nevertheless.
@@ -253,7 +253,7 @@ def _build_model(checkpoint: Checkpoint, weights: Weights, options: dict[str, An
         model = model_class.from_pretrained(None, config=config, state_dict=tensors, **options)
     except (ImportError, ValueError) as error:
         # Packages or options that do not fit this machine (flash attention, quantization, device maps).
-        raise UserError(f"{folder}: cannot be loaded this way: {' '.join(str(error).split())}") from None
+        raise UserError(f"{folder}: cannot be loaded this way: {describe_error(error)}") from None
     model.name_or_path = model.config._name_or_path = str(folder)
     return model.eval()
 

@@ -117,7 +117,7 @@ def check_config(raw: Mapping[str, Any], path: Path) -> None:
     missing = [name for name in REQUIRED_TEXT_FIELDS if raw.get(name) is None]
     if missing:
         raise UserError(f"{path}: missing field(s) {', '.join(missing)}; is this the config of a LLaVA checkpoint?")
-    usable(raw, DECODER, path)
+    usable({name: value for name, value in raw.items() if value is not None}, DECODER, path)
     for name in ("mm_resampler_type", "s2"):
         if raw.get(name):
             raise UserError(f"{path}: {name} {kind_of(raw[name])} is not supported: this is not LLaVA 1.5 or 1.6")

@@ -57,23 +57,25 @@ TOKENS = {
     "eos_token_id?": optional(OneOrMore(TOKEN)),
     "pad_token_id?": optional(TOKEN),
 }
-_DECODER = {
-    "hidden_act": TEXT,
+_NULLABLE = {
     "head_dim": COUNT,
     "num_key_value_heads": COUNT,
-    "max_position_embeddings": between(1, 10**9, WHOLE),
-    "initializer_range": POSITIVE,
-    "rms_norm_eps": between(0, 1),
     "rope_theta": between(1e-3, 1e30),
     "rope_scaling": MapOf(ANYTHING),
     "rope_parameters": MapOf(ANYTHING),
+    "pretraining_tp": COUNT,
+    "sliding_window": COUNT,
+}
+_DECODER = {
+    "hidden_act": TEXT,
+    "max_position_embeddings": between(1, 10**9, WHOLE),
+    "initializer_range": POSITIVE,
+    "rms_norm_eps": between(0, 1),
     "attention_bias": FLAG,
     "attention_dropout": between(0, 1),
     "mlp_bias": FLAG,
-    "pretraining_tp": COUNT,
     "use_cache": FLAG,
     "tie_word_embeddings": FLAG,
-    "sliding_window": COUNT,
 }
 _SIZES = {
     "vocab_size": COUNT,
@@ -82,10 +84,14 @@ _SIZES = {
     "num_hidden_layers": LAYERS,
     "num_attention_heads": COUNT,
 }
-DECODER = Fields({f"{k}?": optional(v) for k, v in (_DECODER | _SIZES).items()} | TOKENS)
+DECODER = Fields(
+    {f"{name}?": optional(shape) for name, shape in _NULLABLE.items()}
+    | {f"{name}?": shape for name, shape in (_DECODER | _SIZES).items()}
+    | TOKENS
+)
 VISION = Fields(
     {
-        f"{name}?": optional(shape)
+        f"{name}?": shape
         for name, shape in {
             "hidden_size": COUNT,
             "intermediate_size": COUNT,
@@ -128,8 +134,24 @@ LLAVA = Fields(
     }
 )
 GENERATION = Fields(TOKENS)
+# Ids between the vocabulary and an added token would be filled up, one by one.
+ADDED_TOKENS = MapOf(between(0, 10**6, WHOLE))
+SPECIAL_TOKENS = MapOf(ANYTHING)
+
+
+class _AddedTokensDecoder:
+    """Ids of added tokens, as the keys of an object."""
+
+    def problem(self, value: Any) -> Problem | None:
+        problem = MapOf(MapOf(ANYTHING)).problem(value)
+        if problem is None and not all(re.fullmatch(r"[0-9]{1,6}", key) for key in value):
+            return "", "must have ids below a million for keys"
+        return problem
+
+
 TOKENIZER = Fields(
     {
+        "added_tokens_decoder?": optional(_AddedTokensDecoder()),
         "tokenizer_class?": optional(TEXT),
         "legacy?": optional(FLAG),
         "add_bos_token?": optional(FLAG),

@@ -15,7 +15,7 @@ from typing import Any
 
 from llava.jsonfiles import read_object
 from llava.model.downloads import SMALL_DEADLINE_S, WEIGHTS_DEADLINE_S, DownloadTimeout, within
-from llava.utils import UserError
+from llava.utils import UserError, describe_error
 
 HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*$", re.ASCII)
 SMALL_FILES = ("*.json", "*.model", "*.txt")
@@ -59,9 +59,8 @@ def locate(name: str, what: str, with_weights: bool = True, local_files_only: bo
     if name and os.path.exists(path):
         raise UserError(f"{name}: is a file; the {what} must be the folder that contains config.json")
     if not is_hub_name(name):
-        raise UserError(
-            f"{name or repr(name)}: no such folder; check the path of the {what} (hub names look like owner/model)"
-        )
+        shown = name if name.isprintable() and 0 < len(name) <= 4096 else ascii(name)[:200]
+        raise UserError(f"{shown}: no such folder; check the path of the {what} (hub names look like owner/model)")
     folder = _fetch(name, what, SMALL_FILES, local_files_only)
     if with_weights:
         for files in _weight_patterns(folder):
@@ -182,7 +181,7 @@ def _fetch(name: str, what: str, patterns: Iterable[str], local_files_only: bool
     except Exception as error:
         # The hub's client raises many kinds (HTTP, cache, offline, validation): all mean that the name
         # is no use here.
-        reason = " ".join(str(error).split()).split(". ")[0][:200]
+        reason = describe_error(error).split(". ")[0][:200]
         offline = local_files_only or constants.HF_HUB_OFFLINE
         remedy = (
             "the hub may not be asked here (offline): download it where it may, then pass the folder"

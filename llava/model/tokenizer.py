@@ -9,6 +9,7 @@ here, from the scores. The placeholder for images is `llava.mm_utils.tokenizer_i
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from tokenizers import models, normalizers
 from transformers import AutoTokenizer, LlamaTokenizer
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
-from llava.model.checkpoint import read_json
 from llava.model.configuration import LlavaConfig
-from llava.utils import UserError
+from llava.model.fields import ADDED_TOKENS, SPECIAL_TOKENS, TOKENIZER, usable
+from llava.model.locate import read_checkpoint_json, refuse_pointer
+from llava.utils import UserError, describe_error
 
 logger = logging.getLogger(__name__)
 
@@ -45,27 +47,30 @@ def load_tokenizer(folder: Path, config: LlavaConfig) -> Any | None:
                 )
         logger.warning("%s has no tokenizer (tokenizer.model or tokenizer.json): only token ids can be used", folder)
         return None
-    settings_path = folder / "tokenizer_config.json"
-    settings = read_json(settings_path) if settings_path.is_file() else {}
-    tokenizer_class = settings.get("tokenizer_class", "LlamaTokenizer")
+    settings = _checked_files(folder)
+    tokenizer_class = settings.get("tokenizer_class") or "LlamaTokenizer"
     try:
         if tokenizer_class in LLAMA_TOKENIZERS:
+            # Looked at first: where it is broken, transformers goes on and tries other formats.
+            pieces = _sentencepiece_pieces(folder / "tokenizer.model")
             # AutoTokenizer goes by config.json's "llava" instead, and reads a tokenizer.model without Llama's leading
             # blank.
             options = _published_defaults(settings, (folder / "tokenizer.json").is_file())
             tokenizer = LlamaTokenizer.from_pretrained(str(folder), local_files_only=True, **options)
-            if (folder / "tokenizer.model").is_file():
-                _merge_by_score(tokenizer, folder / "tokenizer.model")
+            if pieces is not None:
+                _merge_by_score(tokenizer, pieces, folder)
             if options["legacy"]:
                 _blank_before_every_text(tokenizer)
         else:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         tokenizer("a")  # settings that cannot be used, a length that is no number for one, show only now
     except ImportError as error:
-        raise UserError(f"{folder}: the tokenizer needs a package: {' '.join(str(error).split())[:200]}") from None
-    except Exception as error:
-        # Depends on the backend: JSON, protobuf, sentencepiece and tokenizers errors.
-        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder}: the tokenizer needs a package: {describe_error(error)[:200]}") from None
+    except BaseException as error:
+        # Depends on the backend: JSON, protobuf, sentencepiece and tokenizers errors; a panic in Rust is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = describe_error(error)[:200]
         raise UserError(f"{folder}: tokenizer cannot be read ({reason}); copy or download its files again") from None
     if tokenizer.pad_token is None:
         # Never seen by the decoder (padding is masked), but batches cannot be built without one. LLaVA's is
@@ -98,23 +103,50 @@ def _published_defaults(settings: Mapping[str, Any], has_json: bool) -> dict[str
     return options
 
 
-def _merge_by_score(tokenizer: Any, file: Path) -> None:
-    """Give the tokenizer's byte-pair encoder the merges that sentencepiece makes with `file`."""
+def _checked_files(folder: Path) -> dict[str, Any]:
+    """The content of `tokenizer_config.json`, after a look at all of the tokenizer's files."""
+    for name in ("tokenizer.model", "tokenizer.json"):
+        refuse_pointer(folder / name)
+    for name, shape in (("special_tokens_map.json", SPECIAL_TOKENS), ("added_tokens.json", ADDED_TOKENS)):
+        if (folder / name).is_file():
+            usable(read_checkpoint_json(folder / name), shape, folder / name)
+    path = folder / "tokenizer_config.json"
+    return usable(read_checkpoint_json(path), TOKENIZER, path) if path.is_file() else {}
+
+
+def _sentencepiece_pieces(file: Path) -> Sequence[Any] | None:
+    """The pieces of a sentencepiece model; None if there is no such file.
+
+    Raises:
+        ValueError: it is none, or not of the kind that Llama's tokenizer is.
+    """
+    if not file.is_file():
+        return None
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto()
-    proto.ParseFromString(file.read_bytes())
+    try:
+        proto.ParseFromString(file.read_bytes())
+    except Exception as error:
+        raise ValueError(f"{file.name} is damaged: {error}") from None
+    if len(proto.pieces) == 0 or not all(math.isfinite(piece.score) for piece in proto.pieces):
+        raise ValueError(f"{file.name} is damaged: no pieces, or scores that are no numbers")
     if proto.trainer_spec.model_type != proto.trainer_spec.BPE:
         raise ValueError(f"{file.name} is no byte-pair model, which {LLAMA_TOKENIZERS[0]} needs")
-    vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
+    return proto.pieces
+
+
+def _merge_by_score(tokenizer: Any, pieces: Sequence[Any], folder: Path) -> None:
+    """Give the tokenizer's byte-pair encoder the merges that sentencepiece makes with these pieces."""
+    vocab = {piece.piece: i for i, piece in enumerate(pieces)}
     known = tokenizer.get_vocab()
     if any(known.get(piece, i) != i for piece, i in vocab.items()):
         # A tokenizer.json of another vocabulary beside it: whoever changed it meant that one.
-        logger.warning("%s: its pieces have other ids in tokenizer.json, which is used as it is", file)
+        logger.warning("%s: the ids of tokenizer.model and tokenizer.json differ; the latter is used as it is", folder)
         return
     unknown = tokenizer.unk_token if tokenizer.unk_token in vocab else None
     tokenizer.backend_tokenizer.model = models.BPE(
-        vocab=vocab, merges=merges_by_score(proto.pieces), unk_token=unknown, fuse_unk=True, byte_fallback=True
+        vocab=vocab, merges=merges_by_score(pieces), unk_token=unknown, fuse_unk=True, byte_fallback=True
     )
 
 

@@ -16,7 +16,8 @@ from transformers import CLIPVisionConfig
 
 from llava.model.fields import VISION, usable
 from llava.model.locate import locate, read_checkpoint_json
-from llava.utils import UserError
+from llava.schema import kind_of
+from llava.utils import UserError, describe_error
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +40,12 @@ KNOWN_TOWERS = {
 def tower_name(raw: Mapping[str, Any], path: Path) -> str:
     """Folder or hub name of the vision tower that an original config.json names."""
     name = raw.get("mm_vision_tower") or raw.get("vision_tower")
-    if not isinstance(name, str) or not name:
+    if not name:
         raise UserError(f"{path}: missing field mm_vision_tower (folder or hub name of the CLIP tower)")
+    if not isinstance(name, str) or not name.isprintable() or len(name) > 4096:
+        raise UserError(
+            f"{path}: mm_vision_tower {kind_of(name)} is no name of a folder or of a hub repository (the CLIP tower)"
+        )
     return name
 
 
@@ -119,7 +124,7 @@ def build_config(make: Any, fields: dict[str, Any], path: Path) -> Any:
     try:
         return make(**fields)
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = describe_error(error)[:300]
         raise UserError(f"{path}: not a usable configuration ({reason})") from None
 
 

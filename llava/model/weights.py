@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llava.model.locate import INDEX_FILES, SINGLE_FILES, refuse_pointer, shard_names
-from llava.utils import UserError
+from llava.utils import UserError, describe_error
 
 LISTED_NAMES = 12
 PIECE_BYTES = 64 << 20
@@ -180,7 +180,7 @@ _REFUSED_PICKLE = re.compile(
 
 
 def _unreadable(file: Path, error: Exception) -> UserError:
-    text = " ".join(str(error).split())
+    text = describe_error(error)
     refused = _REFUSED_PICKLE.search(text) if isinstance(error, pickle.UnpicklingError) else None
     if refused is not None:
         return UserError(

@@ -201,7 +201,7 @@ def test_a_tokenizer_that_needs_a_package_says_which(tmp_path, source, monkeypat
 def test_tokenizer_settings_that_cannot_be_used_are_told_at_loading(tmp_path, source):
     folder = write_tokenizer(write_original(tmp_path, source))
     edit("tokenizer_config.json", model_max_length="long")(folder)
-    with pytest.raises(UserError, match=f"{folder}: tokenizer cannot be read .*copy or download its files again"):
+    with pytest.raises(UserError, match=f"{folder}/tokenizer_config.json: .*model_max_length must be a number above 0"):
         load(folder)
 
 
