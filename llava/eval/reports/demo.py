@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.eval.answering import load_model, max_visual_tokens
-from llava.eval.arguments import DTYPES, GenerationOptions, Parser, check_budget
+from llava.eval.arguments import DTYPE_HELP, DTYPES, GenerationOptions, Parser, check_budget
 from llava.eval.benchmarks import BENCHMARKS, spread
 from llava.eval.common.tables import markdown_table as pipe_table
 from llava.eval.jsonio import read_json, require_folder, write_json, write_text_atomic
@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=8, help="questions per forward pass")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("--device", default=None, help="cuda, mps, cpu; default: the best there is")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: float16 on a GPU, float32 on a CPU")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help=DTYPE_HELP)
     parser.add_argument("--attn-implementation", default=None, help="eager, sdpa or flash_attention_2; default: sdpa")
     parser.set_defaults(model_base=None)
     return parser
