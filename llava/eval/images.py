@@ -48,6 +48,8 @@ def decode_image(open_source: Callable[[], Any], name: str, max_pixels: int = MA
     except Exception as error:  # decoders of damaged files raise nearly anything: OSError, SyntaxError, struct.error
         if isinstance(error, OSError) and error.strerror:
             reason = error.strerror
+        elif isinstance(error, MemoryError):
+            reason = "out of memory"
         else:
             reason = " ".join(str(error).split()) or type(error).__name__
         raise SampleError(f"image {name} cannot be read ({reason})") from None

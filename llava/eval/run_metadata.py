@@ -83,7 +83,7 @@ def checkpoint_fingerprint(*folders: str | os.PathLike[str] | None) -> str | Non
             if any(part.startswith(".") for part in name.parts):
                 continue
             size = path.stat().st_size
-            digest.update(f"{name.as_posix()}\0{size}\0".encode())
+            digest.update(f"{name.as_posix()}\0{size}\0".encode("utf-8", "surrogateescape"))
             with open(path, "rb") as file:
                 digest.update(file.read(_WHOLE_BYTES))
                 if size > _WHOLE_BYTES:

@@ -9,10 +9,12 @@ from llava.eval import model_vqa, model_vqa_loader, model_vqa_mmbench, model_vqa
 from llava.eval.questions import Question, read_questions
 from llava.eval.runner import Answerer, SampleError, answer_questions, question_problem
 from llava.mm_utils import process_images, tokenizer_image_token
+from llava.model.builder import load_pretrained_model
 from llava.pruning import get_method
 from llava.utils import UserError
 from tests.eval.helpers import SHARED, fails_with_one_line, read_jsonl, write_json, write_jsonl
 from tests.eval.test_model_vqa_tools import ROWS, flags, write_tsv
+from tests.eval.test_run_llava import anyres_checkpoint  # noqa: F401 - a fixture
 
 INPUTS = SHARED.parents[3] / "inputs" / "questions"
 PLAIN = [
@@ -117,6 +119,19 @@ def test_images_that_do_not_fit_are_skipped_not_cut(argv, data, loaded, preloade
     assert [r["question_id"] for r in read_jsonl(data / "a.jsonl")] == [1, 2]
     printed = capsys.readouterr().err
     assert "q.jsonl:2: 6 images and the question are" in printed and "this model takes 100" in printed
+
+
+def test_several_tiled_images(anyres_checkpoint, argv, data):  # noqa: F811
+    for name, size in (("wide", (60, 30)), ("large", (60, 60))):
+        Image.new("RGB", size, "green").save(data / "images" / f"{name}.png")
+    names = ["wide.png", "large.png"]
+    write_jsonl(data / "q.jsonl", [{"question_id": 1, "images": names, "text": "Which is larger?"}, PLAIN[0]])
+    assert model_vqa_loader.main(argv("--model-path", anyres_checkpoint, "--batch-size", 2)) == 0
+    loaded = load_pretrained_model(str(anyres_checkpoint), None, "llava", device="cpu", mm_patch_merge_type="spatial")
+    expected, trace = by_hand(loaded, data, "<image>\n<image>\nWhich is larger?", names)
+    record = read_jsonl(data / "a.jsonl")[0]
+    assert record["text"] == expected
+    assert record["metadata"]["tokens"]["visual"] == trace.visual_tokens == 8 * 16, "1 + 2 and 1 + 4 crops"
 
 
 # --- what cannot be asked -----------------------------------------------------------------------------------

@@ -211,3 +211,37 @@ def test_questions_about_one_image_share_a_worker_and_its_decoding(loaded, data)
     )
     assert len(list(prepared(answerer, read_questions(data / "q.jsonl"), 2, 4))) == 24
     assert sorted((data / "opened").read_text().split()) == ["0.png", "1.png", "2.png", "3.png"]
+
+
+def test_a_side_that_scaling_cannot_bear_costs_one_sample(argv, data, preloaded, capsys):
+    Image.new("1", (10_000_000, 1)).save(data / "images" / "1.png")
+    with pytest.raises(SystemExit) as exit_info:
+        main(argv())
+    assert exit_info.value.code == 3 and len(read_jsonl(data / "a.jsonl")) == 5
+    printed = capsys.readouterr().err
+    assert "q.jsonl:3: image 1.png: 10000000 x 1 pixels: a side may have" in printed
+
+
+@pytest.mark.parametrize("place", ["llava.eval.images.to_rgb", "llava.eval.runner.process_images"])
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 GB")])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_memory_trouble_costs_one_sample(argv, data, preloaded, capsys, monkeypatch, place, error, workers):
+    """Whichever step finds no memory for the second picture."""
+    module, name = place.rsplit(".", 1)
+    original = getattr(__import__(module, fromlist=[name]), name)
+
+    def short_of_memory(images, *rest):
+        if (images[0] if isinstance(images, list) else images).size == (50, 30):
+            raise error
+        return original(images, *rest)
+
+    monkeypatch.setattr(place, short_of_memory)
+    with pytest.raises(SystemExit) as exit_info:
+        main(argv("--num-workers", workers))
+    assert exit_info.value.code == 3
+    assert [r["question_id"] for r in read_jsonl(data / "a.jsonl")] == ["img0", "img0", 99, "img2", "img2"]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped ")]
+    assert len(lines) == 2 and "q.jsonl:3" in lines[0] and "memory" in lines[0]
+    with pytest.raises(SystemExit) as exit_info:
+        main(argv("--strict", answers="s.jsonl"))
+    assert exit_info.value.code == 2 and "q.jsonl:3" in capsys.readouterr().err
