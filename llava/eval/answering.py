@@ -57,7 +57,11 @@ def add_running_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--overwrite", dest="resume", action="store_false", help="start over, whatever the answers file holds"
     )
-    group.add_argument("--strict", action="store_true", help="stop at the first sample that cannot be read")
+    group.add_argument(
+        "--strict",
+        action="store_true",
+        help="stop at the first sample that cannot be read; if a question cannot be asked, before anything is answered",
+    )
     group.add_argument(
         "--trace-file", default=None, help="one JSON line per sample: tokens per layer, MI, slope, times"
     )

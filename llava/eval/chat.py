@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from llava.constants import IMAGE_TOKEN_INDEX
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation, SeparatorStyle, conv_templates, infer_conv_mode, with_image_tokens
 from llava.eval.arguments import GenerationOptions
 from llava.eval.batching import is_out_of_memory
@@ -203,7 +203,8 @@ class Chat:
             answer = reply.text
         finally:
             if answer:
-                turns[-1][1] = answer
+                # A placeholder that the model itself wrote is the place of no image.
+                turns[-1][1] = answer.replace(DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER)
             else:
                 del turns[before:]
         return reply

@@ -221,3 +221,27 @@ def test_a_turn_without_answer_or_with_a_failure_leaves_no_trace(loaded, monkeyp
         assert chat.prompt() == untouched
         chat.ask("What is it?", run)
     assert chat.prompt().count("<image>") == 1, "the image comes with the first question that was answered"
+
+
+def test_a_placeholder_in_an_answer_is_no_place_for_an_image(loaded, monkeypatch):  # noqa: F811
+    chat = chat_about(loaded, [Image.new("RGB", (40, 30), "red")])
+    with get_method("autoprune")(target_tokens=4).attach(chat.model) as run:
+        with monkeypatch.context() as patch:
+            patch.setattr(chat.tokenizer, "batch_decode", lambda *args, **kwargs: ["an <image>"], raising=False)
+            assert chat.ask("Hi", run).text == "an <image>"
+        assert chat.ask("What is it?", run).trace.visual_tokens == 16
+
+
+def test_no_memory_for_a_turn_is_told_in_words_and_leaves_no_trace(loaded, monkeypatch):  # noqa: F811
+    chat = chat_about(loaded, [Image.new("RGB", (40, 30), "red")])
+    untouched = chat.prompt()
+
+    def generate(self, *args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    with get_method("autoprune")(target_tokens=4).attach(chat.model) as run:
+        with monkeypatch.context() as patch:
+            patch.setattr(type(chat.model), "generate", generate)
+            with pytest.raises(UserError, match="out of memory: ask something shorter"):
+                chat.ask("What is it?", run)
+        assert chat.prompt() == untouched and chat.ask("Hi", run).trace.visual_tokens == 16

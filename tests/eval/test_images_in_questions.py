@@ -13,8 +13,10 @@ from llava.model.builder import load_pretrained_model
 from llava.pruning import get_method
 from llava.utils import UserError
 from tests.eval.helpers import SHARED, fails_with_one_line, read_jsonl, write_json, write_jsonl
+from tests.eval.processes import needs_fork
 from tests.eval.test_model_vqa_tools import ROWS, flags, write_tsv
 from tests.eval.test_run_llava import anyres_checkpoint  # noqa: F401 - a fixture
+from tests.eval.test_sharding import ends, start
 
 INPUTS = SHARED.parents[3] / "inputs" / "questions"
 PLAIN = [
@@ -166,6 +168,21 @@ def test_a_bad_question_is_named_before_loading_and_costs_only_itself(
     # Strict: nothing is answered.
     fails_with_one_line(main, argv("--strict", answers="s.jsonl"), capsys, "q.jsonl:2: ", part)
     assert len(watched) == 1 and not (data / "s.jsonl").exists()
+
+
+@needs_fork
+def test_processes_together_name_each_bad_question_once(argv, data, preloaded):
+    bad = [{"question_id": 9, "text": "<image>?"}, {"question_id": 10, "image": "../0.png", "text": "?"}]
+    several = {"question_id": 11, "images": ["2.png", "1.png"], "text": "Which?"}
+    write_jsonl(data / "q.jsonl", [PLAIN[0], bad[0], PLAIN[1], several, bad[1]])
+    assert exits(model_vqa_loader.main, argv(answers="alone.jsonl")) == 3
+    children = start(argv(), 2, data)
+    assert max(ends(children)) == 3
+    assert (data / "a.jsonl").read_bytes() == (data / "alone.jsonl").read_bytes()
+    printed = "".join(child.text() for child in children)
+    assert printed.count("q.jsonl:2: ") == printed.count("q.jsonl:5: ") == 1
+    counts = json.loads((data / "a.meta.json").read_text())["counts"]
+    assert counts == {"total": 5, "answered": 3, "skipped": 2, "failed": 0}
 
 
 @pytest.mark.parametrize("conv_mode", ["mistral_instruct", "llava_llama_2"])
