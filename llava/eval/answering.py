@@ -28,7 +28,7 @@ from llava.eval.jsonio import iter_jsonl, require_folder
 from llava.eval.questions import Question
 from llava.eval.sharding import World, existing_parts
 from llava.eval.whole import Whole
-from llava.utils import UserError
+from llava.utils import UserError, visible
 
 ZERO, KEEP = PADDING_ATTENTION = ("zero", "keep")
 
@@ -192,11 +192,11 @@ def resolve_padding(args: argparse.Namespace, default: str) -> tuple[str, bool]:
     earlier = _earlier_options(args.answers_file) if args.resume else None
     if earlier is not None and "padding_attention" not in earlier and default != ZERO and given in (None, ZERO):
         if given is None and not args.quiet:
-            print(
+            text = (
                 f"{args.answers_file}: these answers were begun with --padding-attention {ZERO}, which this version no "
-                "longer has by default: continuing with it",
-                file=sys.stderr,
+                "longer has by default: continuing with it"
             )
+            print(visible(text), file=sys.stderr)
         return ZERO, False
     padding = given or default
     return padding, KEEP in (padding, default)

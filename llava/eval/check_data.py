@@ -21,7 +21,7 @@ from llava.eval.arguments import Parser
 from llava.eval.catalog import ENTRIES, Entry, get_entry
 from llava.eval.questions import Question, read_questions
 from llava.eval.scoring import shorten, warn
-from llava.utils import USER_ERROR_STATUS, UserError, cli_main
+from llava.utils import USER_ERROR_STATUS, UserError, cli_main, visible
 
 DEFAULT_DATA_DIR = Path(__file__).resolve().parents[2] / "playground" / "data" / "eval"
 SAMPLED_IMAGES = 200
@@ -214,13 +214,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = check_benchmark(entry, args.data_dir, args.all_images)
         failed = failed or bool(report.problems)
         for problem in report.problems:
-            print(f"error: {entry.name}: {problem}", file=sys.stderr)
+            print(visible(f"error: {entry.name}: {problem}"), file=sys.stderr)
         for text in report.warnings:
             warn(f"{entry.name}: {text}")
         if not args.quiet:
             print(f"{entry.name}: {'incomplete' if report.problems else 'complete'}")
             for line in report.found:
-                print(f"  {line}")
+                print(f"  {visible(line)}")
             if entry.server:
                 print(f"  graded by: {entry.server}")
     return USER_ERROR_STATUS if failed else 0

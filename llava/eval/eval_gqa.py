@@ -17,7 +17,7 @@ from llava.eval.arguments import Parser
 from llava.eval.jsonio import read_json, require_file, write_json
 from llava.eval.scoring import check_same_questions, join_answers, load_answers
 from llava.schema import FLAG, ID, SCALAR, TEXT, Fields, ListOf, MapOf, check, optional
-from llava.utils import UserError, cli_main
+from llava.utils import UserError, cli_main, visible
 
 _TYPES = Fields({"structural?": optional(TEXT), "semantic?": optional(TEXT)})
 _QUESTION = {"answer": TEXT, "question?": optional(TEXT), "isBalanced?": FLAG, "types?": optional(_TYPES)}
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for kind, table in types.items():
         print(f"\nAccuracy / {kind} type:")
         for name, (percent, count) in table.items():
-            print(f"  {name}: {percent:.2f}% ({count} questions)")
+            print(f"  {visible(name)}: {percent:.2f}% ({count} questions)")
     coverage.report()
     if args.json:
         flat = {f"{kind}_{name}": percent for kind, table in types.items() for name, (percent, _) in table.items()}

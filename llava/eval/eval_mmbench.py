@@ -24,7 +24,7 @@ from llava.eval.mmbench_data import (
     row_index,
 )
 from llava.eval.scoring import check_same_questions, join_answers, load_answers, warn
-from llava.utils import UserError, cli_main
+from llava.utils import UserError, cli_main, visible
 
 # The wide marks are those of Chinese text.
 _LETTER = re.compile(r"[(（]([A-Z])[)）]|([A-Z])(?:[.:)．：）、](?![A-Za-z0-9])|$)")
@@ -225,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if groups:
             print()
         for name, (percent, count) in groups.items():
-            print(f"  {name}: {percent:.2f}% ({count} questions)")
+            print(f"  {visible(name)}: {percent:.2f}% ({count} questions)")
     result["coverage"].report("of {expected} rows have no answer and count as wrong")
     if result["unread"]:
         warn(f"{len(result['unread'])} answers name no option and count as wrong")

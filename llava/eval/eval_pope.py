@@ -16,7 +16,7 @@ from llava.eval.arguments import Parser
 from llava.eval.jsonio import read_records, require_folder, write_json
 from llava.eval.scoring import asks, check_same_questions, join_answers, load_answers
 from llava.schema import ID, SCALAR, TEXT, Fields, optional
-from llava.utils import UserError, cli_main
+from llava.utils import UserError, cli_main, visible
 
 _PREFIX = "coco_pope_"
 _LABEL = Fields({"label": SCALAR, "image?": optional(TEXT), "text?": optional(TEXT)})
@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     result = score_files(args.annotation_dir, args.question_file, args.result_file)
     for category, s in result["categories"].items():
-        print(f"Category: {category}, # samples: {s['tp'] + s['fp'] + s['tn'] + s['fn']}")
+        print(f"Category: {visible(category)}, # samples: {s['tp'] + s['fp'] + s['tn'] + s['fn']}")
         print("TP\tFP\tTN\tFN\t")
         print(f"{s['tp']}\t{s['fp']}\t{s['tn']}\t{s['fn']}")
         print(f"Accuracy: {s['accuracy']}\nPrecision: {s['precision']}\nRecall: {s['recall']}")

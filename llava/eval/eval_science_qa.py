@@ -18,7 +18,7 @@ from llava.eval.arguments import Parser
 from llava.eval.jsonio import read_json, require_folder, write_json, write_text_atomic
 from llava.eval.scoring import Coverage, check_same_questions, join_answers, load_answers, warn
 from llava.schema import ID, TEXT, Fields, ListOf, check, kind_of, optional
-from llava.utils import UserError, cli_main
+from llava.utils import UserError, cli_main, visible
 
 OPTIONS = ("A", "B", "C", "D", "E")
 FAILED = "FAILED"
@@ -196,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"IMG-Accuracy: {result['img_accuracy']:.2f}%"
     )
     for name, (percent, count) in result["subjects"].items():
-        print(f"  {name}: {percent:.2f}% ({count} problems)")
+        print(f"  {visible(name)}: {percent:.2f}% ({count} problems)")
     result["coverage"].report("of {expected} problems have no answer and count as wrong")
     unread = result["failed"] - len(result["coverage"].missing)
     if unread:

@@ -17,7 +17,7 @@ from llava.eval.jsonio import read_json, read_records, require_file, write_json
 from llava.eval.scoring import join_answers, load_answers
 from llava.eval.vqa_text import soft_accuracy
 from llava.schema import ID, SCALAR, TEXT, Fields, ListOf, check, optional
-from llava.utils import UserError, cli_main
+from llava.utils import UserError, cli_main, visible
 
 _ANNOTATION = {"answers": ListOf(Fields({"answer": TEXT}), least=1), "answer_type?": optional(TEXT)}
 _VQAV2 = Fields({"annotations": ListOf(Fields({"question_id": ID, **_ANNOTATION}), least=1)})
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     coverage, types = result.pop("coverage"), result.pop("types")
     print(f"Samples: {result['samples']}\nAccuracy: {result['accuracy']:.2f}%")
     for name, (percent, count) in types.items():
-        print(f"  {name}: {percent:.2f}% ({count} questions)")
+        print(f"  {visible(name)}: {percent:.2f}% ({count} questions)")
     coverage.report()
     if args.json:
         flat = {f"type_{name}": percent for name, (percent, _) in types.items()}

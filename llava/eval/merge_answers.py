@@ -26,7 +26,7 @@ from llava.eval.questions import Question, read_questions
 from llava.eval.records import key_hash, match
 from llava.eval.run_metadata import file_sha256, identity, meta_path, read_metadata
 from llava.schema import ANYTHING, NUMBER, TEXT, Fields, MapOf, check
-from llava.utils import UserError, cli_main
+from llava.utils import UserError, cli_main, visible
 
 # What a run's metadata hold as soon as they are written, and merging needs.
 _MERGEABLE = Fields(
@@ -304,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = f"merged {counts['answered']} answers of {len(parts)} parts into {target}"
     if counts["missing"]:
         text += f"; {counts['missing']} questions were skipped"
-    print(text, file=sys.stderr)
+    print(visible(text), file=sys.stderr)
 
 
 if __name__ == "__main__":

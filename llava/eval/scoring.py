@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.jsonfiles import iter_jsonl, parse_line, require_file
 from llava.schema import ID, SCALAR, TEXT, Fields, check, optional
-from llava.utils import UserError
+from llava.utils import UserError, visible
 
 Key = TypeVar("Key", bound=Hashable)
 MAX_EXAMPLES = 3
@@ -28,7 +28,7 @@ def shorten(ids: list[str]) -> str:
 
 def warn(text: str) -> None:
     """Prints a warning to stderr, where it does not mix with the score lines."""
-    print(f"warning: {text}", file=sys.stderr)
+    print(f"warning: {visible(text)}", file=sys.stderr)
 
 
 @dataclass

@@ -16,7 +16,7 @@ from llava.eval.arguments import Parser
 from llava.eval.jsonio import iter_jsonl, require_folder, write_json
 from llava.eval.scoring import shorten, warn
 from llava.schema import NUMBER, ListOf
-from llava.utils import UserError, cli_main
+from llava.utils import UserError, cli_main, visible
 
 _GRADES = ListOf(NUMBER, least=2, most=2)
 
@@ -97,9 +97,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path in chosen:
         reviews, failed = load_reviews(str(path), args.ignore)
         summary = summarize(reviews)
-        print(path.stem.replace("gpt4_text_", ""))
+        print(visible(path.stem.replace("gpt4_text_", "")))
         for name, (ratio, reference, model) in summary.items():
-            print(name, ratio, reference, model)
+            print(visible(name), ratio, reference, model)
         print("=================================")
         if failed:
             warn(f"{failed} reviews of {path} have no grades and are left out")

@@ -59,6 +59,19 @@ def test_names_of_a_question_file_are_shown_not_obeyed(argv, data, preloaded, ca
     assert printed.err.count("skipped ") == 3 and "title" in printed.err
 
 
+def test_names_of_scored_files_are_shown_not_obeyed(tmp_path, capsys):
+    from llava.eval import eval_gqa
+    from tests.eval.helpers import answer, write_json
+
+    known = {"answer": "yes", "question": "Red?", "types": {"structural": CLEAR, "semantic": TITLE}, "isBalanced": True}
+    truth = write_json(tmp_path / "truth.json", {"1": known, f"2{CLEAR}": known})
+    answers = write_jsonl(tmp_path / "a.jsonl", [answer("1", "yes", "Red?"), answer(f"3{TITLE}", "no", "Red?")])
+    eval_gqa.main(["--annotation-file", str(truth), "--result-file", str(answers)])
+    printed = capsys.readouterr()
+    assert "\\x1b[2J: 100.00%" in printed.out and "2\\x1b[2J" in printed.err and "3\\x1b]0;title" in printed.err
+    assert "\x1b" not in printed.out + printed.err
+
+
 @pytest.fixture
 def says(monkeypatch, loaded, preloaded):
     """The model's next answers, as text."""
