@@ -188,6 +188,8 @@ def _text_config(raw: Mapping[str, Any], path: Path) -> Any:
     mistral = raw["model_type"] == "llava_mistral" or "LlavaMistralForCausalLM" in str(raw.get("architectures"))
     text = {name: raw[name] for name in REQUIRED_TEXT_FIELDS}
     text |= {name: raw[name] for name in OPTIONAL_TEXT_FIELDS if raw.get(name) is not None}
+    if text.get("pad_token_id") == -1:  # none, in the first conversions of Llama
+        del text["pad_token_id"]
     if mistral and "sliding_window" in raw:
         # null is a value here: no window. Left out, transformers would take 4096.
         text["sliding_window"] = raw["sliding_window"]
@@ -255,6 +257,6 @@ def _llava_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("image_token_index", "image_seq_length", "image_token_id"):
         fields.pop(name, None)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if raw.get(name) is not None:
+        if raw.get(name) not in (None, -1):
             fields[name] = raw[name]
     return fields

@@ -283,4 +283,5 @@ def check_generation(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
         UserError: they are none.
     """
     usable(raw, GENERATION, path)
-    return {name: raw[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in raw}
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: raw[name] for name in names if raw.get(name, -1) != -1}

@@ -119,8 +119,9 @@ def shard_names(index: Path) -> list[str]:
 
 def _stays_inside(name: str) -> bool:
     # By name, not by where links lead: in the hub's cache every file is a link to a blob elsewhere.
-    parts = re.split(r"[/\\]", name)
-    return all(part not in ("", ".", "..") for part in parts) and not re.search(r"[\0-\x1f:*?\[\]]", name)
+    if len(name) > 255 or re.search(r"[\0-\x1f:*?\[\]]", name):
+        return False
+    return all(part not in ("", ".", "..") for part in re.split(r"[/\\]", name))
 
 
 # --- reading what is there ------------------------------------------------------------------------------------

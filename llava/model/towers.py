@@ -42,7 +42,7 @@ def tower_name(raw: Mapping[str, Any], path: Path) -> str:
     name = raw.get("mm_vision_tower") or raw.get("vision_tower")
     if not name:
         raise UserError(f"{path}: missing field mm_vision_tower (folder or hub name of the CLIP tower)")
-    if not isinstance(name, str) or not name.isprintable() or len(name) > 4096:
+    if not isinstance(name, str) or not name.isprintable() or len(name) > 500:
         raise UserError(
             f"{path}: mm_vision_tower {kind_of(name)} is no name of a folder or of a hub repository (the CLIP tower)"
         )

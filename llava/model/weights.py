@@ -6,6 +6,7 @@ Formats: safetensors and PyTorch `.bin`, sharded or not.
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import sys
@@ -49,7 +50,7 @@ def weight_files(folder: Path) -> list[Path]:
 def _shards(index: Path) -> list[Path]:
     files = [index.parent / name for name in shard_names(index)]
     for file in files:
-        if not file.is_file():
+        if not os.path.isfile(file):  # unlike Path's, it knows no name that is too long to ask for
             raise UserError(f"{file}: no such file, but {index.name} lists it; copy or download this shard")
     return files
 

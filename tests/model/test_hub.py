@@ -294,7 +294,8 @@ def test_a_tower_that_is_not_there_stops_before_weights_are_fetched(hub, source)
 
 
 @pytest.mark.parametrize(
-    "name", ["/etc/passwd", "../../x.bin", "a/../../x.bin", "..\\x.bin", "*.bin", "", "a\0b", 7, None, ["x"], "./x"]
+    "name",
+    ["/etc/passwd", "../../x.bin", "a/../../x.bin", "..\\x.bin", "*.bin", "", "a\0b", 7, None, ["x"], "./x", "x" * 999],
 )
 @pytest.mark.parametrize("kind", ["bin", "safetensors"])
 def test_an_index_names_only_files_in_its_folder(hub, source, name, kind):
