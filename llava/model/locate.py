@@ -69,16 +69,6 @@ def locate(name: str, what: str, with_weights: bool = True, local_files_only: bo
     return folder
 
 
-def locate_vision_tower(name: str, checkpoint: Path, with_weights: bool = True, local_files_only: bool = False) -> Path:
-    """The folder of the vision tower that config.json names: relative to the checkpoint first, then as any
-    checkpoint.
-    """
-    inside = checkpoint / name
-    if not os.path.isabs(name) and inside.is_dir():
-        return inside
-    return locate(name, "vision tower", with_weights, local_files_only)
-
-
 def _weight_patterns(folder: Path) -> Iterable[tuple[str, ...]]:
     """The files of a hub repository to ask for, by its small files; several steps are tried one after the other.
 

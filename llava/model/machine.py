@@ -45,11 +45,13 @@ def check_memory(needed: int, held: int, device: torch.device, dtype: torch.dtyp
             f"{figures}: parts will be read from the disk again and again, which is slow; "
             "close other programs or take a smaller checkpoint"
         )
-    half = "" if dtype.itemsize <= 2 else " --dtype bfloat16 (half the memory; slower on most CPUs),"
-    where = "memory" if device.type == "cpu" else f"memory of {device}"
+    on_cpu = device.type == "cpu"
+    remedies = ["close other programs"]
+    if dtype.itemsize > 2:
+        remedies.append(f"--dtype bfloat16 (half the memory{'; slower on most CPUs' if on_cpu else ''})")
+    remedies += ["a smaller checkpoint", "a machine with more memory" if on_cpu else "4-bit loading or --device cpu"]
     raise UserError(
-        f"not enough {where}: {figures}. What to do: close other programs,{half} a smaller checkpoint, "
-        f"{'a machine with more memory' if device.type == 'cpu' else '--load-4bit or --device cpu'}; "
+        f"not enough memory{'' if on_cpu else f' on {device}'}: {figures}. What to do: {', '.join(remedies)}; "
         f"{SKIP_VARIABLE}=1 tries all the same"
     )
 

@@ -8,6 +8,7 @@ import os
 import pickle
 import sys
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -38,7 +39,11 @@ def source():
 @pytest.fixture(autouse=True)
 def small_clip(monkeypatch):
     monkeypatch.setitem(towers.KNOWN_TOWERS, KNOWN, VISION_FIELDS)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def offline(*args, **kwargs):
+        raise OSError("the hub cannot be reached")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
 
 
 def load(folder, base=None, **kwargs):

@@ -11,6 +11,7 @@ import os
 import random
 import warnings
 
+import huggingface_hub
 import pytest
 import torch
 from PIL import Image
@@ -92,6 +93,14 @@ def survives(work, seed, counts):
             assert "\n" not in text and "\0" not in text and 0 < len(text) < 2000, (seed, text)
         except BaseException as error:
             raise AssertionError(f"mutation {seed}: {type(error).__name__}: {error}") from error
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("the hub cannot be reached")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
 
 
 @pytest.fixture(scope="module")
