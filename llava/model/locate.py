@@ -76,9 +76,12 @@ def _weight_patterns(folder: Path) -> Iterable[tuple[str, ...]]:
     1.6 has safetensors shards; LoRA and projector-only repositories have the trained parts alone; CLIP's has one
     `pytorch_model.bin`, or both forms, beside those of other frameworks.
     """
-    for index in INDEX_FILES:
+    for single, index in zip(SINGLE_FILES, INDEX_FILES, strict=True):
         if (folder / index).is_file():
-            yield tuple(shard_names(folder / index))
+            if (folder / index).stat().st_size > 2:
+                yield tuple(shard_names(folder / index))
+            else:  # it lists nothing: whatever looks like a shard
+                yield (single.replace(".", "-*-of-*."),)
             return
     if (folder / ADAPTER_CONFIG).is_file():
         yield (*TRAINED_PARTS, SINGLE_FILES[0])

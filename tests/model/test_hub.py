@@ -20,6 +20,7 @@ import torch
 
 from llava.model import downloads, towers
 from llava.model.builder import load_pretrained_model
+from llava.model.locate import locate
 from llava.utils import UserError
 from tests.conftest import ROOT
 from tests.model.layouts import NEXT_FIELDS
@@ -183,6 +184,37 @@ def test_llava_1_5_from_the_cache_alone(hub, source):
     write_clip(hub, source)
     assert_same(load(name, local_files_only=True)[1], original_names(source.state_dict()))
     assert all(hub.local_only)
+
+
+@pytest.mark.parametrize(
+    ("name", "listed", "wanted"),
+    [
+        (
+            "liuhaotian/llava-v1.5-13b",
+            ["config.json", "mm_projector.bin", "pytorch_model.bin.index.json", *shard_files("bin", 3)[0], "README.md"],
+            shard_files("bin", 3)[0],
+        ),
+        (
+            "liuhaotian/llava-v1.6-vicuna-13b",
+            ["config.json", "model.safetensors.index.json", *shard_files("safetensors", 6)[0], "training_args.bin"],
+            shard_files("safetensors", 6)[0],
+        ),
+        (
+            "mistralai/Mistral-7B-Instruct-v0.2",
+            ["model.safetensors.index.json", *shard_files("safetensors", 3)[0], *shard_files("bin", 3)[0]]
+            + ["pytorch_model.bin.index.json", "consolidated.safetensors"],
+            shard_files("safetensors", 3)[0],
+        ),
+        ("openai/clip-vit-large-patch14", ["config.json", "model.safetensors", "pytorch_model.bin", "x.h5"], None),
+    ],
+)
+@pytest.mark.parametrize("index_says", ["", "{}"])
+def test_empty_files_of_the_published_names(hub, name, listed, wanted, index_says):
+    for file in listed:
+        (hub.repository(name) / file).write_text(index_says if file.endswith(".json") else "")
+    locate(name, "checkpoint")
+    found = {file for file in hub.fetched[name] if not file.endswith(".json")}
+    assert found == set(wanted or ["model.safetensors"])
 
 
 def test_llava_1_6_needs_no_tower_repository(hub):
