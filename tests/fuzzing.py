@@ -190,20 +190,20 @@ class Finding(AssertionError):
     """An input that neither gave a value nor one line of error."""
 
 
-def refused(call: Callable[[], Any], where: str, errors: tuple[type[BaseException], ...] = (UserError,)) -> bool:
-    """Whether the call refuses its input; raises `Finding` for everything that is neither refusal nor result."""
+def refused(call: Callable[[], Any], where: str, errors: tuple[type[BaseException], ...] = (UserError,)) -> str | None:
+    """Why the call refuses its input, None if it does not; raises `Finding` for what is neither refusal nor result."""
     try:
         with no_hang():
             call()
-        return False
+        return None
     except errors as error:
         if not str(error) or "\n" in str(error):
             raise Finding(f"{where}: not one line: {str(error)!r}") from error
-        return True
+        return str(error)
     except SystemExit as error:
         if error.code not in (2, 3):
             raise Finding(f"{where}: exit status {error.code}") from error
-        return True
+        return f"exit status {error.code}"
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
@@ -242,8 +242,8 @@ def fuzz(target: Target, folder: Path, mutations: int, seed: int, figures: Figur
     """Mutates the files of a target, one at a time and in turn; raises the first `Finding`, or collects them."""
     names, call = target.build(folder)
     originals = {name: (folder / name).read_bytes() for name in names}
-    if refused(call, f"{target.name}: intact files"):
-        raise AssertionError(f"{target.name}: the intact files are refused")
+    if reason := refused(call, f"{target.name}: intact files"):
+        raise AssertionError(f"{target.name}: the intact files are refused: {reason}")
     for number in range(mutations):
         name = names[number % len(names)]
         where = f"{target.name}, {name}, seed {seed + number}"
@@ -278,6 +278,10 @@ def main() -> None:
     chosen = [target for target in everything if not args.targets or target.name in args.targets]
     share = args.mutations / sum(target.weight for target in chosen)
     figures = Figures()
+    with contextlib.suppress(ImportError, ValueError):
+        import resource  # a value that asks for all memory must fail, not take the machine along
+
+        resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))
     warnings.simplefilter("ignore")
     for target in chosen:
         started, before = time.perf_counter(), len(figures.findings)
