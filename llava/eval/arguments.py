@@ -6,6 +6,7 @@ Knows flags and defaults; loads no model. `--help` of every tool shows the same 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import sys
 from dataclasses import dataclass
@@ -46,6 +47,14 @@ def check_range(flag: str, value: float | None, least: float, most: float = LARG
         return
     bound = f"at most {most}" if value > most else f"at least {least}"
     raise UserError(f"{flag} must be {bound}, got {kind_of(value)}")
+
+
+def parse_count(text: str, flag: str) -> int:
+    """A number of at least 1, of an option that holds several of them."""
+    with contextlib.suppress(ValueError):  # also numbers of thousands of digits
+        if 1 <= int(text) <= LARGEST:
+            return int(text)
+    raise UserError(f"{flag}: {kind_of(text)} is not a number of at least 1")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -6,8 +6,10 @@ from llava.eval import eval_gqa, eval_mme, eval_pope, eval_textvqa
 from llava.eval.arguments import (
     GenerationOptions,
     check_budget,
+    check_range,
     merge_type_from_args,
     method_from_args,
+    parse_count,
     parse_method_args,
 )
 from llava.eval.model_vqa_loader import build_parser
@@ -160,3 +162,32 @@ def test_budget_compositions_and_schedules_from_flags():
     assert method_from_args(parse("--method", "2:fastv:0.5;16:random:0.5")).aim is None
     with pytest.raises(UserError, match="--method: schedule entry '2:fastv' must be"):
         method_from_args(parse("--method", "2:fastv"))
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("temperature", float("nan")), ("temperature", float("inf")), ("top_p", float("nan")), ("top_p", 2.0),
+        ("num_beams", 10**30), ("max_new_tokens", 10**30), ("max_new_tokens", -1), ("seed", -1), ("seed", 2**63),
+    ],
+)  # fmt: skip
+def test_numbers_that_no_generation_takes(flag, value):
+    with pytest.raises(UserError, match=f"^--{flag} must be") as error:
+        GenerationOptions(**{flag: value})
+    assert len(str(error.value)) < 100
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "x", "", "1.5", "\u00b2", "9" * 30, "9" * 5000])
+def test_counts(text):
+    assert parse_count(" 12", "--budgets") == 12
+    with pytest.raises(UserError, match="^--budgets: .* is not a number of at least 1$") as error:
+        parse_count(text, "--budgets")
+    assert len(str(error.value)) < 100
+
+
+def test_ranges():
+    check_range("--limit", None, 1)
+    check_range("--limit", 1, 1, 2)
+    for value, message in ((0, "at least 1, got 0"), (3, "at most 2, got 3"), (float("nan"), "at least 1, got nan")):
+        with pytest.raises(UserError, match=f"^--limit must be {message}"):
+            check_range("--limit", value, 1, 2)

@@ -1,5 +1,8 @@
 """MMBench's tsv and workbooks: quoting, empty cells, damage; workbooks survive what spreadsheets do to text."""
 
+import os
+import zipfile
+
 import openpyxl
 import pytest
 
@@ -156,3 +159,57 @@ def test_rows_that_lose_their_right_option_are_named(tmp_path, capsys):
     rows_found = eval_mmbench.load_rows(str(path))
     answers = [{"question_id": i, "text": text} for i, text in enumerate("AACC")]
     assert eval_mmbench.evaluate_mmbench(rows_found, answers)["per_row"] == 50.0
+
+
+def edited_workbook(path, edit, member="xl/worksheets/sheet1.xml"):
+    """A workbook of two rows with one of its XML files changed."""
+    mmbench_data.write_workbook(path, ["index", "prediction"], [[1, "A"], [2, "B"]])
+    with zipfile.ZipFile(path) as old:
+        files = {name: old.read(name) for name in old.namelist()}
+    files[member] = edit(files[member])
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+        for name, content in files.items():
+            new.writestr(name, content)
+    return path
+
+
+ENTITIES = b'<!DOCTYPE a [<!ENTITY b "c"><!ENTITY d "&b;&b;">]><worksheet'
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda xml: xml + b" " * (200 << 20), "more than 128 MiB unpacked"),
+        (lambda xml: xml.replace(b"<worksheet", ENTITIES, 1), "declares XML entities"),
+        (lambda xml: xml.replace(b"<v>1</v>", b"<v>" + b"9" * 6000 + b"</v>"), "not an Excel workbook"),
+        (lambda xml: xml.replace(b'<row r="3"', b'<row r="900000000"').replace(b"A3", b"A900000000"), "100000 rows"),
+        (lambda xml: b"", "not an Excel workbook"),
+    ],
+)  # fmt: skip
+def test_workbooks_that_unpack_to_more_than_they_are(tmp_path, edit, message):
+    path = edited_workbook(tmp_path / "x.xlsx", edit)
+    assert path.stat().st_size < 1 << 20
+    with pytest.raises(UserError, match=message):
+        mmbench_data.read_workbook(path)
+
+
+def test_the_size_that_a_sheet_declares_is_not_believed(tmp_path):
+    path = edited_workbook(tmp_path / "x.xlsx", lambda xml: xml.replace(b"A1:B3", b"A1:XFD1048576"))
+    assert b"XFD1048576" in zipfile.ZipFile(path).read("xl/worksheets/sheet1.xml")
+    assert mmbench_data.read_workbook(path) == [{"index": 1, "prediction": "A"}, {"index": 2, "prediction": "B"}]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+@pytest.mark.parametrize("mask", [0o002, 0o027, 0o077])
+def test_workbooks_have_the_permissions_of_the_umask(tmp_path, mask):
+    previous = os.umask(mask)
+    try:
+        mmbench_data.write_workbook(tmp_path / "x.xlsx", ["index"], [[1]])
+    finally:
+        os.umask(previous)
+    assert os.stat(tmp_path / "x.xlsx").st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_half_a_surrogate_pair_is_left_out_of_a_workbook(tmp_path):
+    assert mmbench_data.write_workbook(tmp_path / "x.xlsx", ["index", "text"], [[1, "a\ud800b"]]) == 1
+    assert mmbench_data.read_workbook(tmp_path / "x.xlsx") == [{"index": 1, "text": "ab"}]

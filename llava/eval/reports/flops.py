@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from llava.eval.arguments import Parser
+from llava.eval.arguments import Parser, parse_count
 from llava.eval.common.tables import markdown_table
 from llava.eval.jsonio import write_json
 from llava.eval.questions import Question, read_questions
@@ -156,10 +156,10 @@ def build_parser() -> Parser:
 def run(args: argparse.Namespace) -> None:
     """Prints the table that the flags ask for, and writes the figures where they say."""
     geometry = GEOMETRIES[args.checkpoint]
-    budgets = [_number(text, "--budgets") for text in args.budgets.split(",") if text.strip()]
+    budgets = [parse_count(text, "--budgets") for text in args.budgets.split(",") if text.strip()]
     if not budgets or max(budgets) > geometry.visual_tokens:
         raise UserError(f"--budgets: needs numbers from 1 to {geometry.visual_tokens}")
-    prompts = {"given": float(_number(args.text_tokens, "--text-tokens"))} if args.text_tokens else {}
+    prompts = {"given": float(parse_count(args.text_tokens, "--text-tokens"))} if args.text_tokens else {}
     means = {}
     for path in args.question_files:
         means[Path(path).parent.name] = fmean(prompt_tokens(question) for question in read_questions(path))
@@ -172,9 +172,3 @@ def run(args: argparse.Namespace) -> None:
     print(markdown(rows))
     if args.json:
         write_json(args.json, {"checkpoint": args.checkpoint, "rows": rows})
-
-
-def _number(text: str, flag: str) -> int:
-    if not text.strip().isdigit() or int(text) < 1:
-        raise UserError(f"{flag}: {text!r} is not a number of at least 1")
-    return int(text)

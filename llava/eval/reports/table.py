@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from llava.eval.arguments import DEFAULT_METHOD, Parser
+from llava.eval.arguments import DEFAULT_METHOD, Parser, parse_count
 from llava.eval.catalog import ENTRIES, get_entry
 from llava.eval.check_data import DEFAULT_DATA_DIR
 from llava.eval.common.tables import print_or_insert
@@ -66,7 +66,7 @@ def describe_table(args: Any) -> tuple[paper_tables.Table, list[tuple[str, int |
     methods = split_names(args.methods) or (
         [DEFAULT_METHOD] if args.table else sorted({method for method, _ in found} - {"dense"})
     )
-    budgets = [parse_budget(text) for text in split_names(args.budgets)] or list(given.budgets)
+    budgets = [parse_count(text, "--budgets") for text in split_names(args.budgets)] or list(given.budgets)
     settings: list[tuple[str, int | None]] = [("dense", None)]
     for method in methods:
         own = budgets or sorted((tokens for name, tokens in found if name == method), reverse=True)
@@ -77,12 +77,6 @@ def describe_table(args: Any) -> tuple[paper_tables.Table, list[tuple[str, int |
 def split_names(text: str | None) -> list[str]:
     """`a,b` as a list; blanks around names are ignored."""
     return [part.strip() for part in (text or "").split(",") if part.strip()]
-
-
-def parse_budget(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise UserError(f"--budgets: {text!r} is not a number of at least 1")
-    return int(text)
 
 
 def run(args: argparse.Namespace) -> None:
