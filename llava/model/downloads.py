@@ -22,7 +22,7 @@ SMALL_DEADLINE_S = 600.0
 WEIGHTS_DEADLINE_S = 12 * 3600.0
 """For weights: 26 GB at 5 Mbit/s."""
 STALLED_S = 600.0
-"""Without any growth of the cache: the client writes pieces of 10 MB, so less than about 17 kB a second."""
+"""Without any change in the cache: the client writes pieces of 10 MB, so less than about 17 kB a second."""
 
 
 class DownloadTimeout(Exception):
@@ -59,7 +59,7 @@ def within(deadline_s: float, download: Callable[[], Any], poll_s: float = 1.0) 
     # A daemon, and with it every thread that it starts.
     threading.Thread(target=run, name="llava-download", daemon=True).start()
     started = grown = time.monotonic()
-    size = -1
+    state: tuple[int, int, int] | None = None
     try:
         while not done.wait(min(poll_s, max(started + deadline_s - time.monotonic(), 0.01))):
             now = time.monotonic()
@@ -68,10 +68,10 @@ def within(deadline_s: float, download: Callable[[], Any], poll_s: float = 1.0) 
                     f"no end after {deadline_s:.0f} s; what has arrived is kept, so try again, or set "
                     f"{DEADLINE_VARIABLE} to more seconds"
                 )
-            if now - grown >= min(STALLED_S, 60.0) or size < 0:
-                found = _cached_bytes()
-                if found != size:
-                    size, grown = found, now
+            if now - grown >= min(STALLED_S, 60.0) or state is None:
+                found = _cache_state()
+                if found != state:
+                    state, grown = found, now
                 elif now - grown >= STALLED_S:
                     raise DownloadTimeout(
                         f"nothing has arrived for {now - grown:.0f} s; what had arrived is kept: check the connection "
@@ -99,15 +99,21 @@ def _wished(deadline_s: float) -> float:
     return seconds
 
 
-def _cached_bytes() -> int:
-    """Size of all files that the hub's client is writing or has written."""
+def _cache_state() -> tuple[int, int, int]:
+    """Bytes, blocks on the disk and the latest change of what the hub's client writes; any difference is progress."""
     from huggingface_hub import constants
 
-    total = 0
-    for blobs in Path(constants.HF_HUB_CACHE).glob("*/blobs"):
-        with contextlib.suppress(OSError):
-            total += sum(entry.stat().st_size for entry in os.scandir(blobs) if entry.is_file(follow_symlinks=False))
-    return total
+    size = blocks = changed = 0
+    folders = [*Path(constants.HF_HUB_CACHE).glob("*/blobs"), Path(getattr(constants, "HF_XET_CACHE", os.devnull))]
+    for folder in folders:
+        for place, _, files in os.walk(folder):
+            for file in files:
+                with contextlib.suppress(OSError):
+                    status = os.lstat(os.path.join(place, file))
+                    size += status.st_size
+                    blocks += getattr(status, "st_blocks", 0)
+                    changed = max(changed, status.st_mtime_ns)
+    return size, blocks, changed
 
 
 def _forget(threads: set[threading.Thread]) -> None:
