@@ -105,13 +105,17 @@ def crop_counter(model_path: str | os.PathLike[str]) -> Callable[[tuple[int, int
     tiles = "anyres" in str(config.get("image_aspect_ratio")) or config.get("model_type") == "llava_next"
     if not pinpoints or not tiles:
         return lambda size: 1
-    grid = parse_grid_pinpoints(pinpoints)
-    side = min(min(pair) for pair in grid)  # the narrowest canvas is one tile wide
 
     def crops(size: tuple[int, int]) -> int:
         width, height = select_best_resolution(size, grid, config.get("anyres_resolution_rule", "effective"))
         return 1 + max(width // side, 1) * max(height // side, 1)
 
+    try:
+        grid = parse_grid_pinpoints(pinpoints)
+        side = min(min(pair) for pair in grid)  # the narrowest canvas is one tile wide
+        crops((1, 1))
+    except (ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
+        return lambda size: 1  # a guess at costs is good enough: the loader says what is wrong with the file
     return crops
 
 

@@ -30,6 +30,7 @@ from llava.eval.questions import read_questions
 from llava.eval.reports.results import align, collect, costs
 from llava.eval.reports.settings import make_settings, read_variants
 from llava.eval.run_metadata import RunMetadata, read_metadata
+from llava.eval.sharding import crop_counter
 from tests.eval.helpers import ROOT, answer, write_json, write_jsonl
 from tests.eval.small_data import write_all
 from tests.fuzzing import Target
@@ -121,6 +122,8 @@ FILES = {
                       {"label": "b", "method": "fastv", "options": {"layer": 1}}],
     "variants.yaml": "- label: a\n  method: autoprune\n  options: {gamma: 0.1, positions: original}\n"
                      "- {label: b, method: fastv}\n",
+    "config.json": {"image_grid_pinpoints": [[336, 672], [672, 336]], "image_aspect_ratio": "anyres",
+                    "anyres_resolution_rule": "fill"},
     "conversations.json": [
         {"id": str(i), "image": f"{i}.png", "conversations": [{"from": "human", "value": "Which?\n<image>"}]}
         for i in range(4)
@@ -285,6 +288,7 @@ TARGETS = [
     tool("demo table", table.main, "@demo.json --insert @document.md"),
     Target("finished runs", _finished_runs),
     Target("data check", _checked_data),
+    function("tiles", "config.json", lambda folder: crop_counter(folder)((100, 50))),
     function("variants", "variants.json", lambda folder: make_settings(read_variants("variants.json"), [4])),
     function("variants, YAML", "variants.yaml", lambda folder: make_settings(read_variants("variants.yaml"), [4])),
 ]  # fmt: skip

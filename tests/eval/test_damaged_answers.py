@@ -142,6 +142,44 @@ def test_empty_and_odd_answers_are_answers(scorer):
         assert counts == [0, 0, 0]
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text": ["Yes"]}, "text must be a number, a string or null, found a list"),
+        ({"text": {}}, "text must be a number, a string or null, found an object"),
+        ({"prompt": 5}, "prompt must be a string, found 5"),
+        ({"question_id": None}, "question_id must be a number or a string, found null"),
+        ({"question_id": [1]}, "question_id must be a number or a string, found a list"),
+    ],
+)
+def test_values_of_another_type_are_named_with_their_line(scorer, change, message):
+    records = [*scorer.records[:1], {**scorer.records[1], **change}, *scorer.records[2:]]
+    scorer.fails(lines(records), f"answers.jsonl:2: {message}")
+
+
+def test_numbers_and_nesting_that_json_can_spell_and_nobody_can_use(scorer):
+    good = lines(scorer.records)
+    for value in (b"9" * 400, b"9" * 5000, b"[" * 3000 + b"]" * 3000, b'{"a":' * 200 + b"1" + b"}" * 200):
+        scorer.fails(good + b'{"question_id": 1, "text": ' + value + b"}\n", "answers.jsonl:", "malformed JSON")
+
+
+def test_half_a_surrogate_pair_is_an_answer(scorer):
+    """Also in an id, which is printed: nothing of it ends the program."""
+    records = [{**record, "text": "\ud800"} for record in scorer.records]
+    records.append({"question_id": "\udfff", "prompt": "\ud800", "text": "x"})
+    content = "".join(json.dumps(record) + "\n" for record in records).encode()
+    _, counts, err = scorer(content)
+    assert counts == [0, 0, 1] and "\\udfff" in err
+
+
+def test_a_prompt_that_is_null_is_none(scorer):
+    content = lines({**record, "prompt": None} for record in scorer.records)
+    if scorer.name in ("textvqa", "mme"):  # several questions have one id there
+        scorer.fails(content, "no answer belongs")
+    else:
+        assert scorer(content)[1] == [0, 0, 0]
+
+
 def test_answers_of_another_benchmark_are_refused(scorer, data):
     """Either no id is known, or none of the prompts holds the question of the same id."""
     refused = 0
