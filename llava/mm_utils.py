@@ -164,12 +164,13 @@ def padding_mask(size_wh: Size, grid: int) -> torch.Tensor:
 
 def parse_grid_pinpoints(grid_pinpoints: Sequence[Sequence[int]] | str) -> list[Size]:
     """The candidate resolutions of a config, `[(width, height), ...]`; configs store a list or its text."""
-    if isinstance(grid_pinpoints, str):
+    sizes: Any = grid_pinpoints
+    if isinstance(sizes, str):
         try:
-            grid_pinpoints = ast.literal_eval(grid_pinpoints)
+            sizes = ast.literal_eval(sizes)
         except (ValueError, SyntaxError):
-            raise ValueError(f"image_grid_pinpoints is not a list of [width, height]: {grid_pinpoints!r}") from None
-    return [(int(w), int(h)) for w, h in grid_pinpoints]
+            raise ValueError(f"image_grid_pinpoints is not a list of [width, height]: {sizes!r}") from None
+    return [(int(w), int(h)) for w, h in sizes]
 
 
 def select_best_resolution(
@@ -190,7 +191,7 @@ def select_best_resolution(
         area = int(width * scale) * int(height * scale)
         canvas = candidate_width * candidate_height
         if rule == "fill":
-            rank = (area / canvas,)
+            rank: tuple[float, ...] = (area / canvas,)
         elif rule == "effective":
             effective = min(area, width * height)
             rank = (effective, effective - canvas)

@@ -77,7 +77,7 @@ def cli_main(main: Callable[..., Any]) -> Callable[..., Any]:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(AttributeError, OSError):
                 if stream.errors == "strict":
-                    stream.reconfigure(errors="backslashreplace")
+                    stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         try:
             result = main(*args, **kwargs)
         except KeyboardInterrupt as error:
@@ -109,8 +109,8 @@ def disable_torch_init() -> None:
     """
     import torch
 
-    torch.nn.Linear.reset_parameters = lambda self: None
-    torch.nn.LayerNorm.reset_parameters = lambda self: None
+    for layer in (torch.nn.Linear, torch.nn.LayerNorm):
+        setattr(layer, "reset_parameters", lambda self: None)  # noqa: B010
 
 
 def build_logger(name: str, filename: str | None = None, level: int = logging.INFO) -> logging.Logger:

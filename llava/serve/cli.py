@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chat, method = open_chat(args)
     # Bytes that are no text in the terminal's encoding cost one question, not the chat.
     with contextlib.suppress(AttributeError, OSError):
-        sys.stdin.reconfigure(errors="surrogateescape")
+        sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
     try:
         with method.attach(chat.model) as run:
             converse(chat, run, args.method, args.debug)

@@ -4,6 +4,8 @@
     python -m playground.tiny.build --check        # makes every file in memory and compares; writes nothing
     python -m playground.tiny.build --overwrite    # also replaces files that were altered
     python -m playground.tiny.build --record       # after a change of the generator: writes the new checksums
+
+Scripts and tests call it before they need the data.
 """
 
 from __future__ import annotations
