@@ -111,6 +111,7 @@ def test_signal_while_the_model_is_loading(argv, many, monkeypatch):
     monkeypatch.setattr(answering, "load_model", load)
     child = Child(lambda: main(argv()), many / "log")
     wait_until((many / "loading").exists, child)
+    time.sleep(0.2)  # until it sleeps: an exception raised in a finalizer that happens to run would be lost
     child.signal(signal.SIGTERM)
     assert child.wait(20) == 143 and "0 of 40 answers" in child.text()
 
