@@ -127,7 +127,7 @@ def choice_seconds(
         return None
     with torch.inference_mode(), method.attach(model) as run:
         run.time_selection = True
-        run.set_visual(prompt.layout, prompt.cls_BV if run.needs_cls_attention else None)
         for _ in range(rounds):
+            run.set_visual(prompt.layout, prompt.cls_BV if run.needs_cls_attention else None)
             model.model(inputs_embeds=prompt.embeds_BNC, use_cache=True)
         return sorted(run.selection_seconds)[rounds // 2]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ __all__ = [
     "new_cache",
     "one_token_masks",
     "rotary_is_static",
+    "visible_tokens",
 ]
 
 
@@ -108,6 +109,22 @@ def one_token_masks(config, real: Tensor, dtype: torch.dtype) -> Tensor | None:
 def rotary_is_static(rotary: nn.Module) -> bool:
     """Whether the rotary tables of a position are the same however long the sequence is."""
     return getattr(rotary, "rope_type", None) in ("default", "linear", "llama3", "yarn")
+
+
+def visible_tokens(attention_mask, batch: int, width: int) -> tuple[int, ...]:
+    """Real tokens per row of a prefill, of a mask in any form that transformers takes.
+
+    Forms: None, ``[B, N]`` of ones and zeros, ``[B or 1, heads, N, N]`` bool or added to the logits, or a dictionary of
+    these by type of layer. A form that is not known here counts all tokens.
+    """
+    if isinstance(attention_mask, Mapping):
+        attention_mask = attention_mask.get("full_attention")
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:
+        last = attention_mask[:, 0, -1, -width:]  # the last token sees all that is real
+        attention_mask = (last if last.dtype == torch.bool else last == 0).expand(batch, -1)
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+        return (width,) * batch
+    return tuple(attention_mask.bool().sum(1).tolist())
 
 
 def new_cache() -> DynamicCache:

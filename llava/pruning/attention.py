@@ -81,13 +81,20 @@ def next_layer_attention(layer: nn.Module, sequences: Sequences, frames: Frames)
     there = sequences.advance(sequences.hidden_BNC.to(compat.execution_device(layer.input_layernorm)))
     frame = frames.of(there)
     normed = layer.input_layernorm(there.hidden_BNC)
-    heads = (-1, attention.head_dim)
-    queries = attention.q_proj(normed[:, -1:]).unflatten(-1, heads).transpose(1, 2)
+    # The decoders in support.NEXT_LAYER_DECODERS project this way, some with a norm over each head (Qwen3).
+    queries = _heads(attention, "q", normed[:, -1:])
     queries = rotate_rows(queries, *(table[:, -1:] for table in frame.rotary))
-    keys = rotate_rows(attention.k_proj(normed).unflatten(-1, heads).transpose(1, 2), *frame.rotary)
+    keys = rotate_rows(_heads(attention, "k", normed), *frame.rotary)
     probabilities = attention_rows(queries, keys, attention.scaling, frames.row_mask(there, 1))
     found = visual_attention(probabilities, there, (1,) * len(queries))
     return VisualAttention(*(values.to(here) for values in found))
+
+
+def _heads(attention: nn.Module, name: str, normed_BNC: Tensor) -> Tensor:
+    """Queries or keys in front of the rotary embedding, ``[B, heads, N, D]``."""
+    projected = getattr(attention, f"{name}_proj")(normed_BNC).unflatten(-1, (-1, attention.head_dim))
+    norm = getattr(attention, f"{name}_norm", None)
+    return (projected if norm is None else norm(projected)).transpose(1, 2)
 
 
 def visual_attention(attention_BHTN: Tensor, sequences: Sequences, rows: tuple[int, ...]) -> VisualAttention:

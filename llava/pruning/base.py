@@ -37,6 +37,12 @@ class Rows(enum.Enum):
     NEXT_LAST = "next_last"  # the last token, as the next layer would attend: with that layer's norm and projections
 
 
+class UnsupportedError(ValueError):
+    """What was asked for cannot be pruned; the message names it and says what can be done."""
+
+    is_user_error = True
+
+
 class OptionError(ValueError):
     """An unknown method or option, or a value out of range: the mistake of whoever typed it, not of the program."""
 
@@ -64,6 +70,14 @@ class Selection:
     source_BM: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class SampleIds:
+    """Running number of each row's sample, and whether that number depends on which of several threads came first."""
+
+    ids: tuple[int, ...]
+    by_chance: bool = False
+
+
 @dataclass
 class LayerView:
     """What a method sees after a layer (or, at ``BEFORE_DECODER``, of the input embeddings).
@@ -79,7 +93,7 @@ class LayerView:
         attention_BHTV: float32 probabilities of the declared rows over the visual tokens, not renormalized, zero in
             the padding; None if no rows were declared.
         relevance_BV: attention that each visual token receives: mean over heads, then over the declared rows. float32.
-        sample_ids: running number of each sample within the run, the same whatever the batch size.
+        samples: running number of each sample; methods use :attr:`sample_ids`.
         sequences: the engine's state; methods use the properties below instead.
         initial_facts: what the vision tower said, by name and original visual index, ``[B, N, ...]``.
     """
@@ -90,9 +104,23 @@ class LayerView:
     query_rows: tuple[int, ...]
     attention_BHTV: Tensor | None
     relevance_BV: Tensor | None
-    sample_ids: tuple[int, ...]
+    samples: SampleIds
     sequences: Sequences
     initial_facts: Mapping[str, Tensor]
+
+    @property
+    def sample_ids(self) -> tuple[int, ...]:
+        """Running number of each sample within the run, the same whatever the batch size.
+
+        Raises:
+            UnsupportedError: several threads share the run, so that the numbers would depend on who came first.
+        """
+        if self.samples.by_chance:
+            raise UnsupportedError(
+                "several threads share one pruning run, and this method draws by the running number of the sample: "
+                "give set_visual(sample_ids=...), or attach the run in one thread at a time"
+            )
+        return self.samples.ids
 
     @cached_property
     def hidden_BVC(self) -> Tensor:

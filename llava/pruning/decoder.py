@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from llava import compat
 from llava.pruning.attention import RowScores, VisualAttention, next_layer_attention
-from llava.pruning.base import BEFORE_DECODER, LayerView, PruningMethod, Rows, Selection
+from llava.pruning.base import BEFORE_DECODER, LayerView, PruningMethod, Rows, SampleIds, Selection
 from llava.pruning.cache import CacheRecord
 from llava.pruning.cap import capped_by_cls
 from llava.pruning.frame import Frames
 from llava.pruning.layout import VisualLayout
 from llava.pruning.origins import Origins
 from llava.pruning.selection import on_device
-from llava.pruning.sequence import Sequences
+from llava.pruning.sequence import Numbering, Sequences
 from llava.pruning.trace import DecoderShape, Trace
 from llava.pruning.vision import ReducedRow
 
@@ -36,10 +36,10 @@ class Prompt:
     Attributes:
         hidden_BNC: embeddings, left padded.
         lengths: real tokens per row.
-        positions_BN: rotary positions; None numbers the tokens of each row from 0.
+        positions_BN: rotary positions, ``[1 or B, N]``; None numbers the tokens of each row from 0.
         layout: where the visual tokens are.
         facts: what the vision tower said, by name, per original visual index ``[B, N, ...]``, padded at the end.
-        sample_ids: running number of each sample within the run.
+        samples: running number of each sample within the run.
         reduced: per row what a reduction in front of the decoder left behind; None if there was none.
     """
 
@@ -48,7 +48,7 @@ class Prompt:
     positions_BN: Tensor | None
     layout: VisualLayout
     facts: Mapping[str, Tensor]
-    sample_ids: tuple[int, ...]
+    samples: SampleIds
     reduced: Sequence[ReducedRow] | None = None
 
 
@@ -68,7 +68,6 @@ def prefill(
     cache,
     keep_states: bool = False,
     timer: Callable[[], AbstractContextManager] = nullcontext,
-    **layer_kwargs,
 ) -> Prefill:
     """Run the prompt through all layers, letting the method select after the layers it declared.
 
@@ -79,7 +78,6 @@ def prefill(
         cache: empty cache to fill; it also serves the keys for the scores.
         keep_states: collect the hidden states entering each layer (of unequal length) and the final ones.
         timer: context manager around everything that is selection: attention rows, the method, dropping tokens.
-        layer_kwargs: passed on to every layer.
     """
     num_layers = len(decoder.layers)
     compact = method.positions == "compact"
@@ -97,7 +95,7 @@ def prefill(
 
     def view(layer: int, rows: tuple[int, ...], attention: VisualAttention | None) -> LayerView:
         probabilities, relevance = (None, None) if attention is None else attention
-        ids, facts = prompt.sample_ids, prompt.facts
+        ids, facts = prompt.samples, prompt.facts
         return LayerView(layer, num_layers, sequences.counts, rows, probabilities, relevance, ids, sequences, facts)
 
     with timer():
@@ -135,7 +133,6 @@ def prefill(
                 position_ids=None,
                 past_key_values=cache,
                 use_cache=True,
-                **layer_kwargs,
             )
             sequences = sequences.advance(hidden)
             if active:
@@ -159,7 +156,7 @@ def prefill(
     return Prefill(hidden, traces, (*states, hidden) if keep_states else None)
 
 
-def decode(decoder: nn.Module, hidden_BQC: Tensor, cache, keep_states: bool = False, **layer_kwargs):
+def decode(decoder: nn.Module, hidden_BQC: Tensor, cache, keep_states: bool = False):
     """Run new tokens on a pruned cache; every layer has its own mask and, in compact mode, its own positions.
 
     Args:
@@ -189,7 +186,6 @@ def decode(decoder: nn.Module, hidden_BQC: Tensor, cache, keep_states: bool = Fa
             position_ids=None,
             past_key_values=cache,
             use_cache=True,
-            **layer_kwargs,
         )
     hidden = decoder.norm(hidden)
     return hidden, (*states, hidden) if keep_states else None
@@ -287,10 +283,10 @@ class _Recorder:
         ]
 
     def cache_record(self, compact: bool, prompt: Prompt) -> CacheRecord:
-        if not compact and prompt.positions_BN is not None:
-            following = (prompt.positions_BN[:, -1] + 1).expand(len(self.lengths), len(prompt.lengths))
+        lengths = self.lengths if compact else [prompt.lengths] * len(self.lengths)
+        if prompt.positions_BN is not None:
+            following = Numbering(prompt.positions_BN, prompt.lengths).following(lengths)
         else:
-            lengths = self.lengths if compact else [prompt.lengths] * len(self.lengths)
             following = on_device(lengths, prompt.hidden_BNC.device)
         return CacheRecord(tuple(self.widths), tuple(self.lengths), following)
 

@@ -7,30 +7,51 @@ traces. On exit the decoder has its own forward again.
 from __future__ import annotations
 
 import functools
-import logging
+import inspect
+import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llava import compat
-from llava.pruning.base import PruningMethod
+from llava.pruning.base import PruningMethod, SampleIds, UnsupportedError
 from llava.pruning.cache import CacheRecord
 from llava.pruning.decoder import Prompt, decode, dense_traces, prefill
 from llava.pruning.layout import VisualLayout
+from llava.pruning.missed import MissedBudgets
 from llava.pruning.reduction import reduce_prompt
+from llava.pruning.sequence import Numbering
+from llava.pruning.support import check_arguments, check_decoder, check_prompt_form, check_step_form
 from llava.pruning.trace import Trace
 from llava.pruning.vision import CLS_ATTENTION, ReducedRow, TowerValue, VisionFact
 
-_LOGGER = logging.getLogger(__name__)
 _ANY_DEPTH = 24  # names of facts do not depend on the depth of the tower
 _RUN_ATTRIBUTE = "pruning_run"
 
 
+@dataclass(frozen=True)
+class _Told:
+    """What :meth:`PruningRun.set_visual` was told about the next prompts; one prefill uses it up."""
+
+    layout: VisualLayout
+    facts: Mapping[str, list[Tensor]]
+    reduced: Sequence[ReducedRow] | None
+    sample_ids: tuple[int, ...] | None
+
+
 class PruningRun:
     """Context manager that prunes inside ``model``; build it with ``method.attach(model)``.
+
+    Threads may share a run: prefills and steps take turns, what :meth:`set_visual` says holds for the thread that says
+    it, and traces come in the order in which prefills end. Only the running numbers of samples have no meaning then: a
+    method that draws by them (``random``) is refused unless ``sample_ids`` are given.
+
+    While the run is attached the model can be neither copied nor pickled: the copy would keep pruning forever.
 
     Attributes:
         method: the attached method.
@@ -44,42 +65,73 @@ class PruningRun:
         self.decoder = compat.find_decoder(model)
         self.traces: list[Trace] = []
         self._stages = method.stages(len(self.decoder.layers))
-        self._layout: VisualLayout | None = None
-        self._facts: dict[str, list[Tensor]] = {}
-        self._reduced: list[ReducedRow] | None = None
-        self._sample_ids: tuple[int, ...] | None = None
+        self._told = threading.local()
+        self._turn = threading.RLock()
+        self._threads: set[threading.Thread] = set()
         self.samples_seen = 0
         self.time_selection = False
         self._selection: list[list[_Stopwatch]] = []
         self._watches: list[_Stopwatch] = []
-        self._missed = False
+        self._missed = MissedBudgets()
         self._seconds: list[float] = []
         self._unread: list[_Stopwatch] = []
         self._model = model
+        self._undo = ExitStack()
 
     def __enter__(self) -> PruningRun:
         if getattr(self.decoder, _RUN_ATTRIBUTE, None) is not None:
             raise RuntimeError("a pruning run is already attached to this model; leave its context first")
-        config = getattr(self._model, "generation_config", None)
-        if self._prunes and getattr(config, "prefill_chunk_size", None):
-            raise ValueError("generation_config.prefill_chunk_size is set: chunked prefill cannot be pruned")
-        self._own_forward = self.decoder.__dict__.get("forward")
+        if self._prunes:
+            check_decoder(self.decoder, set(self._stages.values()))
+            config = getattr(self._model, "generation_config", None)
+            if getattr(config, "prefill_chunk_size", None):
+                raise UnsupportedError("generation_config.prefill_chunk_size is set: chunked prefill cannot be pruned")
         self._dense_forward = self.decoder.forward
 
         @functools.wraps(self._dense_forward)  # the signature must survive: others look at it
         def forward(*args, **kwargs):
             return self._forward(*args, **kwargs)
 
-        self.decoder.forward = forward
-        self.decoder.pruning_run = self
+        with ExitStack() as undo:
+            undo.callback(self._missed.report)
+            self._replace(undo, self.decoder, _RUN_ATTRIBUTE, self)
+            self._replace(undo, self.decoder, "forward", forward)
+            for module in {self._model, self.decoder}:
+                for name in ("__deepcopy__", "__reduce_ex__"):
+                    self._replace(undo, module, name, _refuse_copy)
+            if self._prunes and self._model is not self.decoder:
+                hook = self._model.register_forward_pre_hook(self._see_labels, with_kwargs=True)
+                undo.callback(hook.remove)
+            self._undo = undo.pop_all()
         return self
 
     def __exit__(self, *exc) -> None:
-        del self.decoder.pruning_run
-        if self._own_forward is None:
-            del self.decoder.forward
-        else:
-            self.decoder.forward = self._own_forward
+        self._undo.close()
+
+    @staticmethod
+    def _replace(undo: ExitStack, module: nn.Module, name: str, value: Any) -> None:
+        """Set an attribute of the instance until the run ends."""
+        before = module.__dict__.get(name)
+        setattr(module, name, value)
+        undo.callback(delattr, module, name) if before is None else undo.callback(setattr, module, name, before)
+
+    def __deepcopy__(self, memo: dict) -> PruningRun:
+        _refuse_copy()
+
+    def __reduce_ex__(self, protocol: int):
+        _refuse_copy()
+
+    def exclusive(self) -> AbstractContextManager:
+        """A turn of this thread: what belongs to one prefill and must not meet another one's."""
+        return self._turn
+
+    def _see_labels(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Note whether this call of the model has labels: the decoder, which sees none, must not shorten the prompt."""
+        labels = kwargs.get("labels")
+        if labels is None and len(args) > 1:
+            names = list(inspect.signature(model.forward).parameters)
+            labels = dict(zip(names, args, strict=False)).get("labels")
+        self._told.labels = labels is not None
 
     @property
     def selects(self) -> bool:
@@ -147,7 +199,7 @@ class PruningRun:
         reduced: Sequence[ReducedRow] | None = None,
         sample_ids: Sequence[int] | None = None,
     ) -> None:
-        """Say where the visual tokens of the next prompts are; holds until it is set again.
+        """Say where the visual tokens of the next prompts are: for one prefill, which uses it up.
 
         Args:
             layout: spans in the (left-padded) sequence given to the decoder, one row per sample; rows are repeated for
@@ -192,9 +244,12 @@ class PruningRun:
                 )
         if sample_ids is not None and len(sample_ids) != layout.batch_size:
             raise ValueError(f"{len(sample_ids)} sample_ids for a layout of {layout.batch_size} rows")
-        self._layout, self._facts = layout, vectors
-        self._reduced = None if reduced is None else list(reduced)
-        self._sample_ids = None if sample_ids is None else tuple(sample_ids)
+        self._told.prompts = _Told(
+            layout,
+            vectors,
+            None if reduced is None else list(reduced),
+            None if sample_ids is None else tuple(sample_ids),
+        )
 
     @property
     def _prunes(self) -> bool:
@@ -221,72 +276,85 @@ class PruningRun:
                 **kwargs,
             )
 
-        continues = compat.cached_length(past_key_values) > 0
-        if continues and CacheRecord.of(past_key_values) is None:
-            return dense()  # nothing was pruned from this cache
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("the decoder needs exactly one of input_ids and inputs_embeds")
-        if self._prunes or continues:
-            self._refuse(kwargs)
-        # What the stock forward takes out of its keyword arguments before they reach the layers.
-        own = {name: kwargs[name] for name in ("output_hidden_states", "return_dict") if name in kwargs}
-        layer_kwargs = {name: value for name, value in kwargs.items() if name not in own}
-        keep_states = bool(own.get("output_hidden_states"))
+        with self._turn:
+            continues = compat.cached_length(past_key_values) > 0
+            if continues and CacheRecord.of(past_key_values) is None:
+                return dense()  # nothing was pruned from this cache
+            if (input_ids is None) == (inputs_embeds is None):
+                raise ValueError("the decoder needs exactly one of input_ids and inputs_embeds")
+            given = input_ids if inputs_embeds is None else inputs_embeds
+            batch, width = given.shape[:2]
+            if continues:
+                self._refuse(kwargs)
+                check_step_form(attention_mask, position_ids, batch, width)
+                embeds = self._embeds(input_ids, inputs_embeds)
+                last, states = decode(self.decoder, embeds, past_key_values, self._keeps_states(kwargs))
+                return self._output(last, past_key_values, states, kwargs)
 
-        def embed() -> Tensor:
-            return self.decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-
-        if continues:
-            last, states = decode(self.decoder, embed(), past_key_values, keep_states, **layer_kwargs)
-            return self._output(last, past_key_values, states, own.get("return_dict"))
-
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        layout, repeats = self._layout_for(len(given))
-        lengths = layout.lengths or _row_lengths(attention_mask, *given.shape[:2])
-        with _Stopwatch(given.device) as watch:
-            if not self._prunes or not any(layout.counts):
-                result = dense()
-                traces = dense_traces(self.decoder, layout, lengths, result[0].element_size())
+            told = self._take_told()
+            layout, repeats = _repeated(told.layout, batch)
+            prunes = self._prunes and any(layout.counts)
+            if self._prunes:
+                self._refuse(kwargs)
+            if prunes:
+                check_prompt_form(attention_mask, position_ids, batch, width)
+                if getattr(self._told, "labels", False):
+                    raise UnsupportedError(
+                        "labels= cannot be used while a method prunes: the decoder returns fewer tokens than there are "
+                        "labels; compute the loss outside of the run's context"
+                    )
+                lengths = layout.lengths or _row_lengths(attention_mask, batch, width)
+                _check_lengths(lengths, attention_mask)
             else:
-                cache = compat.new_cache() if past_key_values is None else past_key_values
-                compat.check_cache(cache)
-                prompt = self._prompt(embed(), lengths, position_ids, layout, repeats)
-                timer = functools.partial(self.selection_timer, given.device)
-                pruned = prefill(self.decoder, self.method, prompt, cache, keep_states, timer, **layer_kwargs)
-                traces = pruned.traces
-                cached = cache if use_cache or past_key_values is not None or use_cache is None else None
-                result = self._output(pruned.hidden_BNC, cached, pruned.hidden_states, own.get("return_dict"))
-        self._unread.append(watch)
-        if self.time_selection:
-            self._selection.append(self._watches)
-            self._watches = []
-        self._report_missed(traces)
-        self.samples_seen += layout.batch_size // repeats
-        self.traces.extend(traces[::repeats])
-        return result
+                lengths = layout.lengths or compat.visible_tokens(attention_mask, batch, width)
+            with _Stopwatch(given.device) as watch:
+                if not prunes:
+                    result = dense()
+                    traces = dense_traces(self.decoder, layout, lengths, result[0].element_size())
+                else:
+                    cache = compat.new_cache() if past_key_values is None else past_key_values
+                    compat.check_cache(cache)
+                    embeds = self._embeds(input_ids, inputs_embeds)
+                    prompt = self._prompt(embeds, lengths, position_ids, layout, told, repeats)
+                    timer = functools.partial(self.selection_timer, given.device)
+                    pruned = prefill(self.decoder, self.method, prompt, cache, self._keeps_states(kwargs), timer)
+                    traces = pruned.traces
+                    if use_cache is None:
+                        use_cache = getattr(self.decoder.config, "use_cache", True)
+                    cached = cache if use_cache or past_key_values is not None else None
+                    result = self._output(pruned.hidden_BNC, cached, pruned.hidden_states, kwargs)
+            self._unread.append(watch)
+            if self.time_selection:
+                self._selection.append(self._watches)
+                self._watches = []
+            self._missed.add(self.method.name, traces[::repeats])
+            self.samples_seen += told.layout.batch_size
+            self.traces.extend(traces[::repeats])
+            return result
+
+    def _embeds(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        return self.decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+
+    def _keeps_states(self, kwargs: dict) -> bool:
+        wanted = kwargs.get("output_hidden_states")
+        return bool(getattr(self.decoder.config, "output_hidden_states", False) if wanted is None else wanted)
 
     def _refuse(self, kwargs: dict) -> None:
         if self.decoder.training:
-            raise ValueError("visual token pruning is for inference: call model.eval() first")
-        if kwargs.get("output_attentions"):
-            raise ValueError(
-                "output_attentions is not available with pruning: no full attention map is ever computed; the traces "
-                "say which tokens survive"
-            )
+            raise UnsupportedError("visual token pruning is for inference: call model.eval() first")
+        check_arguments(self.decoder.config, kwargs)
 
-    def _layout_for(self, batch: int) -> tuple[VisualLayout, int]:
-        if self._layout is None:
+    def _take_told(self) -> _Told:
+        """What was said about this prompt. It holds for one prefill: the next prompt has its image elsewhere."""
+        told, self._told.prompts = getattr(self._told, "prompts", None), None
+        if told is None:
             raise RuntimeError(
                 "the pruning run does not know where the visual tokens are: call run.set_visual(VisualLayout...) "
-                "before the prefill (LlavaLlamaForCausalLM does so itself)"
+                "in this thread before every prefill (LlavaLlamaForCausalLM does so itself); a layout holds for one "
+                "prefill, and a prompt without an image has one without spans"
             )
-        if batch % self._layout.batch_size:
-            raise ValueError(
-                f"the visual layout has {self._layout.batch_size} rows but the batch has {batch}; call set_visual for "
-                "each batch"
-            )
-        repeats = batch // self._layout.batch_size
-        return self._layout.expand(repeats) if repeats > 1 else self._layout, repeats
+        self._threads.add(threading.current_thread())
+        return told
 
     def _prompt(
         self,
@@ -294,49 +362,67 @@ class PruningRun:
         lengths: tuple[int, ...],
         positions: Tensor | None,
         layout: VisualLayout,
+        told: _Told,
         repeats: int,
     ) -> Prompt:
-        facts = {name: [v for v in rows for _ in range(repeats)] for name, rows in self._facts.items()}
-        reduced = None if self._reduced is None else [row for row in self._reduced for _ in range(repeats)]
-        if self.method.reduces_vision and reduced is None:
-            with self.selection_timer(hidden.device):
-                short = reduce_prompt(self.method.parts[0], hidden, lengths, layout, facts)
-            hidden, lengths, layout, reduced = short.hidden_BNC, short.lengths, short.layout, short.rows
-            positions = None
-        elif self.method.merges_in_tower and reduced is None:
+        facts = {name: [v for v in rows for _ in range(repeats)] for name, rows in told.facts.items()}
+        reduced = None if told.reduced is None else [row for row in told.reduced for _ in range(repeats)]
+        if self.method.merges_in_tower and reduced is None:
             raise ValueError(
                 f"method '{self.method.name}' merges inside the vision tower, but the prompt was prepared without it: "
                 "encode the images while the method is attached"
             )
+        numbering = None
+        if self.method.reduces_vision and reduced is None:
+            if positions is not None:
+                numbering = Numbering(positions, lengths)
+            with self.selection_timer(hidden.device):
+                short = reduce_prompt(self.method.parts[0], hidden, lengths, layout, facts)
+            hidden, lengths, layout, reduced = short.hidden_BNC, short.lengths, short.layout, short.rows
         if reduced is not None and self.method.positions == "original":
+            # Positions that the tokens would have without the reduction.
             rows = [row.positions.to(hidden.device) for row in reduced]
             positions = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
+            if numbering is not None:
+                positions = numbering.at(positions)
+        elif numbering is not None:
+            positions = numbering.first(lengths, hidden.shape[1], hidden.device)
         padded = {
             name: nn.utils.rnn.pad_sequence([vector.to(hidden.device) for vector in rows], batch_first=True)
             for name, rows in facts.items()
         }
-        return Prompt(hidden, lengths, positions, layout, padded, self._ids(repeats), reduced)
+        return Prompt(hidden, lengths, positions, layout, padded, self._ids(told, repeats), reduced)
 
-    def _ids(self, repeats: int) -> tuple[int, ...]:
-        first, rows = self.samples_seen, self._layout.batch_size
-        ids = range(first, first + rows) if self._sample_ids is None else self._sample_ids
-        return tuple(sample for sample in ids for _ in range(repeats))
+    def _ids(self, told: _Told, repeats: int) -> SampleIds:
+        if told.sample_ids is not None:
+            ids = told.sample_ids
+        else:
+            ids = tuple(range(self.samples_seen, self.samples_seen + told.layout.batch_size))
+        alive = sum(thread.is_alive() for thread in self._threads)
+        return SampleIds(tuple(sample for sample in ids for _ in range(repeats)), told.sample_ids is None and alive > 1)
 
-    def _report_missed(self, traces: list[Trace]) -> None:
-        for trace in traces:
-            error = trace.budget_error
-            if error is not None and abs(error) > 1 and not self._missed:
-                self._missed = True  # once is enough: every trace has the figures
-                _LOGGER.warning(
-                    "%s cannot keep %d of %d visual tokens per layer with these options: the %s mean is %.1f",
-                    self.method.name, trace.target_tokens, trace.visual_tokens, trace.budget,
-                    trace.mean_tokens(trace.budget),
-                )  # fmt: skip
-
-    @staticmethod
-    def _output(hidden: Tensor, cache, states, return_dict: bool | None):
+    def _output(self, hidden: Tensor, cache, states, kwargs: dict):
         output = compat.BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache, hidden_states=states)
-        return output.to_tuple() if return_dict is False else output
+        as_dict = kwargs.get("return_dict")
+        if as_dict is None:
+            as_dict = getattr(self.decoder.config, "return_dict", True)
+        return output.to_tuple() if as_dict is False else output
+
+
+def _refuse_copy(*_):
+    raise RuntimeError(
+        "a pruning run is attached to this model: leave its context before the model is copied or pickled"
+    )
+
+
+def _repeated(layout: VisualLayout, batch: int) -> tuple[VisualLayout, int]:
+    """The layout of a batch in which every row stands so many times in a row (beams)."""
+    if batch % layout.batch_size:
+        raise ValueError(
+            f"the visual layout has {layout.batch_size} rows but the batch has {batch}; call set_visual for each batch"
+        )
+    repeats = batch // layout.batch_size
+    return layout.expand(repeats) if repeats > 1 else layout, repeats
 
 
 def _row_lengths(attention_mask: Tensor | None, batch: int, width: int) -> tuple[int, ...]:
@@ -347,14 +433,21 @@ def _row_lengths(attention_mask: Tensor | None, batch: int, width: int) -> tuple
     """
     if attention_mask is None:
         return (width,) * batch
-    if attention_mask.ndim != 2 or attention_mask.shape[1] != width:
-        raise ValueError(f"attention_mask must be [batch, {width}] for a prefill, got {tuple(attention_mask.shape)}")
     real = attention_mask.bool()
     # One transfer for both questions: how long the rows are, and whether a hole follows a real token.
     lengths, holes = torch.stack((real.sum(1), (real[:, :-1] & ~real[:, 1:]).sum(1))).tolist()
     if any(holes) or min(lengths) == 0:
         raise ValueError("attention_mask must mark left padding only: zeros, then ones up to the end of each row")
     return tuple(lengths)
+
+
+def _check_lengths(lengths: tuple[int, ...], attention_mask: Tensor | None) -> None:
+    """Compare the layout's lengths with a mask that can be read for nothing (the host would wait for a device)."""
+    if attention_mask is None or attention_mask.device.type != "cpu":
+        return
+    masked = _row_lengths(attention_mask, *attention_mask.shape)
+    if masked != tuple(lengths):
+        raise ValueError(f"attention_mask has rows of {list(masked)} tokens, the visual layout of {list(lengths)}")
 
 
 class _Stopwatch:

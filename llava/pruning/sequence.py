@@ -8,6 +8,7 @@ Shapes: B batch rows, N tokens (padded), V visual tokens (padded), C channels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -35,6 +36,7 @@ class Sequences:
         positions_BN: rotary positions, ``[1, N]`` where they are the same in every row.
         counts: visual tokens per row.
         compact: renumber the positions after each selection.
+        numbering: what compact positions are taken from; None: 0, 1, 2, ...
         tails: tokens behind the last visual token of each row, if the visual tokens of every row stand side by side
             (dropping and merging keeps them so): then their places are known to the host. Otherwise None.
         scattered_BV: the places of the visual tokens where ``tails`` is None, see :attr:`slots_BV`.
@@ -46,6 +48,7 @@ class Sequences:
     positions_BN: Tensor
     counts: tuple[int, ...]
     compact: bool
+    numbering: Numbering | None
     tails: tuple[int, ...] | None
     scattered_BV: Tensor | None
 
@@ -88,6 +91,7 @@ class Sequences:
             # Tokens that were reduced before the decoder say themselves which patch they are.
             given = [row[:count].to(device) for row, count in zip(origins, counts, strict=True)]
             known = torch.nn.utils.rnn.pad_sequence(given, batch_first=True)
+        numbering = None if positions_BN is None else Numbering(positions_BN, lengths)
         if positions_BN is None:
             positions_BN = _contiguous_positions(lengths, width, device)
         return cls(
@@ -97,6 +101,7 @@ class Sequences:
             positions_BN if compact else positions_BN.expand(batch, -1),
             counts,
             compact,
+            numbering,
             tails,
             scattered,
         )
@@ -207,12 +212,18 @@ class Sequences:
                 inside.append(self.positions_BN[:, block].gather(1, selection.source_BM[:, :new]))
             positions = around(self.positions_BN, *inside)
         elif min(lengths) == width:
-            positions = self.positions_BN[:, padding : padding + width]  # numbered from 0 already
+            positions = self.positions_BN[:, padding : padding + width]  # the first ones already
         else:
-            positions = _contiguous_positions(lengths, width, self.hidden_BNC.device)
+            positions = self._first_positions(lengths, width)
         return replace(
             self, hidden_BNC=around(self.hidden_BNC, *hidden), lengths=lengths, positions_BN=positions, counts=counts
         )
+
+    def _first_positions(self, lengths: tuple[int, ...], width: int) -> Tensor:
+        """Compact positions: the i-th token of a row takes the i-th position that the prompt had."""
+        if self.numbering is None:
+            return _contiguous_positions(lengths, width, self.hidden_BNC.device)
+        return self.numbering.first(lengths, width, self.hidden_BNC.device)
 
     def _sorted(self, selection: Selection, merged: tuple, counts: tuple, lengths: tuple) -> Sequences:
         """Any batch. Everything follows from one sort: each surviving token gets its slot as key, each merged token
@@ -246,7 +257,7 @@ class Sequences:
         new_width = max(lengths)
         order = key.argsort(dim=1, stable=True)[:, -new_width:]
         if self.compact:
-            positions = _contiguous_positions(lengths, new_width, device)
+            positions = self._first_positions(lengths, new_width)
         else:
             positions = positions.gather(1, order)
         scattered = None
@@ -261,6 +272,32 @@ class Sequences:
             counts=counts,
             scattered_BV=scattered,
         )
+
+
+@dataclass(frozen=True)
+class Numbering:
+    """Positions that were given for a prompt, ``[1 or B, N]``, left padded, and the real tokens of each row."""
+
+    positions_BN: Tensor
+    lengths: tuple[int, ...]
+
+    def first(self, lengths: tuple[int, ...], width: int, device: torch.device) -> Tensor:
+        """The first ``lengths[i]`` positions of each row, ``[B, width]``, left padded (with the first one)."""
+        padding = on_device([width - length for length in lengths], device)[:, None]
+        return self.at((torch.arange(width, device=device) - padding).clamp_min(0))
+
+    def following(self, lengths: Sequence[tuple[int, ...]]) -> Tensor:
+        """Position of the next token after the first ``lengths[l][i]`` of each row, ``[L, B]``."""
+        return self.at(on_device(lengths, self.positions_BN.device).T).T
+
+    def at(self, tokens_BK: Tensor) -> Tensor:
+        """Positions of the tokens with these numbers, counted from the first real one of each row; behind the last one
+        they go on in steps of 1.
+        """
+        device, width = tokens_BK.device, self.positions_BN.shape[1]
+        places = tokens_BK + on_device([width - length for length in self.lengths], device)[:, None]
+        given = self.positions_BN.to(device).expand(len(self.lengths), -1)
+        return given.gather(1, places.clamp_max(width - 1)) + (places - width + 1).clamp_min(0)
 
 
 def padding_mask(lengths: tuple[int, ...], width: int, device: torch.device) -> Tensor:

@@ -52,6 +52,7 @@ def test_modules_get_their_configuration_back(monkeypatch):
         assert all(a is b for a, b in zip(configurations(model), own, strict=True))
         broken = model.model.layers[3].mlp
         monkeypatch.setattr(broken, "forward", lambda *args: 1 / 0)
+        run.set_visual(inputs["layout"], inputs["cls"])
         with pytest.raises(ZeroDivisionError):
             model(inputs_embeds=inputs["embeds"])
     assert all(a is b for a, b in zip(configurations(model), own, strict=True))

@@ -278,6 +278,7 @@ def test_dense_is_bit_identical_and_the_model_is_restored(model, use_cache):
         with Dense().attach(model) as run:
             run.set_visual(inputs["layout"])
             dense = model(**call, output_hidden_states=True)
+            run.set_visual(inputs["layout"])
             dense_tokens = model.generate(**{**call, "use_cache": True}, max_new_tokens=5, do_sample=False)
         with AUTOPRUNE.attach(model) as pruned_run:
             pruned_run.set_visual(inputs["layout"], inputs["cls"])
@@ -303,10 +304,14 @@ def test_attach_works_on_a_bare_decoder_without_a_cache(sdpa_model):
     batch = Batch(sdpa_model)
     inputs = batch.alone(0)
     with AUTOPRUNE.attach(sdpa_model.model) as run, torch.no_grad():
-        run.set_visual(inputs["layout"], cls_attention=inputs["cls"][0])
-        with_cache = sdpa_model.model(inputs_embeds=inputs["embeds"], use_cache=True)
-        without = sdpa_model.model(inputs_embeds=inputs["embeds"], use_cache=False)
-        (as_tuple, *_) = sdpa_model.model(inputs_embeds=inputs["embeds"], use_cache=True, return_dict=False)
+
+        def prefill(**kwargs):
+            run.set_visual(inputs["layout"], cls_attention=inputs["cls"][0])
+            return sdpa_model.model(inputs_embeds=inputs["embeds"], **kwargs)
+
+        with_cache = prefill(use_cache=True)
+        without = prefill(use_cache=False)
+        (as_tuple, *_) = prefill(use_cache=True, return_dict=False)
     assert without.past_key_values is None and with_cache.past_key_values is not None
     assert torch.equal(with_cache.last_hidden_state, without.last_hidden_state)
     assert torch.equal(with_cache.last_hidden_state, as_tuple)
@@ -318,8 +323,8 @@ def test_options_are_not_used_up(sdpa_model):
     """The published code loses its parameters after the first call and goes on with others."""
     batch = Batch(sdpa_model)
     with AutoPrune(target_tokens=5, x0=2.0).attach(sdpa_model) as run, torch.no_grad():
-        run.set_visual(batch.alone(0)["layout"], batch.alone(0)["cls"])
         for _ in range(3):
+            run.set_visual(batch.alone(0)["layout"], batch.alone(0)["cls"])
             sdpa_model(inputs_embeds=batch.embeds[0][None])
     assert run.traces[0].tokens_out == run.traces[1].tokens_out == run.traces[2].tokens_out
     assert len(run.prefill_seconds) == 3 and min(run.prefill_seconds) > 0

@@ -63,13 +63,13 @@ def test_decoder_case(name, attention, golden):
     embeds = torch.from_numpy(arrays[f"{name}/inputs_embeds"]).float()[None]
     start, count = case["v_start"], case["v_num"]
     method = AutoPrune(target_tokens=case["target_token_num"], x0=case["x0"], k0=case["k0"], gamma=case["gamma"])
+    visual = (VisualLayout.from_spans([[(start, start + count)]]), torch.from_numpy(arrays[f"{name}/image_attns"]))
     with method.attach(model) as run, torch.no_grad():
-        run.set_visual(
-            VisualLayout.from_spans([[(start, start + count)]]),
-            cls_attention=torch.from_numpy(arrays[f"{name}/image_attns"]),
-        )
+        run.set_visual(*visual)
         full = model(inputs_embeds=embeds, use_cache=True)
+        run.set_visual(*visual)
         final = model.model(inputs_embeds=embeds, use_cache=True).last_hidden_state
+        run.set_visual(*visual)
         output = model.generate(
             inputs_embeds=embeds,
             attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),

@@ -55,6 +55,7 @@ def test_prefill_waits_for_the_device_once():
         alone = on_gpu(Batch(model).alone(0))
         run.set_visual(alone["layout"], alone["cls"])
         model(inputs_embeds=alone["embeds"])  # first call: lazy initializations
+        run.set_visual(alone["layout"], alone["cls"])
         torch.cuda.set_sync_debug_mode("warn")
         try:
             with warnings.catch_warnings(record=True) as waits:

@@ -245,7 +245,8 @@ def test_an_unreachable_budget_is_said_once(model, caplog):
     generate(model, get_method("fastv")(target_tokens=3), Batch(model).together([0, 1]), new_tokens=1)
     (record,) = caplog.records
     assert record.message == (
-        "fastv cannot keep 3 of 48 visual tokens per layer with these options: the processed mean is 16.7"
+        "fastv: for 2 of 2 samples these options cannot meet 3 visual tokens per layer; "
+        "their processed mean is 16.7 to 17.3"
     )
 
 

@@ -1,0 +1,90 @@
+"""Budgets that a run could not meet, said once at its end: for how many samples, and what they got instead."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from llava.pruning.trace import Trace
+
+_LOGGER = logging.getLogger(__name__)
+
+_ROUNDING = 1.0
+"""Layers keep whole tokens, so a mean that is off by one token is met."""
+_FEW, _SHARE = 8, 0.04
+"""Budgets of so few tokens are small beside one token: there it is this share of them."""
+
+
+@dataclass
+class _Tally:
+    samples: int = 0
+    missed: int = 0
+    least: float = float("inf")
+    most: float = 0.0
+
+
+class MissedBudgets:
+    """Counts, per method and budget, the samples and those whose mean is off by more than rounding."""
+
+    def __init__(self) -> None:
+        self._tallies: dict[tuple[str, int, str], _Tally] = {}
+
+    def add(self, method: str, traces: Iterable[Trace]) -> None:
+        """Count the samples that had visual tokens and a budget."""
+        for trace in traces:
+            error = trace.budget_error
+            if error is None or not trace.visual_tokens:
+                continue
+            tally = self._tallies.setdefault((method, trace.target_tokens, trace.budget), _Tally())
+            tally.samples += 1
+            if abs(error) > (_ROUNDING if trace.target_tokens > _FEW else _SHARE * trace.target_tokens):
+                tally.missed += 1
+                mean = trace.mean_tokens(trace.budget)
+                tally.least, tally.most = min(tally.least, mean), max(tally.most, mean)
+
+    def report(self) -> None:
+        """Say what was missed, or leave it to :func:`missed_budgets` around; then start anew."""
+        around = _AROUND.get()
+        for (method, target, budget), tally in self._tallies.items():
+            if around is not None and around is not self:
+                around._join((method, target, budget), tally)
+            elif tally.missed:
+                means = f"{tally.least:.1f}"
+                if f"{tally.most:.1f}" != means:
+                    means += f" to {tally.most:.1f}"
+                _LOGGER.warning(
+                    "%s: for %d of %d samples these options cannot meet %d visual tokens per layer; their %s mean is "
+                    "%s", method, tally.missed, tally.samples, target, budget, means,
+                )  # fmt: skip
+        self._tallies.clear()
+
+    def _join(self, key: tuple[str, int, str], other: _Tally) -> None:
+        own = self._tallies.setdefault(key, _Tally())
+        own.samples += other.samples
+        own.missed += other.missed
+        own.least, own.most = min(own.least, other.least), max(own.most, other.most)
+
+
+_AROUND: ContextVar[MissedBudgets | None] = ContextVar("missed_budgets", default=None)
+
+
+@contextmanager
+def missed_budgets() -> Iterator[MissedBudgets]:
+    """Join the notices of all runs inside into one per method and budget, given at the end.
+
+    For programs that attach methods again and again, by turns.
+    """
+    outer, joined = _AROUND.get(), MissedBudgets()
+    token = _AROUND.set(joined)
+    try:
+        yield joined
+    finally:
+        _AROUND.reset(token)
+        if outer is None:
+            joined.report()
+        else:
+            for key, tally in joined._tallies.items():
+                outer._join(key, tally)

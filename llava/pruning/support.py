@@ -1,0 +1,169 @@
+"""What the owned decoder loop can run: which decoders, positions, masks and arguments. Everything else is refused here.
+
+The loop replaces transformers' own for a prefill that drops tokens: embeddings, layers one after another with one
+causal mask and one pair of rotary tables, final norm. A decoder that does more between its layers would be run wrongly
+without a word, so decoders are named, and every name stands in the test that compares the loop with the stock forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from llava.pruning.base import Rows, UnsupportedError
+
+CHECKED_DECODERS = {
+    "ApertusModel",
+    "ArceeModel",
+    "Cohere2Model",
+    "CohereModel",
+    "Ernie4_5Model",
+    "Exaone4Model",
+    "Gemma2Model",
+    "GemmaModel",
+    "Glm4Model",
+    "GlmModel",
+    "HeliumModel",
+    "HunYuanDenseV1Model",
+    "LlamaModel",
+    "MinistralModel",
+    "MistralModel",
+    "NemotronModel",
+    "Olmo2Model",
+    "OlmoModel",
+    "Phi3Model",
+    "Qwen2Model",
+    "Qwen3Model",
+    "SeedOssModel",
+    "SmolLM3Model",
+    "StableLmModel",
+    "Starcoder2Model",
+}
+"""Classes whose forward is what the loop does. ``tests/pruning/test_decoders.py`` runs with every name here."""
+
+NEXT_LAYER_DECODERS = {
+    "ArceeModel",
+    "GemmaModel",
+    "LlamaModel",
+    "MinistralModel",
+    "MistralModel",
+    "Qwen2Model",
+    "Qwen3Model",
+    "SeedOssModel",
+    "Starcoder2Model",
+}
+"""Those whose next layer can be asked for attention before it has run (``Rows.NEXT_LAST``): separate projections of
+queries and keys, perhaps a norm per head, rotary embedding of the whole head in halves.
+"""
+
+# `cache_position` says again what the length of the cache says.
+_KNOWN = ("output_hidden_states", "output_attentions", "return_dict", "cache_position")
+
+
+def check_decoder(decoder: nn.Module, rows: Collection[Rows]) -> None:
+    """Refuse decoders that the owned loop would run differently from transformers.
+
+    Args:
+        decoder: the module that holds the layers.
+        rows: attention rows that the method asks for anywhere.
+
+    Raises:
+        UnsupportedError: the message names what is not supported.
+    """
+    config, name = decoder.config, _forward_owner(decoder)
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
+    window = getattr(config, "sliding_window", None)
+    # Without types of layers the window holds in every layer, unless a switch beside it is off.
+    if not getattr(config, "layer_types", None) and window is not None and getattr(config, "use_sliding_window", True):
+        kinds = ["sliding_attention"]
+    reason = None
+    if "mrope_section" in rope or hasattr(decoder.rotary_emb, "mrope_section") or "VLText" in name:
+        reason = "positions of several axes (M-RoPE)"
+    elif any(isinstance(value, Mapping) for value in rope.values()):
+        reason = "a rotary table per type of layer"
+    elif kinds:
+        reason = f"layers of type {', '.join(kinds)}"
+        if "sliding_attention" in kinds:
+            reason += f" (sliding_window={window}; set it to None in the config if no prompt and answer is longer)"
+    elif getattr(config, "use_bidirectional_attention", None) or getattr(config, "is_causal", True) is False:
+        reason = "attention that is not causal"
+    elif name not in CHECKED_DECODERS:
+        reason = (
+            "a decoder whose forward was never compared with the pruned one; if it only runs its layers one after "
+            "another, add its name to llava.pruning.support.CHECKED_DECODERS"
+        )
+    elif getattr(config, "attn_logit_softcapping", None) and set(rows) - {Rows.NONE}:
+        reason = "scores of a decoder that caps its attention logits (attn_logit_softcapping)"
+    elif Rows.NEXT_LAST in rows and name not in NEXT_LAYER_DECODERS:
+        reason = "scores of the layer that comes next (this method asks for them)"
+    if reason is not None:
+        raise UnsupportedError(f"{name} cannot be pruned: no support for {reason}")
+
+
+def _forward_owner(decoder: nn.Module) -> str:
+    """The class whose forward the decoder has: a subclass that does not change it is as good as its base."""
+    return next(kind.__name__ for kind in type(decoder).__mro__ if "forward" in vars(kind))
+
+
+def check_arguments(config: Any, kwargs: Mapping[str, Any]) -> None:
+    """Refuse keyword arguments that the owned loop would have to swallow.
+
+    Raises:
+        UnsupportedError: ``output_attentions``, or an argument whose effect is not known here.
+    """
+    attentions = kwargs.get("output_attentions")
+    if attentions or (attentions is None and getattr(config, "output_attentions", False)):
+        raise UnsupportedError(
+            "output_attentions is not available with pruning: no full attention map is ever computed; the traces "
+            "say which tokens survive"
+        )
+    states = kwargs.get("output_hidden_states")
+    if states is not None and not isinstance(states, bool):
+        raise UnsupportedError(f"output_hidden_states must be True or False with pruning, got {states!r}")
+    unknown = sorted(name for name, value in kwargs.items() if name not in _KNOWN and not _is_off(name, value))
+    if unknown:
+        raise UnsupportedError(f"{', '.join(unknown)}: not supported by a pruned decoder, leave it out")
+
+
+def _is_off(name: str, value: Any) -> bool:
+    return value is None or (value is False and name.startswith("output_"))
+
+
+def check_prompt_form(attention_mask: Any, position_ids: Any, batch: int, width: int) -> None:
+    """Refuse masks and positions of a prefill that are not one number per token.
+
+    Raises:
+        UnsupportedError: the message says which form was given.
+    """
+    if isinstance(attention_mask, Mapping):
+        raise UnsupportedError(
+            f"attention_mask is a dictionary ({', '.join(map(str, attention_mask))}): pruning needs the padding mask "
+            f"[batch, {width}]"
+        )
+    for name, value in (("attention_mask", attention_mask), ("position_ids", position_ids)):
+        if value is None:
+            continue
+        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        rows = (batch,) if name == "attention_mask" else (1, batch)
+        if not isinstance(value, Tensor) or value.ndim != 2 or shape[1] != width or shape[0] not in rows:
+            raise UnsupportedError(
+                f"{name} must be [{batch}, {width}] for a prefill that is pruned, got {shape}"
+                + (" (positions of several axes, M-RoPE, are not supported)" if name == "position_ids" else "")
+            )
+
+
+def check_step_form(attention_mask: Any, position_ids: Any, batch: int, new_tokens: int) -> None:
+    """The same for new tokens on a pruned cache, whose mask and positions follow from the prefill.
+
+    Raises:
+        UnsupportedError: they have a form that could say something else.
+    """
+    if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2):
+        raise UnsupportedError(f"attention_mask must be [{batch}, tokens so far] or None on a pruned cache")
+    if position_ids is not None and (
+        not isinstance(position_ids, Tensor) or position_ids.ndim != 2 or position_ids.shape[1] != new_tokens
+    ):
+        raise UnsupportedError(f"position_ids must be [{batch}, {new_tokens}] or None on a pruned cache")
