@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -198,17 +199,18 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
                 padding_mask(size, side) if len(stack) == 1 and size[0] != size[1] else None
                 for size, stack in zip(sizes, stacks, strict=True)
             ]
-        return encode_images(
-            self.get_vision_tower(),
-            self.model.multi_modal_projector,
-            getattr(self.model, "image_newline", None),
-            stacks,
-            arrangements,
-            masks,
-            [1] * len(stacks) if images_per_row is None else images_per_row,
-            with_cls_attention,
-            run,
-        )
+        with nullcontext() if run is None else run.exclusive():  # a method may look into the tower's layers
+            return encode_images(
+                self.get_vision_tower(),
+                self.model.multi_modal_projector,
+                getattr(self.model, "image_newline", None),
+                stacks,
+                arrangements,
+                masks,
+                [1] * len(stacks) if images_per_row is None else images_per_row,
+                with_cls_attention,
+                run,
+            )
 
     def _features_per_crop(self) -> int:
         tower = self.get_vision_tower()
@@ -292,6 +294,11 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         starts = past_key_values is None or past_key_values.get_seq_length() == 0
         if input_ids is not None and inputs_embeds is None and starts and kwargs.get("pixel_values") is None:
             if images is not None or bool((input_ids < 0).any()):
+                if position_ids is not None:
+                    raise UserError(
+                        "position_ids= cannot go with images=: positions follow from the expanded prompt and its "
+                        "attention_mask"
+                    )
                 prepared = self.prepare_multimodal_inputs(
                     input_ids, images, image_sizes, attention_mask, labels, image_masks
                 )

@@ -49,7 +49,7 @@ class MissedBudgets:
         """Say what was missed, or leave it to :func:`missed_budgets` around; then start anew."""
         around = _AROUND.get()
         for (method, target, budget), tally in self._tallies.items():
-            if around is not None and around is not self:
+            if around is not None:
                 around._join((method, target, budget), tally)
             elif tally.missed:
                 means = f"{tally.least:.1f}"
@@ -72,19 +72,17 @@ _AROUND: ContextVar[MissedBudgets | None] = ContextVar("missed_budgets", default
 
 
 @contextmanager
-def missed_budgets() -> Iterator[MissedBudgets]:
+def missed_budgets(report: bool = True) -> Iterator[None]:
     """Join the notices of all runs inside into one per method and budget, given at the end.
 
-    For programs that attach methods again and again, by turns.
+    For programs that attach methods again and again, by turns. ``report=False`` drops them: for a pass that only warms
+    up.
     """
-    outer, joined = _AROUND.get(), MissedBudgets()
+    joined = MissedBudgets()
     token = _AROUND.set(joined)
     try:
-        yield joined
+        yield
     finally:
         _AROUND.reset(token)
-        if outer is None:
+        if report:
             joined.report()
-        else:
-            for key, tally in joined._tallies.items():
-                outer._join(key, tally)

@@ -106,8 +106,12 @@ def density_peaks(
 
     Density is ``exp(-mean of the k smallest squared distances)``; the distance to the parent is the smallest one to
     a strictly denser token, or the largest distance of the sample where there is none; the centers are the tokens with
-    the largest product of both. With two clusters the closest pair always ties for the top density; the published code
-    breaks that tie with random noise, here the lower index (higher relevance) comes first.
+    the largest product of both.
+
+    With two clusters the closest pair always ties for the top density. Neither is then denser than the other, so both
+    have the largest parent distance and *both become centers*, the lower index (higher relevance) first. The published
+    code adds unseeded noise: in float32 it parts the pair, so that one becomes the other's parent and the second center
+    is another token; in half precision it is rounded away and the centers are those found here (docs/reproducing.md).
 
     Args:
         tokens_BMC: ``[B, M, C]``, row i valid up to ``counts[i]``.
@@ -183,6 +187,9 @@ def dpc_knn_merge(
     noise: Tensor | None = None,
 ) -> Tensor:
     """Merge tokens into cluster means with :func:`density_peaks`; deterministic.
+
+    Two clusters of distinct tokens grow around the two that are closest to each other, which tie for the highest
+    density; without ``noise`` nothing parts them.
 
     Args:
         tokens: ``[M, C]`` or ``[B, M, C]``, most relevant first.

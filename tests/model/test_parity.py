@@ -215,6 +215,8 @@ def test_arguments_that_cannot_work_are_refused(ours):
         ours.generate(ids, images=images, prefill_chunk_size=4)
     with pytest.raises(UserError, match="position_ids"):
         ours.generate(ids, images=images, position_ids=ids)
+    with pytest.raises(UserError, match="position_ids"):
+        ours(ids, images=images, position_ids=ids)
     with pytest.raises(UserError, match="images="):
         ours.generate(ids, pixel_values=images)
     with pytest.raises(UserError, match="once"):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.builder import load_pretrained_model
-from llava.pruning import AutoPrune, Dense
+from llava.pruning import AutoPrune, Dense, get_method
 from llava.utils import UserError
 from tests.conftest import GOLDEN
 from tests.model.tiny import PATCHES, tiny_images, tiny_model
@@ -189,3 +191,42 @@ def test_streaming_and_output_objects_work(model):
             **GREEDY,
         )
     assert streamer.ids == out.sequences[0].tolist() and len(out.scores) == 4
+
+
+@pytest.mark.parametrize("name", ["autoprune", "tome", "visionzip", "pdrop"])
+def test_threads_answer_what_one_thread_answers(model, name):
+    """The methods look into the tower, in front of the projector and into the decoder; threads take turns there."""
+    prompts = [(torch.tensor([[1, 5, I, 7, 8, 9]]), 1), (torch.tensor([[1, I, 4, I, 6]]), 2)]
+    images = tiny_images(3)
+
+    def answers(found, ids, count):
+        for _ in range(5):
+            output = model.generate(
+                ids, images=images[:count], max_new_tokens=3, return_dict_in_generate=True, output_logits=True, **GREEDY
+            )
+            found.append(torch.stack(output.logits))
+
+    with get_method(name)(target_tokens=4).attach(model):
+        alone, together = ([], []), ([], [])
+        for found, prompt in zip(alone, prompts, strict=True):
+            answers(found, *prompt)
+        pairs = zip(together, prompts, strict=True)
+        threads = [threading.Thread(target=answers, args=(found, *prompt)) for found, prompt in pairs]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for one, other in zip(alone, together, strict=True):
+        assert len(other) == 5 and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@torch.no_grad()
+def test_labels_are_refused_where_tokens_are_dropped(model):
+    ids = torch.tensor([[1, 5, I, 7, 8, 9]])
+    text = ids.clamp_min(3)
+    expected = model(text, labels=text).loss
+    with AutoPrune(target_tokens=4).attach(model):
+        assert torch.equal(model(text, labels=text).loss, expected)
+        with pytest.raises(ValueError, match="labels= cannot be used"):
+            model(ids, images=tiny_images(1), labels=ids)
+        model(ids, images=tiny_images(1))

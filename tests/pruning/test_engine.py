@@ -379,3 +379,38 @@ def test_half_precision_runs_close_to_float32(sdpa_model, dtype):
     # Information is summed in float32; what is left is the rounding of the attention logits.
     assert trace.mutual_information["layer1"] == pytest.approx(full.mutual_information["layer1"], rel=0.1)
     assert trace.kv_bytes() < full.kv_bytes()
+
+
+@pytest.mark.parametrize("positions", ["original", "compact"])
+@pytest.mark.parametrize("name", ["autoprune", "fastv", "visionzip", "random"])
+def test_positions_that_were_given_are_used(sdpa_model, name, positions):
+    """Rotary embedding is relative: the same prompt numbered from 5 gives the same logits, decoded tokens too."""
+    batch = Batch(sdpa_model)
+    inputs = batch.together([0, 2])
+    own = (inputs["mask"].cumsum(1) - 1).clamp_min(0)
+    results = []
+    for shift in (0, 5):
+        with get_method(name)(target_tokens=12, positions=positions).attach(sdpa_model) as run, torch.no_grad():
+            run.set_visual(inputs["layout"], inputs["cls"], facts=inputs["facts"])
+            call = {"attention_mask": inputs["mask"], "position_ids": own + shift, "use_cache": True}
+            output = sdpa_model(inputs_embeds=inputs["embeds"], **call)
+            record = output.past_key_values.pruning_record
+            step = sdpa_model(input_ids=torch.ones(2, 1, dtype=torch.long), past_key_values=output.past_key_values)
+            results.append((output.logits[:, -1], step.logits[:, -1], record.next_positions_LB))
+    torch.testing.assert_close(results[0][0], results[1][0], atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(results[0][1], results[1][1], atol=2e-4, rtol=1e-4)
+    assert torch.equal(results[0][2] + 5, results[1][2])
+
+
+def test_compact_takes_the_first_positions_that_were_given(sdpa_model):
+    """Against the same prompt without the dropped tokens: its tokens have the first positions, one after another."""
+    batch = Batch(sdpa_model)
+    given = torch.arange(59)[None] * 2 + 3
+    method = get_method("uniform")(target_tokens=9, positions="compact")
+    with method.attach(sdpa_model) as run, torch.no_grad():
+        run.set_visual(batch.alone(0)["layout"])
+        pruned = sdpa_model(inputs_embeds=batch.embeds[0][None], position_ids=given).logits
+    short = drop_before(batch.embeds[0], batch.spans[0], run.traces[0].kept[0].tolist())
+    with torch.no_grad():
+        expected = sdpa_model(inputs_embeds=short[None], position_ids=given[:, : len(short)]).logits
+    torch.testing.assert_close(pruned, expected, atol=2e-4, rtol=1e-4)

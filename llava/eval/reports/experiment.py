@@ -6,7 +6,6 @@ written as it comes: an experiment that was interrupted continues.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -21,6 +20,7 @@ from llava.eval.questions import Question
 from llava.eval.reports.memory import PeakMemory
 from llava.eval.reports.settings import Setting
 from llava.eval.runner import Answered, Answerer, Encoded, Sample, SampleError
+from llava.pruning.missed import missed_budgets
 from llava.utils import UserError
 
 CACHED_IMAGES = 256
@@ -168,8 +168,7 @@ class Experiment:
         """
         skipped: set[tuple[str, int]] = set()
         peaks: dict[str, int | None] = {}
-        logging.getLogger("llava.pruning").addFilter(_Once())
-        with Progress(self.pending, "", quiet, what="answers") as progress:
+        with missed_budgets(), Progress(self.pending, "", quiet, what="answers") as progress:
             for row in self.cells:
                 asked = row[0].asked
                 todo = [cell for cell in row if cell.pending]
@@ -194,20 +193,6 @@ class Experiment:
                         files.callback(cell.finish)
                     take_turns(answerer, asked.questions, todo, batch_size, skip, progress)
         return len(skipped)
-
-
-class _Once(logging.Filter):
-    """Lets every message through once: methods are attached anew for each batch and would repeat themselves."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[str] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        message = record.getMessage()
-        new = message not in self.seen
-        self.seen.add(message)
-        return new
 
 
 class Encodings:
@@ -316,7 +301,7 @@ def measure_memory(answerer: Answerer, questions: Sequence[Question], cells: Seq
     encodings = Encodings(answerer)
     # The very first pass pays for what the libraries set up; its figure is overwritten.
     for cell in [cells[0], *cells]:
-        with cell.method.attach(answerer.model) as run:
+        with missed_budgets(report=False), cell.method.attach(answerer.model) as run:
             encoded = encodings.of(samples, run)
             with PeakMemory(answerer.model.device) as peak:
                 answerer.generate(encoded, run)

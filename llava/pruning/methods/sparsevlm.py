@@ -8,7 +8,9 @@ tokens.
 Budget: the paper lists how many tokens stay after each of the three layers at 192, 128, 96 and 64 of 576 tokens. Those
 lists are the *nominal* mean (tokens leaving the layers, merged ones included) within one token on 32 layers, so that is
 what ``target_tokens`` means here. Other budgets, other token counts and other depths use lists in between, in
-proportion, that meet the mean. ``layers`` are scaled with the depth unless given.
+proportion, that meet the mean. ``layers`` are scaled with the depth unless given. All tokens leave the layers in front
+of the first cut, which alone is ``2 N / L`` in the mean: a target of 160 of 2,880 tokens (LLaVA-1.6) cannot be met with
+the published layers on 32 (these two cost 180), and the run says so; ``layers=0/6/15`` begins earlier.
 
 Deviations: the number of tokens per layer is the fixed list of version 1.5, not the rank estimate of the paper; merging
 is deterministic; attention is summed in float32; if no text token is above the average (a single one) all are raters.

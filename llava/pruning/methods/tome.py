@@ -5,15 +5,18 @@ linked to the most similar of the second (cosine of the keys, mean over heads), 
 means weighted by size. CLS is never merged. Attention is proportional: the logarithm of the size is added to its
 logits, so a merged token counts for all its patches.
 
-Budget: ``target_tokens`` tokens enter the decoder and stay, so nominal and processed mean are both the target. Each
-layer merges the same number, the smallest with which the last layer ends at the budget (a layer can at most halve the
-tokens); the last layers merge less if that is too much. Where halving in every layer is not enough (towers of few
-layers), the last layer merges in several rounds. Crops and images share the budget in proportion to their patches.
+Budget: ``target_tokens`` tokens enter the decoder and stay, so nominal and processed mean are both the target. Every
+layer looks anew at what is left and merges the smallest number with which the remaining layers, merging as many each,
+end at the budget: from 576 tokens to 192 in 23 layers, 17 in the first 16 and 16 in the last 7. A layer can at most
+halve the tokens; where halving in every layer is not enough (towers of few layers), the last one merges in several
+rounds. Crops and images share the budget in proportion to their patches.
 
-Deviations: ToMe was published for classification, where nothing reads the order of the tokens; here each token leaves
-at the place of the patch that its set-B token started from. ``inside=false`` merges once behind the tower instead (in
-rounds that halve at most, by the keys of the selected layer), which also works on a bare decoder. Inside the tower
-unpadding (LLaVA-1.6) does not take place: patches outside of the picture are merged like any other.
+Deviations: the paper merges one constant number in every layer, which ends at the budget only if the last layers merge
+less (17 throughout and 10 in the last, in the example). ToMe was published for classification, where nothing reads the
+order of the tokens; here each token leaves at the place of the patch that its set-B token started from.
+``inside=false`` merges once behind the tower instead (in rounds that halve at most, by the keys of the selected layer),
+which also works on a bare decoder. Inside the tower unpadding (LLaVA-1.6) does not take place: patches outside of the
+picture are merged like any other.
 """
 
 from __future__ import annotations
