@@ -15,9 +15,9 @@ from benchmarks.geometry import RandomPrompt
 from benchmarks.published import Published, published_prefill, run_published
 from llava import compat
 from llava.pruning import get_method
-from llava.pruning.base import PruningMethod
-from llava.pruning.decoder import dense_traces
-from llava.pruning.trace import Trace
+from llava.pruning.engine.decoder import dense_traces
+from llava.pruning.engine.trace import Trace
+from llava.pruning.method import PruningMethod
 from llava.utils import UserError
 
 

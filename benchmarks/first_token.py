@@ -35,8 +35,8 @@ from benchmarks.whole_model import (
     transformers_own,
 )
 from llava.pruning import get_method
-from llava.pruning.base import PruningMethod
-from llava.pruning.trace import Trace
+from llava.pruning.engine.trace import Trace
+from llava.pruning.method import PruningMethod
 from llava.utils import cli_main
 
 PARTS = ("vision", "projector", "prefill", "selection", "head", "other")

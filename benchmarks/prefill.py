@@ -36,7 +36,7 @@ from benchmarks.packed import pack_linears
 from benchmarks.published import add_published_argument, with_published
 from benchmarks.timing import Summary, interleaved_rounds, median_ratio
 from llava.eval.reports.memory import PeakMemory
-from llava.pruning.trace import Trace
+from llava.pruning.engine.trace import Trace
 from llava.utils import UserError, cli_main
 
 COLUMNS = (

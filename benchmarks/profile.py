@@ -33,8 +33,8 @@ from benchmarks.passes import PART, PASS, WAITING, Pass, passes_in
 from benchmarks.prefill import describe_geometry, job_of
 from benchmarks.seams import ATTENTION, LAYER, MLP, PARTS, Seam, cut, dense_seams, pruned_seams
 from benchmarks.timing import Summary, interleaved_rounds, synchronize
-from llava.pruning.base import PruningMethod
-from llava.pruning.trace import Trace
+from llava.pruning.engine.trace import Trace
+from llava.pruning.method import PruningMethod
 from llava.utils import UserError, cli_main
 
 RUNS = ("dense", "floor", "pruned")

@@ -19,9 +19,9 @@ from torch import nn
 
 from benchmarks.parts import replaced
 from llava import compat
-from llava.pruning.base import PruningMethod
-from llava.pruning.run import PruningRun
-from llava.pruning.sequence import Sequences
+from llava.pruning.engine.run import PruningRun
+from llava.pruning.engine.sequence import Sequences
+from llava.pruning.method import PruningMethod
 
 ATTENTION, MLP, LAYER = "attention", "mlp", "norms and residuals"
 MASKS, SCORES, CHOICE, MOVING, OTHER = "masks and rotary", "scores", "choice", "moving tokens", "other"

@@ -18,7 +18,7 @@ from benchmarks.geometry import Geometry, random_model
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.configuration import LlavaConfig
 from llava.model.llava_llama import LlavaLlamaForCausalLM
-from llava.pruning.base import PruningMethod
+from llava.pruning.method import PruningMethod
 from llava.utils import UserError
 
 

@@ -145,7 +145,7 @@ def run_questions(
         for question in questions:
             if (reason := problem(question)) is not None:
                 raise UserError(f"{question.source}: {reason}")
-    options = {name: value for name, value in asdict(method).items() if value is not None}
+    options = {name: value for name, value in method.settings().items() if value is not None}
     options |= {"conv_mode": args.conv_mode, **asdict(generation), **(metadata or {})}
     options = {"method": args.method, **options}
     if getattr(args, "mm_patch_merge_type", None) is not None:

@@ -35,7 +35,7 @@ from llava.model.multimodal import (
 from llava.model.projector import DEFAULT_PROJECTOR, Projector, projector_depth, projector_dtype
 from llava.model.vision import VisionTower, encode_crops
 from llava.model.visual_tokens import encode_images
-from llava.pruning.layout import VisualLayout
+from llava.pruning.engine.layout import VisualLayout
 from llava.utils import UserError
 
 _LOGGER = logging.getLogger(__name__)

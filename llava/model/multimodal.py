@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.model.reduction import Place
-from llava.pruning.layout import VisualLayout
+from llava.pruning.engine.layout import VisualLayout
 from llava.pruning.selection import on_device
 from llava.pruning.vision import ReducedRow
 from llava.utils import UserError

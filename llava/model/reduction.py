@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llava.model.assemble import NEWLINE, Arrangement
-from llava.pruning.base import PruningMethod
+from llava.pruning.engine.protocol import Method
 from llava.pruning.reduction import Crop, ReducedCrop, reduce_crops, row_budget, runs
 
 
@@ -60,7 +60,7 @@ class ReducedImage:
 
 
 def crop_targets(
-    method: PruningMethod, arrangements: Sequence[Arrangement], images_per_row: Iterable[int]
+    method: Method, arrangements: Sequence[Arrangement], images_per_row: Iterable[int]
 ) -> list[list[int]]:
     """Budget of every crop of every image: a row's budget is spread over all crops of its images."""
     sizes = [_crop_sizes(arrangement) for arrangement in arrangements]
@@ -77,7 +77,7 @@ def _crop_sizes(arrangement: Arrangement) -> list[int]:
 
 
 def reduce_images(
-    method: PruningMethod,
+    method: Method,
     features: Sequence[Tensor],
     facts: Sequence[Mapping[str, Tensor]],
     cls_tokens: Sequence[Tensor] | None,

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from llava.pruning.base import PruningMethod
+from llava.pruning.engine.protocol import Method
 from llava.pruning.vision import TowerView, merge_tokens, take
 from llava.utils import UserError
 
@@ -28,7 +28,7 @@ class TowerMerger:
     """
 
     def __init__(
-        self, method: PruningMethod, target: int, timer: Callable[[], AbstractContextManager] = nullcontext
+        self, method: Method, target: int, timer: Callable[[], AbstractContextManager] = nullcontext
     ) -> None:
         self.method, self.target, self.timer = method, target, timer
         self.place_NT: Tensor | None = None

@@ -3,21 +3,24 @@
 ``with AutoPrune(target_tokens=64).attach(model) as run: model.generate(...)``, then ``run.traces``.
 """
 
-from llava.pruning.base import BEFORE_DECODER, LayerView, OptionError, PruningMethod, Rows, Selection, UnsupportedError
-from llava.pruning.information import mutual_information
-from llava.pruning.layout import VisualLayout
+from llava.pruning.engine.layout import VisualLayout
+from llava.pruning.engine.missed import missed_budgets
+from llava.pruning.engine.run import PruningRun
+from llava.pruning.engine.trace import Trace
+from llava.pruning.engine.view import LayerView
+from llava.pruning.method import DecoderMethod, PruningMethod, TowerMerger, VisionReducer
 from llava.pruning.methods.autoprune import AutoPrune
+from llava.pruning.methods.autoprune.curve import add_curve, retention_schedule
+from llava.pruning.methods.autoprune.information import mutual_information
 from llava.pruning.methods.dense import Dense
-from llava.pruning.missed import missed_budgets
-from llava.pruning.registry import get_method, list_methods
-from llava.pruning.retention import retention_schedule
-from llava.pruning.run import PruningRun
+from llava.pruning.registry import build_method, get_method, list_methods
 from llava.pruning.selection import dpc_knn_merge
-from llava.pruning.trace import Trace
+from llava.pruning.types import BEFORE_DECODER, OptionError, Rows, Selection, UnsupportedError
 
 __all__ = [
     "BEFORE_DECODER",
     "AutoPrune",
+    "DecoderMethod",
     "Dense",
     "LayerView",
     "OptionError",
@@ -25,9 +28,13 @@ __all__ = [
     "PruningRun",
     "Rows",
     "Selection",
+    "TowerMerger",
     "Trace",
     "UnsupportedError",
+    "VisionReducer",
     "VisualLayout",
+    "add_curve",
+    "build_method",
     "dpc_knn_merge",
     "get_method",
     "list_methods",

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from llava.pruning.base import LayerView, Selection
-from llava.pruning.retention import PruneStep
+from llava.pruning.engine.view import LayerView
 from llava.pruning.selection import (
     counts_to_mask,
     density_peaks,
@@ -19,6 +19,62 @@ from llava.pruning.selection import (
     merge_clusters,
     on_device,
 )
+from llava.pruning.types import Selection
+
+
+@dataclass(frozen=True)
+class PruneStep:
+    """What one layer does with its visual tokens: how many stay, how many are recycled, into how many merged tokens."""
+
+    keep: int
+    recycled: int
+    merged: int
+
+    @property
+    def total(self) -> int:
+        """Visual tokens leaving the layer."""
+        return self.keep + self.merged
+
+
+def prune_step(visual_tokens: int, keep: int, recycle_fraction: float = 0.3) -> PruneStep:
+    """What happens where ``keep`` of so many tokens stay.
+
+    Args:
+        visual_tokens: tokens entering the decision.
+        keep: tokens to keep; clamped to 0..``visual_tokens``.
+        recycle_fraction: share of the dropped tokens that is recycled; 0 switches recycling off.
+    """
+    keep = max(min(keep, visual_tokens), 0)
+    return PruneStep(keep, *_recycled_and_merged(visual_tokens - keep, recycle_fraction))
+
+
+def tokens_leaving(
+    visual_tokens: int, keep: Iterable[int], recycle_fraction: float = 0.3, *, clamp: bool = True
+) -> list[int]:
+    """Visual tokens leaving each of several layers in a row, merged ones included: the one walk along a schedule.
+
+    Args:
+        visual_tokens: tokens entering the first of them.
+        keep: tokens to keep after each.
+        recycle_fraction: see :func:`prune_step`.
+        clamp: what a run does: no layer keeps more than it has. Without it a layer gains the difference, as in the
+            estimate of the published code (Python's ``int()`` and ``//`` of negative numbers as there).
+    """
+    counts = []
+    for wanted in keep:
+        if clamp:
+            wanted = max(min(wanted, visual_tokens), 0)
+        visual_tokens = wanted + _recycled_and_merged(visual_tokens - wanted, recycle_fraction)[1]
+        counts.append(visual_tokens)
+    return counts
+
+
+def _recycled_and_merged(dropped: int, recycle_fraction: float) -> tuple[int, int]:
+    """Of the dropped tokens ``int(0.3 d) + 1`` are merged into a tenth as many (at least one)."""
+    if dropped == 0 or recycle_fraction == 0:
+        return 0, 0
+    recycled = int(recycle_fraction * dropped) + 1
+    return recycled, min(recycled // 10 + 1, recycled)
 
 
 def keep_and_recycle(

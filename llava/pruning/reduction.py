@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llava.pruning.base import PruningMethod
-from llava.pruning.cap import crop_quotas
-from llava.pruning.layout import VisualLayout
+from llava.pruning.engine.layout import VisualLayout
+from llava.pruning.engine.protocol import Method
+from llava.pruning.engine.token_cap import crop_quotas
 from llava.pruning.selection import on_device
 from llava.pruning.vision import ReducedRow, VisionView
 
@@ -60,7 +60,7 @@ class ReducedCrop:
         return torch.where(self.behind_K, behind, place_P[self.source_K].double())
 
 
-def row_budget(method: PruningMethod, images: Sequence[Sequence[int]]) -> list[int]:
+def row_budget(method: Method, images: Sequence[Sequence[int]]) -> list[int]:
     """Budget of each crop of a row, in proportion to their patches; the cap (per image) bounds the row's budget.
 
     Args:
@@ -78,7 +78,7 @@ def unreduced(tokens_KC: Tensor) -> ReducedCrop:
     return ReducedCrop(tokens_KC, index, index, torch.zeros_like(index, dtype=torch.bool))
 
 
-def reduce_crops(method: PruningMethod, crops: Sequence[Crop], targets: Sequence[int]) -> list[ReducedCrop]:
+def reduce_crops(method: Method, crops: Sequence[Crop], targets: Sequence[int]) -> list[ReducedCrop]:
     """Let a method reduce crops to their budgets; crops that need not shrink are left alone."""
     stacks: dict[tuple[int, int, bool], list[int]] = {}
     results: list[ReducedCrop | None] = [None] * len(crops)
@@ -125,7 +125,7 @@ class ReducedPrompt:
 
 
 def reduce_prompt(
-    method: PruningMethod,
+    method: Method,
     hidden_BNC: Tensor,
     lengths: Sequence[int],
     layout: VisualLayout,

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
+from typing import Any
 
-from llava.pruning.base import OptionError, PruningMethod
+from llava.pruning.method import PruningMethod
+from llava.pruning.methods.composition import CompositionSpec
+from llava.pruning.methods.schedule import ScheduleSpec
+from llava.pruning.types import OptionError
 
 _METHODS = {
     "autoprune": "AutoPrune",
@@ -28,20 +33,36 @@ def list_methods() -> list[str]:
     return sorted(_METHODS)
 
 
-def get_method(name: str) -> type[PruningMethod]:
-    """The class of a method, of a composition ``first+second``, or of a schedule ``2:fastv:0.5;16:random:0.5``.
+def get_method(spec: str) -> Any:
+    """What builds a method: its class; for ``first+second`` and ``2:fastv:0.5;16:random:0.5`` an object that is used
+    alike (``name``, ``options()``, ``from_options(...)``, called with options).
 
     Raises:
-        OptionError: unknown name; the message lists the valid ones.
+        OptionError: unknown name (the message lists the valid ones), or parts that do not go together.
     """
-    if ":" in name:
-        from llava.pruning.methods.schedule import schedule
+    if ":" in spec:
+        return ScheduleSpec.read(spec, _named)
+    if "+" in spec:
+        return CompositionSpec.of(spec, [_named(part.strip()) for part in spec.split("+")])
+    return _named(spec)
 
-        return schedule(name)
-    if "+" in name:
-        from llava.pruning.methods.composition import compose
 
-        return compose(name, tuple(get_method(part.strip()) for part in name.split("+")))
+def build_method(spec: str, options: Mapping[str, Any] | None = None) -> PruningMethod:
+    """A method with its options: a plain one, ``first+second``, or a schedule ``2:fastv:0.5;16:random:0.5``.
+
+    Args:
+        spec: what :func:`get_method` takes.
+        options: by name; strings (command line) are converted to the type of the option.
+
+    Raises:
+        OptionError: unknown name or option, or a value of the wrong kind.
+    """
+    method: PruningMethod = get_method(spec).from_options(options or {})
+    return method
+
+
+def _named(name: str) -> type[PruningMethod]:
     if name not in _METHODS:
         raise OptionError(f"unknown pruning method '{name}'; available: {', '.join(list_methods())}")
-    return getattr(importlib.import_module(f"llava.pruning.methods.{name}"), _METHODS[name])
+    kind: type[PruningMethod] = getattr(importlib.import_module(f"llava.pruning.methods.{name}"), _METHODS[name])
+    return kind

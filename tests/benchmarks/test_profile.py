@@ -16,8 +16,8 @@ from benchmarks.candidates import build_method, dense_prefill, floor_prefill, la
 from benchmarks.geometry import geometry, random_decoder, random_prompt
 from benchmarks.launches import LaunchCounter
 from llava import compat
-from llava.pruning.run import PruningRun
-from llava.pruning.sequence import Sequences
+from llava.pruning.engine.run import PruningRun
+from llava.pruning.engine.sequence import Sequences
 from tests.eval.helpers import fails_with_one_line
 
 CPU = torch.device("cpu")

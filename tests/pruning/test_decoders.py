@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from llava.pruning import Dense, PruningMethod, Rows, UnsupportedError, VisualLayout
-from llava.pruning.support import CHECKED_DECODERS, NEXT_LAYER_DECODERS
+from llava.pruning.engine.support import CHECKED_DECODERS, NEXT_LAYER_DECODERS
 
 FULL = {"layer_types": ["full_attention"] * 4}
 OWN_FIELDS = {

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava.pruning import AutoPrune, VisualLayout
-from llava.pruning.retention import fit_to_budget, retention_curve
+from llava.pruning.methods.autoprune.curve import fit_to_budget, retention_curve
 from tests.conftest import GOLDEN
 
 CASES = json.loads((GOLDEN / "decoder_cases.json").read_text())

@@ -10,8 +10,8 @@ from llava.pruning.budget import scaled_layers
 from llava.pruning.methods.pdrop import PDrop, plan_stages
 from llava.pruning.methods.sparsevlm import keep_list, text_raters
 from llava.pruning.methods.tome import bipartite_merge, merges_now
+from llava.pruning.recycling import prune_step
 from llava.pruning.reduction import Crop, reduce_crops
-from llava.pruning.retention import prune_step
 from llava.pruning.vision import merge_tokens
 from tests.pruning import naive
 from tests.pruning.models import Batch, generate, random_llama

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from llava.pruning import retention_schedule
-from llava.pruning.retention import (
+from llava.pruning.methods.autoprune.curve import (
     coarse_token_count,
     dynamic_slope,
     fit_to_budget,
-    prune_step,
     retention_curve,
     tokens_to_keep,
 )
+from llava.pruning.recycling import prune_step
 
 # Simulated separately from the rule: L = 32, N = 576, x0 = 14.9.
 REFERENCE = {

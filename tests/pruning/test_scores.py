@@ -7,7 +7,8 @@ import torch
 
 from llava import compat
 from llava.pruning import AutoPrune, PruningMethod, Rows, scores
-from llava.pruning.retention import prune_step, tokens_to_keep
+from llava.pruning.methods.autoprune.curve import tokens_to_keep
+from llava.pruning.recycling import prune_step
 from llava.pruning.scores import attention_rows, received_attention
 from llava.pruning.selection import top_k
 from tests.pruning.models import Batch, random_llama

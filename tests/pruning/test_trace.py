@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llava.pruning import Trace, retention_schedule
-from llava.pruning.trace import DecoderShape
+from llava.pruning.engine.trace import DecoderShape
 
 SEVEN_B = DecoderShape(num_layers=32, hidden_size=4096, intermediate_size=11008, key_value_size=4096, bytes_per_value=2)
 

@@ -140,7 +140,7 @@ def make_rows(experiment: Any, data_dir: Path) -> list[dict[str, Any]]:
             {
                 "label": setting.label,
                 "method": setting.method.name,
-                "options": asdict(setting.method),
+                "options": setting.method.settings(),
                 "scores": {name: asdict(score) for name, score in scores.items()},
                 "mean_accuracy": statistics.fmean(score.accuracy for score in scores.values()),
                 "retained": retained_percent(published, dense_scores),

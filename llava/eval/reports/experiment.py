@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from llava.eval.questions import Question
 from llava.eval.reports.memory import PeakMemory
 from llava.eval.reports.settings import Setting
 from llava.eval.runner import Answered, Answerer, Encoded, Sample, SampleError
-from llava.pruning.missed import missed_budgets
+from llava.pruning.engine.missed import missed_budgets
 from llava.utils import UserError
 
 CACHED_IMAGES = 256
@@ -62,7 +62,7 @@ class Cell:
         self, setting: Setting, asked: QuestionSet, path: Path, model_id: str, options: Mapping[str, Any], resume: bool
     ) -> None:
         self.setting, self.method, self.asked, self.path = setting, setting.method, asked, path
-        own = {name: value for name, value in asdict(setting.method).items() if value is not None}
+        own = {name: value for name, value in setting.method.settings().items() if value is not None}
         self._arguments = model_id, {"method": setting.method.name, **own, **options}, resume
         self._answers = self._look()
         self._answers.close()

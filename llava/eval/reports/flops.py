@@ -78,7 +78,7 @@ def relative_flops(
     the layer never saves, so this figure is too low).
     """
     from llava.pruning import retention_schedule
-    from llava.pruning.trace import DecoderShape
+    from llava.pruning.engine.trace import DecoderShape
 
     shape = DecoderShape(geometry.layers, geometry.hidden, geometry.intermediate, geometry.hidden, 2)
     leaving = retention_schedule(geometry.layers, geometry.visual_tokens, target_tokens, slope)

@@ -115,7 +115,7 @@ def make_rows(
                 "group": setting.variant.group,
                 "budget": setting.budget,
                 "method": setting.method.name,
-                "options": asdict(setting.method),
+                "options": setting.method.settings(),
                 "accuracy": {name: asdict(values[i]) for name, values in accuracy.items()},
                 "mean_accuracy": asdict(overall[i]) if overall else None,
                 "retained": asdict(kept[i]) if kept else None,

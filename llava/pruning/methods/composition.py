@@ -6,22 +6,24 @@ are those of the whole: the last part's, unless given. The budget that the trace
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
-from llava.pruning.base import BEFORE_DECODER, OptionError, PruningMethod, Rows
-from llava.pruning.vision import Reduction, TowerMerge, TowerView, VisionFact, VisionView
+from llava.pruning.method import PruningMethod
+from llava.pruning.types import BEFORE_DECODER, OptionError, Rows
+from llava.pruning.vision import VisionFact
 
 
 @dataclass(frozen=True, kw_only=True)
 class Composition(PruningMethod):
-    """Methods that act one after another; :func:`compose` makes the class for given names."""
+    """Methods that act one after another; :class:`CompositionSpec` reads it from names and options."""
 
     members: tuple[PruningMethod, ...] = ()
 
-    name: ClassVar[str]
-    kinds: ClassVar[tuple[type[PruningMethod], ...]] = ()
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return "+".join(member.name for member in self.members)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -31,20 +33,23 @@ class Composition(PruningMethod):
             if member.visual_token_num is not None and not (member.reduces_vision or member.merges_in_tower):
                 raise OptionError(f"{self.name}: visual_token_num goes to the whole, not to {member.name}")
 
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "members": tuple(member.settings() for member in self.members)}
+
     @property
     def parts(self) -> tuple[PruningMethod, ...]:
         return self.members
 
     @property
-    def needs_cls(self) -> bool:
+    def needs_cls(self) -> bool:  # type: ignore[override]
         return any(member.needs_cls for member in self.members)
 
     @property
-    def reduces_vision(self) -> bool:
+    def reduces_vision(self) -> bool:  # type: ignore[override]
         return self.members[0].reduces_vision
 
     @property
-    def merges_in_tower(self) -> bool:
+    def merges_in_tower(self) -> bool:  # type: ignore[override]
         return self.members[0].merges_in_tower
 
     @property
@@ -75,67 +80,78 @@ class Composition(PruningMethod):
                     raise OptionError(f"{self.name}: two methods mean different things by the vision fact '{name}'")
         return facts
 
-    def reduce(self, view: VisionView) -> Reduction:
-        return self.members[0].reduce(view)
 
-    def merge(self, view: TowerView) -> TowerMerge | None:
-        return self.members[0].merge(view)
+@dataclass(frozen=True)
+class CompositionSpec:
+    """Which methods a composition is made of; used like the class of a method.
+
+    Attributes:
+        name: as it was given, ``first+second``.
+        kinds: the classes of the methods.
+    """
+
+    name: str
+    kinds: tuple[type[PruningMethod], ...]
 
     @classmethod
-    def options(cls) -> dict[str, Any]:
+    def of(cls, name: str, kinds: Sequence[type[PruningMethod]]) -> CompositionSpec:
+        """Check that the methods can be composed.
+
+        Raises:
+            OptionError: a method twice, or ``dense`` among them.
+        """
+        names = [kind.name for kind in kinds]
+        if len(set(names)) < len(names):
+            raise OptionError(f"{name}: a method may take part once")
+        if "dense" in names:
+            raise OptionError(f"{name}: dense prunes nothing and cannot be combined")
+        return cls(name, tuple(kinds))
+
+    @property
+    def __name__(self) -> str:
+        return "".join(kind.__name__ for kind in self.kinds)
+
+    def __call__(self, **options: Any) -> Composition:
+        return self.from_options(options)
+
+    def options(self) -> dict[str, Any]:
         """Options of the whole, and of the parts as ``name.option``; plain names go to the last part."""
-        return cls.kinds[-1].options() | {
+        return self.kinds[-1].options() | {
             f"{kind.name}.{option}": value
-            for kind in cls.kinds
+            for kind in self.kinds
             for option, value in kind.options().items()
             if option not in ("visual_token_num", "positions")
         }
 
-    @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> Composition:
+    def from_options(self, options: Mapping[str, Any]) -> Composition:
         """Build all parts. A plain option goes to the last part, ``budget`` to all that have none of their own.
 
         Raises:
             OptionError: unknown option, or a part but the last whose budget is not given.
         """
-        known = cls.options()
-        own: list[dict[str, Any]] = [{} for _ in cls.kinds]
+        known = self.options()
+        own: list[dict[str, Any]] = [{} for _ in self.kinds]
         for key, value in options.items():
             if key not in known:
-                raise OptionError(f"method '{cls.name}' has no option '{key}'; valid options: {', '.join(known)}")
+                raise OptionError(f"method '{self.name}' has no option '{key}'; valid options: {', '.join(known)}")
             name, dot, option = key.partition(".")
-            place = [kind.name for kind in cls.kinds].index(name) if dot else -1
+            place = [kind.name for kind in self.kinds].index(name) if dot else -1
             own[place][option if dot else key] = value
         cap = own[-1].pop("visual_token_num", None)
-        for kind, values in zip(cls.kinds[:-1], own, strict=False):
+        for kind, values in zip(self.kinds[:-1], own, strict=False):
             if "target_tokens" not in values and kind.options().get("target_tokens") is not None:
-                raise OptionError(f"{cls.name}: give the budget of {kind.name} too, as {kind.name}.target_tokens=...")
+                raise OptionError(f"{self.name}: give the budget of {kind.name} too, as {kind.name}.target_tokens=...")
             if "budget" in own[-1]:
                 values.setdefault("budget", own[-1]["budget"])
-        members = tuple(kind.from_options(values) for kind, values in zip(cls.kinds, own, strict=True))
+        members = tuple(kind.from_options(values) for kind, values in zip(self.kinds, own, strict=True))
         cap = PruningMethod.from_options({"visual_token_num": cap}).visual_token_num
         if members[0].reduces_vision or members[0].merges_in_tower:
             members = (replace(members[0], visual_token_num=cap), *members[1:])
         last = members[-1]
-        return cls(
+        return Composition(
             members=members,
             target_tokens=last.target_tokens,
             positions=last.positions,
             budget=last.budget,
             visual_token_num=cap,
         )
-
-
-def compose(name: str, kinds: tuple[type[PruningMethod], ...]) -> type[Composition]:
-    """The class of a composition.
-
-    Raises:
-        OptionError: a method twice, or ``dense`` among them.
-    """
-    names = [kind.name for kind in kinds]
-    if len(set(names)) < len(names):
-        raise OptionError(f"{name}: a method may take part once")
-    if "dense" in names:
-        raise OptionError(f"{name}: dense prunes nothing and cannot be combined")
-    title = "".join(kind.__name__ for kind in kinds)
-    return type(title, (Composition,), {"name": name, "kinds": kinds, "__doc__": f"{name}, one after another."})

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import ClassVar
 
-from llava.pruning.base import LayerView, PruningMethod, Rows, Selection
+from llava.pruning.engine.view import LayerView
+from llava.pruning.method import DecoderMethod
+from llava.pruning.types import Rows, Selection
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dense(PruningMethod):
+class Dense(DecoderMethod):
     """The unmodified model, traced. ``visual_token_num`` still caps the visual tokens if it is given."""
 
     name: ClassVar[str] = "dense"

@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import ClassVar
 
-from llava.pruning.base import BEFORE_DECODER, LayerView, PruningMethod, Rows, Selection
+from llava.pruning.engine.view import LayerView
+from llava.pruning.method import DecoderMethod
 from llava.pruning.selection import first_in_sequence_order, max_min_order
+from llava.pruning.types import BEFORE_DECODER, Rows, Selection
 
 
 @dataclass(frozen=True, kw_only=True)
-class DivPrune(PruningMethod):
+class DivPrune(DecoderMethod):
     """Keep the ``target_tokens`` most diverse visual tokens."""
 
     target_tokens: int | None = 64

@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import ClassVar
 
-from llava.pruning.base import BEFORE_DECODER, LayerView, PruningMethod, Rows, Selection
+from llava.pruning.engine.view import LayerView
+from llava.pruning.method import DecoderMethod
 from llava.pruning.selection import top_k
+from llava.pruning.types import BEFORE_DECODER, Rows, Selection
 
 
 @dataclass(frozen=True, kw_only=True)
-class FasterVLM(PruningMethod):
+class FasterVLM(DecoderMethod):
     """Keep the ``target_tokens`` visual tokens with the highest CLS attention."""
 
     target_tokens: int | None = 64

@@ -19,12 +19,14 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import ClassVar
 
-from llava.pruning.base import LayerView, PruningMethod, Rows, Selection
+from llava.pruning.engine.view import LayerView
+from llava.pruning.method import DecoderMethod
 from llava.pruning.selection import top_k
+from llava.pruning.types import Rows, Selection
 
 
 @dataclass(frozen=True, kw_only=True)
-class FastV(PruningMethod):
+class FastV(DecoderMethod):
     """One cut by the attention of the last token.
 
     Attributes:

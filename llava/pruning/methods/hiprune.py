@@ -22,7 +22,7 @@ from typing import ClassVar
 
 import torch
 
-from llava.pruning.base import PruningMethod
+from llava.pruning.method import VisionReducer
 from llava.pruning.selection import on_device, top_k
 from llava.pruning.vision import Reduction, TowerValue, VisionFact, VisionView
 
@@ -30,7 +30,7 @@ _MIDDLE, _DEPTH = 9, 24
 
 
 @dataclass(frozen=True, kw_only=True)
-class HiPrune(PruningMethod):
+class HiPrune(VisionReducer):
     """Anchors, buffers and registers.
 
     Attributes:
@@ -44,7 +44,6 @@ class HiPrune(PruningMethod):
     object_layer: int | None = None
 
     name: ClassVar[str] = "hiprune"
-    reduces_vision: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

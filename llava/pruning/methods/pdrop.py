@@ -22,16 +22,18 @@ from functools import lru_cache
 from types import SimpleNamespace
 from typing import ClassVar
 
-from llava.pruning.base import LayerView, PruningMethod, Rows, Selection
 from llava.pruning.budget import mean_tokens, nearest_plan, parse_layers
+from llava.pruning.engine.view import LayerView
+from llava.pruning.method import DecoderMethod
 from llava.pruning.selection import top_k
+from llava.pruning.types import Rows, Selection
 
 _RATIO = 0.5
 _STAGES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class PDrop(PruningMethod):
+class PDrop(DecoderMethod):
     """Pruning in stages by the attention of the last token.
 
     Attributes:

@@ -25,13 +25,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava.pruning.base import PruningMethod
+from llava.pruning.method import VisionReducer
 from llava.pruning.selection import on_device, top_k
 from llava.pruning.vision import Reduction, TowerValue, VisionFact, VisionView, take
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruMergePlus(PruningMethod):
+class PruMergePlus(VisionReducer):
     """Outliers and evenly spaced patches, merged with their neighbors in key space.
 
     Attributes:
@@ -43,7 +43,6 @@ class PruMergePlus(PruningMethod):
     neighbors: int = 32
 
     name: ClassVar[str] = "prumerge_plus"
-    reduces_vision: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

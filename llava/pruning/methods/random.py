@@ -12,12 +12,14 @@ from typing import ClassVar
 
 import torch
 
-from llava.pruning.base import BEFORE_DECODER, LayerView, PruningMethod, Rows, Selection
+from llava.pruning.engine.view import LayerView
+from llava.pruning.method import DecoderMethod
 from llava.pruning.selection import top_k
+from llava.pruning.types import BEFORE_DECODER, Rows, Selection
 
 
 @dataclass(frozen=True, kw_only=True)
-class Random(PruningMethod):
+class Random(DecoderMethod):
     """Keep ``target_tokens`` random visual tokens.
 
     Attributes:

@@ -8,12 +8,14 @@ options.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import Any
 
-from llava.pruning.base import BEFORE_DECODER, LayerView, OptionError, PruningMethod, Rows, Selection
+from llava.pruning.engine.view import LayerView
+from llava.pruning.method import DecoderMethod, PruningMethod
+from llava.pruning.types import BEFORE_DECODER, OptionError, Rows, Selection
 
 
 @dataclass(frozen=True)
@@ -21,23 +23,36 @@ class Stage:
     """One entry: in front of ``layer`` keep ``share`` of the tokens, chosen by ``method``."""
 
     layer: int
-    method: PruningMethod
+    method: DecoderMethod
     share: float
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule(PruningMethod):
-    """Stages one after another; :func:`schedule` makes the class for a text."""
+class Schedule(DecoderMethod):
+    """Stages one after another; :class:`ScheduleSpec` reads it from a text.
 
-    name: ClassVar[str]
-    entries: ClassVar[tuple[Stage, ...]] = ()
+    Attributes:
+        text: as it was given.
+        entries: the stages.
+    """
+
+    text: str = ""
+    entries: tuple[Stage, ...] = ()
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.text
+
+    def settings(self) -> dict[str, Any]:
+        """Without the stages: the name says them."""
+        return {key: value for key, value in super().settings().items() if key not in ("text", "entries")}
 
     @property
     def aim(self) -> int | None:
         return None
 
     @property
-    def needs_cls(self) -> bool:
+    def needs_cls(self) -> bool:  # type: ignore[override]
         return any(stage.method.needs_cls for stage in self.entries)
 
     def stages(self, num_layers: int) -> Mapping[int, Rows]:
@@ -45,7 +60,9 @@ class Schedule(PruningMethod):
             if stage.layer >= num_layers:
                 raise OptionError(f"{self.name}: layer {stage.layer} is not below the {num_layers} of the decoder")
             if stage.layer == 0 and stage.method.rows is not Rows.NONE:
-                raise OptionError(f"{self.name}: {stage.method.name} needs attention, which layer 0 has not in front")
+                raise OptionError(
+                    f"{self.name}: {stage.method.name} needs attention, and there is none in front of layer 0"
+                )
         return {stage.layer - 1: stage.method.rows for stage in self.entries}
 
     def select(self, view: LayerView, memory: SimpleNamespace) -> Selection:
@@ -53,28 +70,59 @@ class Schedule(PruningMethod):
         return stage.method.choose(view, tuple(round(count * stage.share) for count in view.counts))
 
 
-def schedule(text: str) -> type[Schedule]:
-    """The class of a schedule ``LAYER:METHOD:SHARE;...`` with rising layers.
+@dataclass(frozen=True)
+class ScheduleSpec:
+    """The stages of a schedule, read and checked; used like the class of a method."""
 
-    Raises:
-        OptionError: an entry that cannot be read, or a method that cannot choose a given number of tokens.
-    """
-    from llava.pruning.registry import get_method
+    name: str
+    entries: tuple[Stage, ...]
+    __name__ = "Schedule"
 
-    assert BEFORE_DECODER == -1  # "in front of layer 0" is "after layer -1"
-    entries: list[Stage] = []
-    for entry in text.split(";"):
-        parts = [part.strip() for part in entry.split(":")]
-        try:
-            layer, name, share = int(parts[0]), parts[1], float(parts[2])
-        except (ValueError, IndexError):
-            layer, name, share = -1, "", 0.0
-        if len(parts) != 3 or layer < 0 or not 0 < share <= 1:
-            raise OptionError(f"schedule entry '{entry.strip()}' must be LAYER:METHOD:SHARE such as 2:fastv:0.5")
-        if entries and layer <= entries[-1].layer:
-            raise OptionError(f"schedule '{text}': layers must rise, got {layer} after {entries[-1].layer}")
-        kind = get_method(name)
-        if kind.choose is PruningMethod.choose:
-            raise OptionError(f"schedule '{text}': {name} cannot choose a given number of tokens after a layer")
-        entries.append(Stage(layer, kind(), share))
-    return type("Schedule", (Schedule,), {"name": text, "entries": tuple(entries), "__doc__": f"Schedule {text}."})
+    @classmethod
+    def read(cls, text: str, kind_of: Callable[[str], type[PruningMethod]]) -> ScheduleSpec:
+        """Read ``LAYER:METHOD:SHARE;...`` with rising layers.
+
+        Args:
+            text: the schedule.
+            kind_of: the class of a method's name.
+
+        Raises:
+            OptionError: an entry that cannot be read, or a method that cannot choose a given number of tokens.
+        """
+        assert BEFORE_DECODER == -1  # "in front of layer 0" is "after layer -1"
+        entries: list[Stage] = []
+        for entry in text.split(";"):
+            parts = [part.strip() for part in entry.split(":")]
+            try:
+                layer, name, share = int(parts[0]), parts[1], float(parts[2])
+            except (ValueError, IndexError):
+                layer, name, share = -1, "", 0.0
+            if len(parts) != 3 or layer < 0 or not 0 < share <= 1:
+                raise OptionError(f"schedule entry '{entry.strip()}' must be LAYER:METHOD:SHARE such as 2:fastv:0.5")
+            if entries and layer <= entries[-1].layer:
+                raise OptionError(f"schedule '{text}': layers must rise, got {layer} after {entries[-1].layer}")
+            kind = kind_of(name)
+            if not issubclass(kind, DecoderMethod) or kind.choose is DecoderMethod.choose:
+                raise OptionError(f"schedule '{text}': {name} cannot choose a given number of tokens after a layer")
+            entries.append(Stage(layer, kind(), share))
+        return cls(text, tuple(entries))
+
+    def __call__(self, **options: Any) -> Schedule:
+        return self.from_options(options)
+
+    def options(self) -> dict[str, Any]:
+        """Options of all methods; a schedule has no others."""
+        return PruningMethod.options()
+
+    def from_options(self, options: Mapping[str, Any]) -> Schedule:
+        """The schedule with options of all methods.
+
+        Raises:
+            OptionError: unknown option, or a value of the wrong kind.
+        """
+        unknown = [key for key in options if key not in self.options()]
+        if unknown:
+            raise OptionError(
+                f"method '{self.name}' has no option '{unknown[0]}'; valid options: {', '.join(self.options())}"
+            )
+        return Schedule.from_options({**options, "text": self.name, "entries": self.entries})

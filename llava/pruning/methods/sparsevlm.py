@@ -28,19 +28,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llava.pruning.base import BEFORE_DECODER, LayerView, PruningMethod, Rows, Selection
 from llava.pruning.budget import nearest_plan, parse_layers, scaled_layers
-from llava.pruning.recycling import keep_and_recycle
-from llava.pruning.retention import prune_step
+from llava.pruning.engine.view import LayerView
+from llava.pruning.method import DecoderMethod
+from llava.pruning.recycling import keep_and_recycle, prune_step
 from llava.pruning.scores import received_attention
 from llava.pruning.selection import on_device
+from llava.pruning.types import BEFORE_DECODER, Rows, Selection
 
 _LAYERS, _DEPTH, _TOKENS = (2, 6, 15), 32, 576
 _LISTS = {64: (66, 30, 17), 96: (238, 48, 26), 128: (303, 110, 36), 192: (300, 200, 110)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparseVLM(PruningMethod):
+class SparseVLM(DecoderMethod):
     """Pruning by text raters in three layers.
 
     Attributes:

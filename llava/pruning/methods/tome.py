@@ -28,7 +28,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava.pruning.base import PruningMethod
+from llava.pruning.method import TowerMerger, VisionReducer
 from llava.pruning.vision import (
     Reduction,
     TowerMerge,
@@ -42,7 +42,7 @@ from llava.pruning.vision import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToMe(PruningMethod):
+class ToMe(TowerMerger, VisionReducer):
     """Merge similar tokens.
 
     Attributes:

@@ -12,11 +12,13 @@ from typing import ClassVar
 
 import torch
 
-from llava.pruning.base import BEFORE_DECODER, LayerView, PruningMethod, Rows, Selection
+from llava.pruning.engine.view import LayerView
+from llava.pruning.method import DecoderMethod
+from llava.pruning.types import BEFORE_DECODER, Rows, Selection
 
 
 @dataclass(frozen=True, kw_only=True)
-class Uniform(PruningMethod):
+class Uniform(DecoderMethod):
     """Keep every ``N / target_tokens``-th visual token of the raster sequence (the middle of each of T equal parts)."""
 
     target_tokens: int | None = 64

@@ -22,13 +22,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava.pruning.base import PruningMethod
+from llava.pruning.method import VisionReducer
 from llava.pruning.selection import on_device, top_k
 from llava.pruning.vision import CLS_ATTENTION, Reduction, TowerValue, VisionFact, VisionView, rest_of, take
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisionZip(PruningMethod):
+class VisionZip(VisionReducer):
     """Dominant and contextual tokens.
 
     Attributes:
@@ -42,7 +42,6 @@ class VisionZip(PruningMethod):
     keep_cls: bool = True
 
     name: ClassVar[str] = "visionzip"
-    reduces_vision: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from llava import compat
+from llava.pruning.engine.sequence import Sequences
 from llava.pruning.scores import causal_bias
-from llava.pruning.sequence import Sequences
 
 
 @dataclass
-class Frame:
+class LayerInputs:
     """Mask and tables for one set of tokens.
 
     Attributes:
@@ -28,26 +28,26 @@ class Frame:
     mask: Tensor | None
     rotary: tuple[Tensor, Tensor]
 
-    def prefix(self, width: int) -> Frame:
+    def prefix(self, width: int) -> LayerInputs:
         """The frame of the first ``width`` tokens, where these take the first positions."""
         cos, sin = self.rotary
         mask = None if self.mask is None else self.mask[:, :, :width, :width]
-        return Frame(mask, (cos[:, :width], sin[:, :width]))
+        return LayerInputs(mask, (cos[:, :width], sin[:, :width]))
 
 
-class Frames:
+class LayerInputsOf:
     """The frames of a prefill, each made when it is first needed."""
 
     def __init__(self, decoder: nn.Module) -> None:
         self.decoder = decoder
         self._static = compat.rotary_is_static(decoder.rotary_emb)
-        self._first: Frame | None = None
-        self._frame: Frame | None = None
+        self._first: LayerInputs | None = None
+        self._frame: LayerInputs | None = None
         self._tokens: object = None
         self._device: torch.device | None = None
         self._biases: dict[tuple[int, torch.device], Tensor] = {}
 
-    def of(self, sequences: Sequences) -> Frame:
+    def of(self, sequences: Sequences) -> LayerInputs:
         """The frame of these tokens, where their hidden states are."""
         device = sequences.hidden_BNC.device
         if self._tokens is not sequences.origins or self._device != device:
@@ -57,14 +57,14 @@ class Frames:
             self._frame = self._made(sequences)
         return self._frame
 
-    def _made(self, sequences: Sequences) -> Frame:
+    def _made(self, sequences: Sequences) -> LayerInputs:
         padding = sequences.padding_mask()
         # Renumbered and unpadded tokens take the first positions, and each sees those before it, however many they are.
         alike = padding is None and sequences.compact and self._static
         if alike and self._first is not None:
             return self._first.prefix(sequences.width)
         mask = compat.causal_mask(self.decoder.config, sequences.hidden_BNC, padding)
-        frame = Frame(mask, self.decoder.rotary_emb(sequences.hidden_BNC, sequences.positions_BN))
+        frame = LayerInputs(mask, self.decoder.rotary_emb(sequences.hidden_BNC, sequences.positions_BN))
         if alike and (mask is None or (isinstance(mask, Tensor) and mask.ndim == 4)):
             self._first = frame
         return frame

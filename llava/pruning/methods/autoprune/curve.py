@@ -7,45 +7,21 @@ keeps add up to the budget. Everything here runs on the host, once per sample.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
+
+from llava.pruning.recycling import tokens_leaving
+from llava.pruning.types import OptionError
+
+FloatArray = NDArray[np.float64]
 
 # The published bisection: interval, iterations and the tolerance that means an exact hit (totals are integers).
 _MAX_SCALE = 20.0
 _MAX_STEPS = 200
 _EXACT = 0.01
 _PUBLISHED_DEPTH = 32
-
-
-@dataclass(frozen=True)
-class PruneStep:
-    """What one layer does with its visual tokens: how many stay, how many are recycled, into how many merged tokens."""
-
-    keep: int
-    recycled: int
-    merged: int
-
-    @property
-    def total(self) -> int:
-        """Visual tokens leaving the layer."""
-        return self.keep + self.merged
-
-
-def prune_step(visual_tokens: int, keep: int, recycle_fraction: float = 0.3) -> PruneStep:
-    """Recycling rule: of the dropped tokens ``int(0.3 d) + 1`` are merged into a tenth as many (at least one).
-
-    Args:
-        visual_tokens: tokens entering the decision.
-        keep: tokens to keep; clamped to 0..``visual_tokens``.
-        recycle_fraction: share of the dropped tokens that is recycled; 0 switches recycling off.
-    """
-    keep = max(min(keep, visual_tokens), 0)
-    dropped = visual_tokens - keep
-    if dropped == 0 or recycle_fraction == 0:
-        return PruneStep(keep, 0, 0)
-    recycled = int(recycle_fraction * dropped) + 1
-    return PruneStep(keep, recycled, min(recycled // 10 + 1, recycled))
 
 
 def dynamic_slope(mutual_information: float, k0: float = 0.4, gamma: float = 0.2) -> float:
@@ -59,30 +35,69 @@ def dynamic_slope(mutual_information: float, k0: float = 0.4, gamma: float = 0.2
     return max(k0 - gamma * mutual_information, 0.0)
 
 
-def retention_curve(
-    num_layers: int, slope: float, x0: float = 14.9, amplitude: float = 0.75, *, relative: bool = False
-) -> np.ndarray:
-    """Unscaled share of visual tokens kept after layers ``1 .. num_layers - 1``, float64 ``[num_layers - 1]``.
+Curve = Callable[[int, float, float, float], FloatArray]
+"""Unscaled shares of visual tokens kept after layers ``1 .. num_layers - 1``, float64 ``[num_layers - 1]``, of
+``(num_layers, slope, x0, amplitude)``: only their proportions matter, the budget scales them.
+"""
+CURVES: dict[str, Curve] = {}
+"""Curves by the name that AutoPrune's option ``curve`` takes."""
 
-    The inflection lies at ``x0 + slope``, not at ``x0``, as in the published code. ``x0`` counts layers absolutely, or
-    with ``relative`` on a scale of 32 layers.
-    """
-    if relative:
-        x0 = x0 * num_layers / _PUBLISHED_DEPTH
+
+def add_curve(name: str) -> Callable[[Curve], Curve]:
+    """Decorator that makes a function a curve of AutoPrune; another one of that name is replaced."""
+
+    def add(curve: Curve) -> Curve:
+        CURVES[name] = curve
+        return curve
+
+    return add
+
+
+@add_curve("logistic")
+def logistic(num_layers: int, slope: float, x0: float, amplitude: float) -> FloatArray:
+    """The published curve. The inflection lies at ``x0 + slope``, not at ``x0``, as in the published code."""
     layers = np.arange(1, num_layers, dtype=np.float64)
     with np.errstate(over="ignore"):  # a very steep curve overflows to a share of exactly 0
-        return amplitude / (1.0 + np.exp(slope * (layers - (x0 + slope))))
+        shares: FloatArray = amplitude / (1.0 + np.exp(slope * (layers - (x0 + slope))))
+    return shares
+
+
+def retention_curve(
+    num_layers: int,
+    slope: float,
+    x0: float = 14.9,
+    amplitude: float = 0.75,
+    *,
+    relative: bool = False,
+    curve: str = "logistic",
+) -> FloatArray:
+    """Unscaled share of visual tokens kept after layers ``1 .. num_layers - 1``, float64 ``[num_layers - 1]``.
+
+    ``x0`` counts layers absolutely, or with ``relative`` on a scale of 32 layers.
+
+    Raises:
+        OptionError: no curve has that name.
+        ValueError: the curve gives shares of another number, negative or not finite.
+    """
+    if curve not in CURVES:
+        raise OptionError(f"curve must be one of {', '.join(sorted(CURVES))}, got {curve!r}")
+    if relative:
+        x0 = x0 * num_layers / _PUBLISHED_DEPTH
+    shares = np.asarray(CURVES[curve](num_layers, slope, x0, amplitude), dtype=np.float64)
+    if shares.shape != (num_layers - 1,) or not np.isfinite(shares).all() or (shares < 0).any():
+        raise ValueError(f"curve {curve!r} must give {num_layers - 1} finite shares of at least 0")
+    return shares
 
 
 def fit_to_budget(
-    curve: np.ndarray,
+    curve: FloatArray,
     coarse_tokens: int,
     target_tokens: int,
     recycle_fraction: float = 0.3,
     *,
     held: int = 1,
     entering: int | None = None,
-) -> np.ndarray:
+) -> FloatArray:
     """Scale a retention curve so that the tokens of all layers add up to ``num_layers * target_tokens``.
 
     The total charges every layer, the first included, with the tokens that *leave* it (the nominal count of the paper)
@@ -92,7 +107,7 @@ def fit_to_budget(
         curve: shares after the last layers, by default after layers 1..L-1.
         coarse_tokens: visual tokens after layer 0.
         target_tokens: wanted mean per layer.
-        recycle_fraction: see :func:`prune_step`.
+        recycle_fraction: see :func:`~llava.pruning.recycling.prune_step`.
         held: layers in front of those of the curve; ``coarse_tokens`` leave each of them.
         entering: visual tokens entering layer 0, if the processed mean shall meet the target.
 
@@ -116,7 +131,7 @@ def fit_to_budget(
     best_scale, best_error = 1.0, math.inf
     for _ in range(_MAX_STEPS):
         scale = (low + high) / 2
-        total = charged + _total_tokens(shares, scale, coarse_tokens, recycle_fraction, last)
+        total = charged + _planned_total(shares, scale, coarse_tokens, recycle_fraction, last)
         error = abs(total - target_total)
         if error < best_error:
             best_scale, best_error = scale, error
@@ -131,21 +146,14 @@ def fit_to_budget(
     return best_scale * curve
 
 
-def _total_tokens(shares: list[float], scale: float, coarse_tokens: int, recycle_fraction: float, last: int) -> int:
-    """Tokens leaving the layers of the curve; the last layer counts ``last`` times."""
-    current, total = coarse_tokens, 0
-    for share in shares:
-        keep = math.ceil((coarse_tokens - 1) * min(1.0, scale * share))
-        dropped = current - keep
-        # Not prune_step: merged tokens can make `keep` exceed `current`, and the published estimate goes on with the
-        # negative difference (Python's int() and // as there), where the real run clamps.
-        if dropped == 0 or recycle_fraction == 0:
-            current = keep
-        else:
-            recycled = int(recycle_fraction * dropped) + 1
-            current = keep + min(recycled // 10 + 1, recycled)
-        total += current
-    return total - (1 - last) * current
+def _planned_total(shares: list[float], scale: float, coarse_tokens: int, recycle_fraction: float, last: int) -> int:
+    """Tokens leaving the layers of the curve at a scale; the last layer counts ``last`` times.
+
+    The published estimate: in float64, and not clamped where merged tokens make a layer's count exceed the one before.
+    """
+    keep = [math.ceil((coarse_tokens - 1) * min(1.0, scale * share)) for share in shares]
+    counts = tokens_leaving(coarse_tokens, keep, recycle_fraction, clamp=False)
+    return sum(counts) - (1 - last) * counts[-1]
 
 
 def tokens_to_keep(coarse_tokens: int, share: float) -> int:
@@ -172,7 +180,7 @@ def coarse_token_count(
 
 
 def keep_counts(
-    curve: np.ndarray,
+    curve: FloatArray,
     coarse_tokens: int,
     target_tokens: int,
     recycle_fraction: float = 0.3,
@@ -189,7 +197,7 @@ def keep_counts(
         curve: unscaled shares after layers 1..L-1, see :func:`retention_curve`.
         coarse_tokens: visual tokens after layer 0.
         target_tokens: wanted mean per layer.
-        recycle_fraction: see :func:`prune_step`.
+        recycle_fraction: see :func:`~llava.pruning.recycling.prune_step`.
         first: the first layer that follows the curve, at least 1.
         entering: see :func:`fit_to_budget`.
     """
@@ -207,6 +215,7 @@ def retention_schedule(
     x0: float = 14.9,
     amplitude: float = 0.75,
     coarse_factor: float = 2.5,
+    curve: str = "logistic",
 ) -> list[int]:
     """Visual tokens after each decoder layer ``0 .. num_layers - 1`` for a given slope, merged tokens included.
 
@@ -218,6 +227,7 @@ def retention_schedule(
         x0: inflection in layers.
         amplitude: height of the unscaled curve.
         coarse_factor: multiple of the target kept after layer 0.
+        curve: name of the curve, see :data:`CURVES`.
 
     Returns:
         ``num_layers`` counts, exactly those of a run with this slope.
@@ -231,7 +241,5 @@ def retention_schedule(
             f"{num_layers}, {target_tokens}, {visual_tokens}"
         )
     coarse = coarse_token_count(visual_tokens, target_tokens, coarse_factor)
-    counts = [coarse]
-    for keep in keep_counts(retention_curve(num_layers, slope, x0, amplitude), coarse, target_tokens)[1:]:
-        counts.append(prune_step(counts[-1], keep).total)
-    return counts
+    shares = retention_curve(num_layers, slope, x0, amplitude, curve=curve)
+    return [coarse, *tokens_leaving(coarse, keep_counts(shares, coarse, target_tokens)[1:])]

@@ -20,25 +20,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
-from llava.pruning.base import LayerView, OptionError, PruningMethod, Rows, Selection
-from llava.pruning.information import mutual_information
-from llava.pruning.recycling import keep_and_recycle
-from llava.pruning.retention import (
+from llava.pruning.engine.view import LayerView
+from llava.pruning.method import DecoderMethod
+from llava.pruning.methods.autoprune.curve import (
+    CURVES,
     coarse_token_count,
     dynamic_slope,
     keep_counts,
-    prune_step,
     retention_curve,
 )
+from llava.pruning.methods.autoprune.information import mutual_information
+from llava.pruning.recycling import keep_and_recycle, prune_step
 from llava.pruning.selection import top_k
+from llava.pruning.types import OptionError, Rows, Selection
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoPrune(PruningMethod):
+class AutoPrune(DecoderMethod):
     """Complexity-adaptive pruning along a logistic retention curve.
 
     Attributes:
@@ -55,6 +57,8 @@ class AutoPrune(PruningMethod):
         mi_layer: layer whose mutual information sets the slope; the curve starts after it.
         slope: this slope for every sample; mutual information is then not looked at.
         coarse_cut: whether layer 0 cuts at all; without it the curve starts from all tokens.
+        curve: name of the curve whose shares are scaled to the budget, see :data:`~.curve.CURVES`; None: the published
+            ``logistic``.
         cls_weight: weight of the CLS term in the score of layer 0; 0 needs no CLS attention.
     """
 
@@ -73,6 +77,7 @@ class AutoPrune(PruningMethod):
     slope: float | None = None
     coarse_cut: bool = True
     cls_weight: float = 1.0
+    curve: str | None = None
 
     name: ClassVar[str] = "autoprune"
 
@@ -82,6 +87,7 @@ class AutoPrune(PruningMethod):
         for option in ("amplitude", "eps"):
             self.require(option, getattr(self, option) > 0, "must be above 0")
         self.require("recycle_fraction", 0 <= self.recycle_fraction <= 1, "must lie in 0..1")
+        self.require("curve", self.curve is None or self.curve in CURVES, f"must be one of {', '.join(sorted(CURVES))}")
         self.require("mi_layer", self.mi_layer >= 0, "must be at least 0")
         self.require("slope", self.slope is None or self.slope >= 0, "must be at least 0")
         if self.coarse_cut and self.text_weight == 0 and self.cls_weight == 0:
@@ -92,6 +98,12 @@ class AutoPrune(PruningMethod):
     @property
     def needs_cls(self) -> bool:
         return self.coarse_cut and self.cls_weight != 0
+
+    def settings(self) -> dict[str, Any]:
+        values = super().settings()
+        if self.curve is None:
+            del values["curve"]  # records from before there was a choice stay equal
+        return values
 
     @property
     def _first(self) -> int:
@@ -149,7 +161,14 @@ class AutoPrune(PruningMethod):
         entering = memory.entering if self.budget == "processed" else [None] * len(slopes)
         return [
             keep_counts(
-                retention_curve(view.num_layers, slope, self.x0, self.amplitude, relative=self.x0_relative),
+                retention_curve(
+                    view.num_layers,
+                    slope,
+                    self.x0,
+                    self.amplitude,
+                    relative=self.x0_relative,
+                    curve=self.curve or "logistic",
+                ),
                 coarse,
                 self.target_tokens,
                 self.recycle_fraction,

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from llava import compat
+from llava.pruning.engine.sequence import padding_mask
 from llava.pruning.selection import on_device
-from llava.pruning.sequence import padding_mask
 
 _ATTRIBUTE = "pruning_record"
 _SPARE = 256

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-from llava.pruning.trace import Trace
+from llava.pruning.engine.trace import Trace
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -16,16 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from llava import compat
-from llava.pruning.attention import RowScores, VisualAttention, next_layer_attention
-from llava.pruning.base import BEFORE_DECODER, LayerView, PruningMethod, Rows, SampleIds, Selection
-from llava.pruning.cache import CacheRecord
-from llava.pruning.cap import capped_by_cls
-from llava.pruning.frame import Frames
-from llava.pruning.layout import VisualLayout
-from llava.pruning.origins import Origins
+from llava.pruning.engine.attention import RowScores, VisualAttention, next_layer_attention
+from llava.pruning.engine.cache import CacheRecord
+from llava.pruning.engine.layer_inputs import LayerInputsOf
+from llava.pruning.engine.layout import VisualLayout
+from llava.pruning.engine.patch_ids import PatchIds
+from llava.pruning.engine.protocol import Method
+from llava.pruning.engine.sequence import Numbering, Sequences
+from llava.pruning.engine.token_cap import cap_by_cls
+from llava.pruning.engine.trace import DecoderShape, Trace
+from llava.pruning.engine.view import LayerView, SampleIds
 from llava.pruning.selection import on_device
-from llava.pruning.sequence import Numbering, Sequences
-from llava.pruning.trace import DecoderShape, Trace
+from llava.pruning.types import BEFORE_DECODER, Rows, Selection
 from llava.pruning.vision import ReducedRow
 
 
@@ -63,7 +65,7 @@ class Prefill:
 
 def prefill(
     decoder: nn.Module,
-    method: PruningMethod,
+    method: Method,
     prompt: Prompt,
     cache,
     keep_states: bool = False,
@@ -101,14 +103,14 @@ def prefill(
     with timer():
         cap = None if prompt.reduced is not None else method.visual_token_num
         if cap is not None and max(sequences.counts) > cap:
-            capped = capped_by_cls(view(BEFORE_DECODER, query_rows, None), prompt.layout, cap)
+            capped = cap_by_cls(view(BEFORE_DECODER, query_rows, None), prompt.layout, cap)
             sequences = sequences if capped is None else sequences.apply(capped)
         for part in parts:
             if BEFORE_DECODER in part.stages and max(sequences.counts) > 0:
                 selection = part.select(view(BEFORE_DECODER, query_rows, None))
                 sequences = sequences if selection is None else sequences.apply(selection)
 
-    frames = Frames(decoder)
+    frames = LayerInputsOf(decoder)
     last = (1,) * len(query_rows)
     rows_of = {Rows.TEXT: query_rows, Rows.LAST: last}
     # Of several methods at one place at most the first looks at attention, see Composition.stages.
@@ -195,7 +197,7 @@ def decode(decoder: nn.Module, hidden_BQC: Tensor, cache, keep_states: bool = Fa
 class _Part:
     """A method at work: where it selects, and what it remembers of this prefill."""
 
-    method: PruningMethod
+    method: Method
     stages: Mapping[int, Rows]
     memory: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(report={}))
 
@@ -237,7 +239,7 @@ class _Recorder:
         self.counts_out: list[tuple[int, ...]] = []
         self.lengths: list[tuple[int, ...]] = []
         self.widths: list[int] = []
-        self.origins: list[Origins] = []
+        self.origins: list[PatchIds] = []
         self.scoring = [0] * len(sequences.counts)
         self.shape = decoder_shape(decoder, sequences.hidden_BNC.element_size())
 
@@ -258,7 +260,7 @@ class _Recorder:
         self.counts_out.append(sequences.counts)
         self.origins.append(sequences.origins)
 
-    def traces(self, report: dict[str, list], method: PruningMethod) -> list[Trace]:
+    def traces(self, report: dict[str, list], method: Method) -> list[Trace]:
         return [
             Trace(
                 shape=self.shape,
@@ -291,7 +293,7 @@ class _Recorder:
         return CacheRecord(tuple(self.widths), tuple(self.lengths), following)
 
 
-def _origins_of_row(origins: Sequence[Origins], counts: Sequence[tuple[int, ...]], row: int) -> list[Tensor]:
+def _origins_of_row(origins: Sequence[PatchIds], counts: Sequence[tuple[int, ...]], row: int) -> list[Tensor]:
     return [layer.tensor()[row, : count[row]] for layer, count in zip(origins, counts, strict=True)]
 
 

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 import torch
 
-from llava.pruning.base import LayerView, Selection
-from llava.pruning.layout import VisualLayout
+from llava.pruning.engine.layout import VisualLayout
+from llava.pruning.engine.view import LayerView
 from llava.pruning.selection import descending_order, on_device
+from llava.pruning.types import Selection
 
 
 def crop_quotas(sizes: Sequence[int], cap: int) -> list[int]:
@@ -30,7 +31,7 @@ def crop_quotas(sizes: Sequence[int], cap: int) -> list[int]:
     return quotas
 
 
-def capped_by_cls(view: LayerView, layout: VisualLayout, cap: int) -> Selection | None:
+def cap_by_cls(view: LayerView, layout: VisualLayout, cap: int) -> Selection | None:
     """Of every crop its quota of visual tokens with the highest CLS attention; None where nothing exceeds the cap.
 
     CLS attention is a distribution within one crop, so its values are not compared across crops. (The published code
@@ -56,9 +57,7 @@ def capped_by_cls(view: LayerView, layout: VisualLayout, cap: int) -> Selection 
     return Selection(kept_BV.sort(dim=1).values[:, : max(keep)], keep)
 
 
-def _row_groups(
-    images: Sequence[Sequence[int]], count: int, cap: int
-) -> tuple[list[int], list[int], list[int]]:
+def _row_groups(images: Sequence[Sequence[int]], count: int, cap: int) -> tuple[list[int], list[int], list[int]]:
     """Of one row: the group (image and crop) of each token, where each group starts once sorted, and its quota."""
     groups: list[int] = []
     quotas: list[int] = []

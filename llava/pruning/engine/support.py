@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from llava.pruning.base import Rows, UnsupportedError
+from llava.pruning.types import Rows, UnsupportedError
 
 CHECKED_DECODERS = {
     "ApertusModel",
@@ -93,7 +93,7 @@ def check_decoder(decoder: nn.Module, rows: Collection[Rows]) -> None:
     elif name not in CHECKED_DECODERS:
         reason = (
             "a decoder whose forward was never compared with the pruned one; if it only runs its layers one after "
-            "another, add its name to llava.pruning.support.CHECKED_DECODERS"
+            "another, add its name to llava.pruning.engine.support.CHECKED_DECODERS"
         )
     elif getattr(config, "attn_logit_softcapping", None) and set(rows) - {Rows.NONE}:
         reason = "scores of a decoder that caps its attention logits (attn_logit_softcapping)"

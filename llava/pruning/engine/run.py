@@ -19,15 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from llava import compat
-from llava.pruning.base import PruningMethod, SampleIds, UnsupportedError
-from llava.pruning.cache import CacheRecord
-from llava.pruning.decoder import Prompt, decode, dense_traces, prefill
-from llava.pruning.layout import VisualLayout
-from llava.pruning.missed import MissedBudgets
+from llava.pruning.engine.cache import CacheRecord
+from llava.pruning.engine.decoder import Prompt, decode, dense_traces, prefill
+from llava.pruning.engine.layout import VisualLayout
+from llava.pruning.engine.missed import MissedBudgets
+from llava.pruning.engine.protocol import Method
+from llava.pruning.engine.sequence import Numbering
+from llava.pruning.engine.support import check_arguments, check_decoder, check_prompt_form, check_step_form
+from llava.pruning.engine.trace import Trace
+from llava.pruning.engine.view import SampleIds
 from llava.pruning.reduction import reduce_prompt
-from llava.pruning.sequence import Numbering
-from llava.pruning.support import check_arguments, check_decoder, check_prompt_form, check_step_form
-from llava.pruning.trace import Trace
+from llava.pruning.types import UnsupportedError
 from llava.pruning.vision import CLS_ATTENTION, ReducedRow, TowerValue, VisionFact
 
 _ANY_DEPTH = 24  # names of facts do not depend on the depth of the tower
@@ -60,7 +62,7 @@ class PruningRun:
         time_selection: measure :attr:`selection_seconds` too; off by default.
     """
 
-    def __init__(self, method: PruningMethod, model: nn.Module) -> None:
+    def __init__(self, method: Method, model: nn.Module) -> None:
         self.method = method
         self.decoder = compat.find_decoder(model)
         self.traces: list[Trace] = []

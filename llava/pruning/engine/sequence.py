@@ -11,17 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from llava.pruning.origins import Origins
+from llava.pruning.engine.layout import Spans, VisualLayout
+from llava.pruning.engine.patch_ids import PatchIds
 from llava.pruning.selection import counts_to_mask, on_device
-
-if TYPE_CHECKING:
-    from llava.pruning.base import Selection
-    from llava.pruning.layout import Spans, VisualLayout
+from llava.pruning.types import Selection
 
 
 @dataclass
@@ -44,7 +41,7 @@ class Sequences:
 
     hidden_BNC: Tensor
     lengths: tuple[int, ...]
-    origins: Origins
+    origins: PatchIds
     positions_BN: Tensor
     counts: tuple[int, ...]
     compact: bool
@@ -97,7 +94,7 @@ class Sequences:
         return cls(
             hidden_BNC,
             lengths,
-            Origins(known),
+            PatchIds(known),
             positions_BN if compact else positions_BN.expand(batch, -1),
             counts,
             compact,
@@ -173,7 +170,7 @@ class Sequences:
         return _gather_tokens(self.hidden_BNC, self.slots_BV.gather(1, index_BK).clamp_max(self.width - 1))
 
     def visual_origins(self) -> Tensor:
-        """Origins of the visual tokens, ``[B, V]``; valid up to ``counts``."""
+        """PatchIds of the visual tokens, ``[B, V]``; valid up to ``counts``."""
         return self.origins.tensor().to(self.hidden_BNC.device)
 
     def apply(self, selection: Selection) -> Sequences:

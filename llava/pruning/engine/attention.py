@@ -9,10 +9,10 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from llava import compat
-from llava.pruning.frame import Frames
+from llava.pruning.engine.layer_inputs import LayerInputsOf
+from llava.pruning.engine.sequence import Sequences, padding_mask
 from llava.pruning.scores import attended, attention_rows, received_attention, rotate_rows
 from llava.pruning.selection import counts_to_mask, on_device
-from llava.pruning.sequence import Sequences, padding_mask
 
 
 class VisualAttention(NamedTuple):
@@ -36,7 +36,7 @@ class RowScores:
     """
 
     def __init__(
-        self, layers: Iterable[nn.Module], frames: Frames, timer: Callable[[], AbstractContextManager]
+        self, layers: Iterable[nn.Module], frames: LayerInputsOf, timer: Callable[[], AbstractContextManager]
     ) -> None:
         self.frames, self.timer = frames, timer
         self._watch = compat.AttentionWatch([layer.self_attn for layer in layers], self._see)
@@ -75,7 +75,7 @@ class RowScores:
         return attended(probabilities, value_BGND) if query_BHND.device.type == "cpu" else None
 
 
-def next_layer_attention(layer: nn.Module, sequences: Sequences, frames: Frames) -> VisualAttention:
+def next_layer_attention(layer: nn.Module, sequences: Sequences, frames: LayerInputsOf) -> VisualAttention:
     """What the last token will attend to in ``layer``, which has not run yet."""
     attention, here = layer.self_attn, sequences.hidden_BNC.device
     there = sequences.advance(sequences.hidden_BNC.to(compat.execution_device(layer.input_layernorm)))

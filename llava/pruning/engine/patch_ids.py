@@ -15,15 +15,15 @@ MERGED = -1
 """Origin of a token that was merged out of several."""
 
 
-class Origins:
+class PatchIds:
     """Original visual index of every visual token of a batch; ``MERGED`` for merged ones."""
 
     def __init__(self, known_BV: Tensor | None) -> None:
         self._known_BV = known_BV
 
-    def after(self, keep_BK: Tensor, keep: tuple[int, ...], merged: tuple[int, ...]) -> Origins:
-        """Those behind a selection; arguments as in :class:`~llava.pruning.base.Selection`."""
-        later = Origins(None)
+    def after(self, keep_BK: Tensor, keep: tuple[int, ...], merged: tuple[int, ...]) -> PatchIds:
+        """Those behind a selection; arguments as in :class:`~llava.pruning.types.Selection`."""
+        later = PatchIds(None)
         later._step = self, keep_BK, keep, merged
         return later
 

@@ -1,0 +1,112 @@
+"""What a method is shown of a layer.
+
+Shapes: B batch rows, V visual tokens (padded at the end), H heads, T query rows, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from llava.pruning.engine.sequence import Sequences
+from llava.pruning.selection import on_device
+from llava.pruning.types import UnsupportedError
+from llava.pruning.vision import CLS_ATTENTION
+
+
+@dataclass(frozen=True)
+class SampleIds:
+    """Running number of each row's sample, and whether that number depends on which of several threads came first."""
+
+    ids: tuple[int, ...]
+    by_chance: bool = False
+
+
+@dataclass
+class LayerView:
+    """What a method sees after a layer (or, at ``BEFORE_DECODER``, of the input embeddings).
+
+    Tensors that only some methods want are computed when first asked for. Visual tokens come in sequence order, padded
+    at the end to the longest row; merged tokens are ordinary ones.
+
+    Attributes:
+        layer: index of the layer just run, or ``BEFORE_DECODER``.
+        num_layers: layers of the decoder.
+        counts: visual tokens per row, before this selection.
+        query_rows: attention rows per batch row (at least 1).
+        attention_BHTV: float32 probabilities of the declared rows over the visual tokens, not renormalized, zero in
+            the padding; None if no rows were declared.
+        relevance_BV: attention that each visual token receives: mean over heads, then over the declared rows. float32.
+        samples: running number of each sample; methods use :attr:`sample_ids`.
+        sequences: the engine's state; methods use the properties below instead.
+        initial_facts: what the vision tower said, by name and original visual index, ``[B, N, ...]``.
+    """
+
+    layer: int
+    num_layers: int
+    counts: tuple[int, ...]
+    query_rows: tuple[int, ...]
+    attention_BHTV: Tensor | None
+    relevance_BV: Tensor | None
+    samples: SampleIds
+    sequences: Sequences
+    initial_facts: Mapping[str, Tensor]
+
+    @property
+    def sample_ids(self) -> tuple[int, ...]:
+        """Running number of each sample within the run, the same whatever the batch size.
+
+        Raises:
+            UnsupportedError: several threads share the run, so that the numbers would depend on who came first.
+        """
+        if self.samples.by_chance:
+            raise UnsupportedError(
+                "several threads share one pruning run, and this method draws by the running number of the sample: "
+                "give set_visual(sample_ids=...), or attach the run in one thread at a time"
+            )
+        return self.samples.ids
+
+    @cached_property
+    def hidden_BVC(self) -> Tensor:
+        """Hidden states of the visual tokens leaving the layer, ``[B, V, C]``; gathered when first asked for."""
+        return self.sequences.visual_hidden()
+
+    def hidden_of(self, index_BK: Tensor) -> Tensor:
+        """Hidden states of some visual tokens only, ``[B, K, C]``; indices ``[B, K]`` below V."""
+        return self.sequences.hidden_of(index_BK)
+
+    @cached_property
+    def query_rows_B(self) -> Tensor | int:
+        """``query_rows`` for arithmetic with tensors ``[B]``: one number if all are equal."""
+        if min(self.query_rows) == max(self.query_rows):
+            return self.query_rows[0]
+        return on_device(self.query_rows, self.device)
+
+    @cached_property
+    def text_BTC(self) -> Tensor:
+        """Hidden states of the text rows, ``[B, T, C]``, where row i is valid in its *last* ``query_rows[i]`` places.
+
+        Only in a stage with ``Rows.TEXT`` or ``Rows.NONE``: with ``Rows.LAST`` it is the last token alone.
+        """
+        return self.sequences.hidden_BNC[:, -max(self.query_rows) :]
+
+    @cached_property
+    def cls_attention_BV(self) -> Tensor:
+        """CLS attention of the current visual tokens, float32 ``[B, V]``; 0 for merged tokens."""
+        return self.vision_fact(CLS_ATTENTION)
+
+    def vision_fact(self, name: str) -> Tensor:
+        """A declared fact of the vision tower for the current visual tokens, ``[B, V, ...]``; 0 for merged tokens."""
+        origins = self.sequences.visual_origins()
+        values = self.initial_facts[name].to(origins.device)  # given where the embeddings are
+        shape = (*origins.shape, *[1] * (values.ndim - 2))
+        index = origins.clamp_min(0).view(shape).expand(*origins.shape, *values.shape[2:])
+        return values.gather(1, index).masked_fill((origins < 0).view(shape), 0)
+
+    @property
+    def device(self) -> torch.device:
+        return self.sequences.hidden_BNC.device

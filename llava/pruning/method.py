@@ -1,0 +1,211 @@
+"""The bases of pruning methods: what a method declares, what it is shown, what it returns.
+
+A method is a frozen dataclass of options that derives from one of three bases, by the place where it works:
+
+- :class:`DecoderMethod` selects among the visual tokens between decoder layers (or before the first one);
+- :class:`VisionReducer` reduces the patches of a picture in front of the projector;
+- :class:`TowerMerger` merges tokens inside the layers of the vision tower.
+
+It never sees a module, a cache, a rotary embedding or a prompt, only tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from llava.pruning.budget import BUDGETS
+from llava.pruning.engine.run import PruningRun
+from llava.pruning.engine.view import LayerView
+from llava.pruning.types import OptionError, Rows, Selection
+from llava.pruning.vision import Reduction, TowerMerge, TowerView, VisionFact, VisionView
+
+__all__ = ["DecoderMethod", "LayerView", "PruningMethod", "TowerMerger", "VisionReducer"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningMethod:
+    """What all methods have. Fields are the options: Python keyword = ``--method-args`` key.
+
+    Attributes:
+        target_tokens: budget, the mean number of visual tokens per decoder layer; None means no budget.
+        positions: ``compact`` renumbers the survivors 0, 1, 2, ... in every layer; ``original`` keeps their positions.
+        budget: which mean meets the target. ``nominal``: as the method's paper counts it (for most the tokens leaving
+            the layers, for some those entering, see the method). ``processed``: the tokens that the layers compute on,
+            for every method, so that methods can be compared at equal cost.
+        visual_token_num: before anything else keep at most this many visual tokens of each image, those with the
+            highest CLS attention; an image of several crops keeps of each crop in proportion to its size.
+    """
+
+    target_tokens: int | None = None
+    positions: str = "original"
+    visual_token_num: int | None = None
+    budget: str = "nominal"
+
+    name: ClassVar[str]
+    needs_cls: ClassVar[bool] = False
+    published_budget: ClassVar[str] = "nominal"  # what the paper's budget counts
+    instead_of_target: ClassVar[str | None] = None  # an option that replaces `target_tokens` where it is given
+    reduces_vision: ClassVar[bool] = False  # whether `reduce` takes part
+    merges_in_tower: ClassVar[bool] = False  # whether `merge` takes part
+
+    def __post_init__(self) -> None:
+        for option in ("target_tokens", "visual_token_num"):
+            value = getattr(self, option)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise OptionError(f"{option} must be an integer of at least 1, got {value!r}")
+        if self.positions not in ("compact", "original"):
+            raise OptionError(f"positions must be 'compact' or 'original', got {self.positions!r}")
+        if self.budget not in BUDGETS:
+            raise OptionError(f"budget must be 'nominal' or 'processed', got {self.budget!r}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            self.require(field.name, not isinstance(value, float) or math.isfinite(value), "must be a finite number")
+        # What works in front of the decoder can do with the cap alone.
+        free = type(self).target_tokens is None or self.reduces_vision or self.merges_in_tower
+        if self.target_tokens is None and self._replacement is None and not free:
+            options = " or ".join(filter(None, ("target_tokens", self.instead_of_target)))
+            raise OptionError(f"{self.name} needs {options}")
+
+    def require(self, option: str, valid: bool, wish: str) -> None:
+        """Raise an :class:`OptionError` that names the option, what is wished of it, and its value."""
+        if not valid:
+            raise OptionError(f"{option} {wish}, got {getattr(self, option)!r}")
+
+    def stages(self, num_layers: int) -> Mapping[int, Rows]:
+        """Layers after which the method selects (or ``BEFORE_DECODER``), with the attention rows it needs there."""
+        return {}
+
+    def vision_facts(self, tower_layers: int) -> Mapping[str, VisionFact]:
+        """What the vision tower has to say about each patch, by names of the method's choice; nothing else is computed.
+
+        ``needs_cls`` is short for the one fact ``cls_attention`` of the layer whose output is used.
+        """
+        return {}
+
+    def select(self, view: LayerView, memory: types.SimpleNamespace) -> Selection | None:
+        """See :meth:`DecoderMethod.select`; asked only after layers in :meth:`stages`."""
+        raise NotImplementedError(f"{self.name} selects nothing in the decoder")
+
+    def reduce(self, view: VisionView) -> Reduction:
+        """See :meth:`VisionReducer.reduce`; asked only if :attr:`reduces_vision`."""
+        raise NotImplementedError(f"{self.name} reduces nothing in front of the projector")
+
+    def merge(self, view: TowerView) -> TowerMerge | None:
+        """See :meth:`TowerMerger.merge`; asked only if :attr:`merges_in_tower`."""
+        raise NotImplementedError(f"{self.name} merges nothing in the tower")
+
+    @property
+    def budget_kind(self) -> str:
+        """Which mean is to meet ``target_tokens``: ``nominal`` or ``processed``."""
+        return "processed" if self.budget == "processed" else self.published_budget
+
+    @property
+    def aim(self) -> int | None:
+        """The mean that the method tries to meet; None if other options decide how much is kept."""
+        return self.target_tokens if self._replacement is None else None
+
+    @property
+    def _replacement(self) -> Any:
+        return None if self.instead_of_target is None else getattr(self, self.instead_of_target)
+
+    @property
+    def parts(self) -> tuple[PruningMethod, ...]:
+        """The methods that act one after another: one, except in a composition."""
+        return (self,)
+
+    def attach(self, model: nn.Module) -> PruningRun:
+        """Context manager that prunes inside ``model`` and afterwards leaves it as it was."""
+        return PruningRun(self, model)
+
+    def settings(self) -> dict[str, Any]:
+        """The values of all options, JSON-able: what is recorded of a method."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def options(cls) -> dict[str, Any]:
+        """Option names with their defaults."""
+        return {field.name: field.default for field in dataclasses.fields(cls)}
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> PruningMethod:
+        """Build the method from option values; strings (command line) are converted to the type of the field.
+
+        Raises:
+            OptionError: unknown option (the message lists the valid ones), or a value of the wrong kind.
+        """
+        hints = typing.get_type_hints(cls)
+        known = cls.options()
+        values = {}
+        for key, value in options.items():
+            if key not in known:
+                raise OptionError(f"method '{cls.name}' has no option '{key}'; valid options: {', '.join(known)}")
+            values[key] = _convert(value, hints[key], key) if isinstance(value, str) else value
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderMethod(PruningMethod):
+    """Selects between decoder layers. Give :meth:`stages` and :meth:`select`."""
+
+    rows: ClassVar[Rows] = Rows.NONE  # attention rows that `choose` looks at
+
+    def select(self, view: LayerView, memory: types.SimpleNamespace) -> Selection | None:
+        """Choose among ``view``'s visual tokens; None leaves them all.
+
+        ``memory`` is new in every prefill and lives until its end: whatever the method has to remember from one layer
+        to the next. What it leaves there under ``report`` (name -> one value per row) goes into the trace.
+        """
+        raise NotImplementedError
+
+    def choose(self, view: LayerView, keep: tuple[int, ...]) -> Selection:
+        """Keep that many tokens per row, whatever the layer: what makes a method usable in a schedule (optional)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionReducer(PruningMethod):
+    """Reduces crops in front of the projector. Give :meth:`reduce`, and :meth:`vision_facts` for what it looks at."""
+
+    reduces_vision: ClassVar[bool] = True
+
+    def reduce(self, view: VisionView) -> Reduction:
+        """Reduce crops to ``view.target`` tokens each."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerMerger(PruningMethod):
+    """Merges tokens inside the layers of the vision tower, between attention and MLP. Give :meth:`merge`."""
+
+    merges_in_tower: ClassVar[bool] = True
+
+    def merge(self, view: TowerView) -> TowerMerge | None:
+        """Which tokens of this layer become one; None merges none.
+
+        In the last layer it is asked again, with the merged tokens, until it returns None.
+        """
+        raise NotImplementedError
+
+
+def _convert(text: str, hint: Any, option: str) -> Any:
+    kinds: Sequence[type] = typing.get_args(hint) or (hint,)
+    if types.NoneType in kinds and text.lower() == "none":
+        return None
+    for kind in kinds:
+        if kind is bool and text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        if kind in (int, float, str):
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+    wanted = " or ".join(kind.__name__ for kind in kinds if kind is not types.NoneType)
+    raise OptionError(f"option '{option}' must be of type {wanted}, got '{text}'")
