@@ -8,8 +8,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from benchmarks.launches import LaunchCounter
 from llava import compat
-from llava.pruning.engine import cache as cache_module
 from llava.pruning import get_method
+from llava.pruning.engine import cache as cache_module
 from tests.pruning.models import Batch, random_llama
 
 STEPS = 4
