@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 __all__ = [
     "AttentionWatch",
     "BaseModelOutputWithPast",
+    "Decoder",
     "cached_keys",
     "cached_length",
     "causal_mask",
@@ -38,7 +40,19 @@ __all__ = [
 ]
 
 
-def find_decoder(model: nn.Module) -> nn.Module:
+class Decoder(Protocol):
+    """What the engine uses of a Llama-like decoder; a module, whose attributes torch types as `Tensor | Module`."""
+
+    config: Any
+    layers: Sequence[Any]
+    norm: Callable[[Tensor], Tensor]
+    rotary_emb: Any
+    embed_tokens: Callable[[Tensor], Tensor]
+    training: bool
+    forward: Callable[..., Any]
+
+
+def find_decoder(model: nn.Module) -> Decoder:
     """The module that holds the decoder layers of ``model`` (itself, if it is one).
 
     Raises:
@@ -48,7 +62,7 @@ def find_decoder(model: nn.Module) -> nn.Module:
     missing = [name for name in ("layers", "norm", "rotary_emb", "embed_tokens") if not hasattr(decoder, name)]
     if missing:
         raise TypeError(f"{type(model).__name__} has no Llama-like decoder: {type(decoder).__name__} lacks {missing}")
-    return decoder
+    return cast(Decoder, decoder)
 
 
 def execution_device(module: nn.Module) -> torch.device:

@@ -27,6 +27,8 @@ from llava.pruning.engine.view import LayerView
 from llava.pruning.types import OptionError, Rows, Selection
 from llava.pruning.vision import Reduction, TowerMerge, TowerView, VisionFact, VisionView
 
+MethodT = typing.TypeVar("MethodT", bound="PruningMethod")
+
 __all__ = ["DecoderMethod", "LayerView", "PruningMethod", "TowerMerger", "VisionReducer"]
 
 
@@ -108,6 +110,13 @@ class PruningMethod:
         return "processed" if self.budget == "processed" else self.published_budget
 
     @property
+    def target(self) -> int:
+        """``target_tokens`` of a method that cannot be without."""
+        if self.target_tokens is None:
+            raise OptionError(f"{self.name} needs target_tokens")
+        return self.target_tokens
+
+    @property
     def aim(self) -> int | None:
         """The mean that the method tries to meet; None if other options decide how much is kept."""
         return self.target_tokens if self._replacement is None else None
@@ -135,7 +144,7 @@ class PruningMethod:
         return {field.name: field.default for field in dataclasses.fields(cls)}
 
     @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> PruningMethod:
+    def from_options(cls: type[MethodT], options: Mapping[str, Any]) -> MethodT:
         """Build the method from option values; strings (command line) are converted to the type of the field.
 
         Raises:

@@ -81,7 +81,7 @@ def unreduced(tokens_KC: Tensor) -> ReducedCrop:
 def reduce_crops(method: Method, crops: Sequence[Crop], targets: Sequence[int]) -> list[ReducedCrop]:
     """Let a method reduce crops to their budgets; crops that need not shrink are left alone."""
     stacks: dict[tuple[int, int, bool], list[int]] = {}
-    results: list[ReducedCrop | None] = [None] * len(crops)
+    results: dict[int, ReducedCrop] = {}
     for i, (crop, target) in enumerate(zip(crops, targets, strict=True)):
         if target >= len(crop.tokens_PC):
             results[i] = unreduced(crop.tokens_PC)
@@ -101,7 +101,7 @@ def reduce_crops(method: Method, crops: Sequence[Crop], targets: Sequence[int]) 
             target,
             torch.stack([raster if crop.patches_P is None else crop.patches_P for crop in chosen]),
             (width, width) if width * width == patches else (patches, 1),
-            None if without_cls else torch.stack([crop.cls_C for crop in chosen]),
+            None if without_cls else torch.stack([crop.cls_C for crop in chosen if crop.cls_C is not None]),
         )
         reduction = method.reduce(view)
         behind = torch.zeros_like(reduction.origin_NK, dtype=torch.bool)
@@ -111,7 +111,7 @@ def reduce_crops(method: Method, crops: Sequence[Crop], targets: Sequence[int]) 
             results[i] = ReducedCrop(
                 reduction.tokens_NKC[place], reduction.origin_NK[place], reduction.source_NK[place], behind[place]
             )
-    return results
+    return [results[i] for i in range(len(crops))]
 
 
 @dataclass(frozen=True)
@@ -166,11 +166,11 @@ def reduce_prompt(
         others = on_device([s for s in range(start, width) if s not in visual], device).long()
         keys = [others.double()]
         tokens, origins, positions = [hidden_BNC[row, others]], [torch.full_like(others, -2)], [others - start]
-        for crop, (members, place), end in zip(reduced, places, ends, strict=True):
-            keys.append(crop.order(place, end))
-            tokens.append(crop.tokens_KC)
-            origins.append(torch.where(crop.origin_K < 0, -1, members[crop.origin_K.clamp_min(0)]))
-            positions.append(place[crop.source_K] - start)
+        for left, (members, place), end in zip(reduced, places, ends, strict=True):
+            keys.append(left.order(place, end))
+            tokens.append(left.tokens_KC)
+            origins.append(torch.where(left.origin_K < 0, -1, members[left.origin_K.clamp_min(0)]))
+            positions.append(place[left.source_K] - start)
         order = torch.cat(keys).argsort(stable=True)
         origin = torch.cat(origins)[order]
         embeds.append(torch.cat([part.to(hidden_BNC.dtype) for part in tokens])[order])

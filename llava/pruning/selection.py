@@ -8,7 +8,7 @@ Ties always go to the lower index.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ _SHRINK = 1e-6
 """What the published code adds to the number of members of a cluster."""
 
 
-def on_device(values: Sequence, device: torch.device) -> Tensor:
+def on_device(values: Sequence[Any], device: torch.device) -> Tensor:
     """Host numbers as a tensor, without making the host wait for the device (a plain copy to CUDA would)."""
     if device.type != "cuda":
         return torch.tensor(values, device=device)
@@ -227,6 +227,7 @@ def merge_all(tokens_BMC: Tensor, counts: Sequence[int]) -> Tensor:
     center. Fewer than ten recycled tokens become one cluster; at usual budgets that is every layer.
     """
     members = [count + _SHRINK for count in counts]
+    divisor: float | Tensor
     if min(counts) == max(counts) == tokens_BMC.shape[1]:
         divisor = members[0]
     else:

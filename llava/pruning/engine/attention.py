@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from llava import compat
 from llava.pruning.engine.layer_inputs import LayerInputsOf
@@ -36,7 +36,7 @@ class RowScores:
     """
 
     def __init__(
-        self, layers: Iterable[nn.Module], frames: LayerInputsOf, timer: Callable[[], AbstractContextManager]
+        self, layers: Iterable[Any], frames: LayerInputsOf, timer: Callable[[], AbstractContextManager[Any]]
     ) -> None:
         self.frames, self.timer = frames, timer
         self._watch = compat.AttentionWatch([layer.self_attn for layer in layers], self._see)
@@ -47,7 +47,7 @@ class RowScores:
         self._watch.__enter__()
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         self._watch.__exit__(*exc)
 
     def of_next(self, sequences: Sequences, rows: tuple[int, ...] | None) -> None:
@@ -61,7 +61,7 @@ class RowScores:
             raise RuntimeError("the layer did not ask transformers for its attention function, so its rows are unknown")
         return found
 
-    def _see(self, attention: nn.Module, query_BHND: Tensor, key_BGND: Tensor, value_BGND: Tensor) -> Tensor | None:
+    def _see(self, attention: Any, query_BHND: Tensor, key_BGND: Tensor, value_BGND: Tensor) -> Tensor | None:
         if self._rows is None:
             return None
         with self.timer():
@@ -75,7 +75,7 @@ class RowScores:
         return attended(probabilities, value_BGND) if query_BHND.device.type == "cpu" else None
 
 
-def next_layer_attention(layer: nn.Module, sequences: Sequences, frames: LayerInputsOf) -> VisualAttention:
+def next_layer_attention(layer: Any, sequences: Sequences, frames: LayerInputsOf) -> VisualAttention:
     """What the last token will attend to in ``layer``, which has not run yet."""
     attention, here = layer.self_attn, sequences.hidden_BNC.device
     there = sequences.advance(sequences.hidden_BNC.to(compat.execution_device(layer.input_layernorm)))
@@ -90,11 +90,12 @@ def next_layer_attention(layer: nn.Module, sequences: Sequences, frames: LayerIn
     return VisualAttention(*(values.to(here) for values in found))
 
 
-def _heads(attention: nn.Module, name: str, normed_BNC: Tensor) -> Tensor:
+def _heads(attention: Any, name: str, normed_BNC: Tensor) -> Tensor:
     """Queries or keys in front of the rotary embedding, ``[B, heads, N, D]``."""
     projected = getattr(attention, f"{name}_proj")(normed_BNC).unflatten(-1, (-1, attention.head_dim))
     norm = getattr(attention, f"{name}_norm", None)
-    return (projected if norm is None else norm(projected)).transpose(1, 2)
+    heads: Tensor = (projected if norm is None else norm(projected)).transpose(1, 2)
+    return heads
 
 
 def visual_attention(attention_BHTN: Tensor, sequences: Sequences, rows: tuple[int, ...]) -> VisualAttention:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,13 +38,13 @@ class CacheRecord:
     widths: tuple[int, ...]
     lengths: tuple[tuple[int, ...], ...]
     next_positions_LB: Tensor
-    tables: dict[tuple, Tensor | None] = field(default_factory=dict, init=False, repr=False, compare=False)
+    tables: dict[tuple[Any, ...], Tensor | None] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def attach_to(self, cache) -> None:
+    def attach_to(self, cache: Any) -> None:
         setattr(cache, _ATTRIBUTE, self)
 
     @staticmethod
-    def of(cache) -> CacheRecord | None:
+    def of(cache: Any) -> CacheRecord | None:
         """The record of a cache that was filled by a pruned prefill, else None."""
         return getattr(cache, _ATTRIBUTE, None)
 
@@ -75,14 +76,16 @@ class CacheRecord:
             for width, lengths in zip(self.widths, self.lengths, strict=True)
         )
 
-    def masks(self, config, hidden_BQC: Tensor, cache, decoded: int) -> Callable[[int, Tensor], Tensor | None]:
+    def masks(
+        self, config: Any, hidden_BQC: Tensor, cache: Any, decoded: int
+    ) -> Callable[[int, Tensor], Tensor | None]:
         """What new tokens may look at: a function from a layer and its hidden states to the mask.
 
         Masks have the form that the attention implementation of ``config`` expects. To be asked before the layer's
         cache grows; layers of one width and the same padding share a mask.
         """
         batch, new_tokens = hidden_BQC.shape[:2]
-        made: dict[tuple, Tensor | None] = {}
+        made: dict[tuple[Any, ...], Tensor | None] = {}
 
         def make(layer: int, hidden: Tensor) -> Tensor | None:
             starts, keys = self.starts[layer], self.widths[layer] + decoded + new_tokens
@@ -114,7 +117,7 @@ class CacheRecord:
         return {starts: row for row, starts in enumerate(dict.fromkeys(s for s in self.starts if s is not None))}
 
     def _one_token_masks(
-        self, config, batch: int, decoded: int, dtype: torch.dtype, device: torch.device
+        self, config: Any, batch: int, decoded: int, dtype: torch.dtype, device: torch.device
     ) -> Tensor | None:
         """Masks ``[paddings, B, .., columns]`` of one new token per row. None: of a form that is not known here.
 

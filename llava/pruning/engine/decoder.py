@@ -11,9 +11,10 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llava import compat
 from llava.pruning.engine.attention import RowScores, VisualAttention, next_layer_attention
@@ -64,12 +65,12 @@ class Prefill:
 
 
 def prefill(
-    decoder: nn.Module,
+    decoder: compat.Decoder,
     method: Method,
     prompt: Prompt,
-    cache,
+    cache: Any,
     keep_states: bool = False,
-    timer: Callable[[], AbstractContextManager] = nullcontext,
+    timer: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Prefill:
     """Run the prompt through all layers, letting the method select after the layers it declared.
 
@@ -144,7 +145,7 @@ def prefill(
                         wanted = last
                         attention = next_layer_attention(decoder.layers[index + 1], sequences, frames)
                         recorder.projected_keys(sequences)
-                    if attention is not None:
+                    if attention is not None and wanted is not None:
                         recorder.scored(wanted, sequences)
                     for part in active:
                         selection = part.select(view(index, wanted or query_rows, attention))
@@ -158,7 +159,9 @@ def prefill(
     return Prefill(hidden, traces, (*states, hidden) if keep_states else None)
 
 
-def decode(decoder: nn.Module, hidden_BQC: Tensor, cache, keep_states: bool = False):
+def decode(
+    decoder: compat.Decoder, hidden_BQC: Tensor, cache: Any, keep_states: bool = False
+) -> tuple[Tensor, tuple[Tensor, ...] | None]:
     """Run new tokens on a pruned cache; every layer has its own mask and, in compact mode, its own positions.
 
     Args:
@@ -169,6 +172,7 @@ def decode(decoder: nn.Module, hidden_BQC: Tensor, cache, keep_states: bool = Fa
         Final hidden states ``[B, Q, C]`` and the hidden states entering each layer (or None).
     """
     record = CacheRecord.of(cache)
+    assert record is not None
     batch, new_tokens = hidden_BQC.shape[:2]
     decoded = compat.cached_length(cache) - record.widths[0]
     positions = record.positions(decoded, new_tokens, batch, hidden_BQC.device)
@@ -205,9 +209,9 @@ class _Part:
         return self.method.select(view, self.memory)
 
 
-def _joined(reports: Sequence[dict[str, list]]) -> dict[str, list]:
+def _joined(reports: Sequence[dict[str, list[Any]]]) -> dict[str, list[Any]]:
     """One report of several methods: costs add up; of anything else that two methods say, the later one counts."""
-    joined: dict[str, list] = {}
+    joined: dict[str, list[Any]] = {}
     for report in reports:
         costs = joined.get("merge_flops")
         joined.update(report)
@@ -227,7 +231,7 @@ def _text_rows(sequences: Sequences, layout: VisualLayout) -> tuple[int, ...]:
 class _Recorder:
     """Collects counts and origins layer by layer and turns them into traces and the cache record."""
 
-    def __init__(self, decoder: nn.Module, sequences: Sequences, prompt: Prompt) -> None:
+    def __init__(self, decoder: compat.Decoder, sequences: Sequences, prompt: Prompt) -> None:
         # Not the sequences themselves: they would keep the embeddings alive until the end of the prefill.
         self.start_lengths, self.start_counts = sequences.lengths, sequences.counts
         self.structure_counts = prompt.layout.structure_counts
@@ -260,7 +264,7 @@ class _Recorder:
         self.counts_out.append(sequences.counts)
         self.origins.append(sequences.origins)
 
-    def traces(self, report: dict[str, list], method: Method) -> list[Trace]:
+    def traces(self, report: dict[str, list[Any]], method: Method) -> list[Trace]:
         return [
             Trace(
                 shape=self.shape,
@@ -301,7 +305,7 @@ def _all_origins(count: int, layers: int) -> list[Tensor]:
     return [torch.arange(count)] * layers
 
 
-def decoder_shape(decoder: nn.Module, bytes_per_value: int) -> DecoderShape:
+def decoder_shape(decoder: compat.Decoder, bytes_per_value: int) -> DecoderShape:
     """The sizes of a decoder that costs depend on."""
     config = decoder.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -315,7 +319,7 @@ def decoder_shape(decoder: nn.Module, bytes_per_value: int) -> DecoderShape:
 
 
 def dense_traces(
-    decoder: nn.Module, layout: VisualLayout, lengths: tuple[int, ...], bytes_per_value: int
+    decoder: compat.Decoder, layout: VisualLayout, lengths: tuple[int, ...], bytes_per_value: int
 ) -> list[Trace]:
     """Traces of a prefill that dropped nothing."""
     shape = decoder_shape(decoder, bytes_per_value)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llava import compat
 from llava.pruning.engine.sequence import Sequences
@@ -38,7 +38,7 @@ class LayerInputs:
 class LayerInputsOf:
     """The frames of a prefill, each made when it is first needed."""
 
-    def __init__(self, decoder: nn.Module) -> None:
+    def __init__(self, decoder: compat.Decoder) -> None:
         self.decoder = decoder
         self._static = compat.rotary_is_static(decoder.rotary_emb)
         self._first: LayerInputs | None = None
@@ -55,6 +55,7 @@ class LayerInputsOf:
                 self._first = None
             self._tokens, self._device = sequences.origins, device
             self._frame = self._made(sequences)
+        assert self._frame is not None
         return self._frame
 
     def _made(self, sequences: Sequences) -> LayerInputs:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 Spans = tuple[tuple[int, int], ...]
 """Half-open ``(start, end)`` intervals: sorted, not overlapping, not empty."""
@@ -109,7 +110,7 @@ class VisualLayout:
     def expand(self, repeats: int) -> VisualLayout:
         """Repeat every row ``repeats`` times in place, as beam search and several return sequences do."""
 
-        def repeated(rows):
+        def repeated(rows: Iterable[Any] | None) -> Any:
             return None if rows is None else tuple(row for row in rows for _ in range(repeats))
 
         return replace(

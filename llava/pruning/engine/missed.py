@@ -36,7 +36,7 @@ class MissedBudgets:
         """Count the samples that had visual tokens and a budget."""
         for trace in traces:
             error = trace.budget_error
-            if error is None or not trace.visual_tokens:
+            if error is None or trace.target_tokens is None or not trace.visual_tokens:
                 continue
             tally = self._tallies.setdefault((method, trace.target_tokens, trace.budget), _Tally())
             tally.samples += 1

@@ -20,6 +20,7 @@ class PatchIds:
 
     def __init__(self, known_BV: Tensor | None) -> None:
         self._known_BV = known_BV
+        self._step: tuple[PatchIds, Tensor, tuple[int, ...], tuple[int, ...]] | None = None
 
     def after(self, keep_BK: Tensor, keep: tuple[int, ...], merged: tuple[int, ...]) -> PatchIds:
         """Those behind a selection; arguments as in :class:`~llava.pruning.types.Selection`."""
@@ -31,10 +32,11 @@ class PatchIds:
         """``[B, V]`` in sequence order, of no meaning behind a row's number of visual tokens."""
         if self._known_BV is None:
             self._known_BV = self._resolved()
-            del self._step  # the chain behind it is done with
+            self._step = None  # the chain behind it is done with
         return self._known_BV
 
     def _resolved(self) -> Tensor:
+        assert self._step is not None
         earlier, keep_BK, keep, merged = self._step
         before = earlier.tensor().to(keep_BK.device)
         # Entries behind keep[i] are no valid indices; what they pick is replaced or of no meaning.

@@ -9,11 +9,10 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,9 @@ from llava.pruning.engine.decoder import Prompt, decode, dense_traces, prefill
 from llava.pruning.engine.layout import VisualLayout
 from llava.pruning.engine.missed import MissedBudgets
 from llava.pruning.engine.protocol import Method
+from llava.pruning.engine.rows import check_lengths, repeated, row_lengths
 from llava.pruning.engine.sequence import Numbering
+from llava.pruning.engine.stopwatch import Stopwatch
 from llava.pruning.engine.support import check_arguments, check_decoder, check_prompt_form, check_step_form
 from llava.pruning.engine.trace import Trace
 from llava.pruning.engine.view import SampleIds
@@ -64,7 +65,7 @@ class PruningRun:
 
     def __init__(self, method: Method, model: nn.Module) -> None:
         self.method = method
-        self.decoder = compat.find_decoder(model)
+        self.decoder: Any = compat.find_decoder(model)
         self.traces: list[Trace] = []
         self._stages = method.stages(len(self.decoder.layers))
         self._told = threading.local()
@@ -72,11 +73,11 @@ class PruningRun:
         self._threads: set[threading.Thread] = set()
         self.samples_seen = 0
         self.time_selection = False
-        self._selection: list[list[_Stopwatch]] = []
-        self._watches: list[_Stopwatch] = []
+        self._selection: list[list[Stopwatch]] = []
+        self._watches: list[Stopwatch] = []
         self._missed = MissedBudgets()
         self._seconds: list[float] = []
-        self._unread: list[_Stopwatch] = []
+        self._unread: list[Stopwatch] = []
         self._model = model
         self._undo = ExitStack()
 
@@ -91,7 +92,7 @@ class PruningRun:
         self._dense_forward = self.decoder.forward
 
         @functools.wraps(self._dense_forward)  # the signature must survive: others look at it
-        def forward(*args, **kwargs):
+        def forward(*args: Any, **kwargs: Any) -> Any:
             return self._forward(*args, **kwargs)
 
         with ExitStack() as undo:
@@ -107,7 +108,7 @@ class PruningRun:
             self._undo = undo.pop_all()
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         self._undo.close()
 
     @staticmethod
@@ -117,17 +118,17 @@ class PruningRun:
         setattr(module, name, value)
         undo.callback(delattr, module, name) if before is None else undo.callback(setattr, module, name, before)
 
-    def __deepcopy__(self, memo: dict) -> PruningRun:
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         _refuse_copy()
 
-    def __reduce_ex__(self, protocol: int):
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         _refuse_copy()
 
-    def exclusive(self) -> AbstractContextManager:
+    def exclusive(self) -> AbstractContextManager[Any]:
         """A turn of this thread: what belongs to one prefill and must not meet another one's."""
         return self._turn
 
-    def _see_labels(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _see_labels(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note whether this call of the model has labels: the decoder, which sees none, must not shorten the prompt."""
         labels = kwargs.get("labels")
         if labels is None and len(args) > 1:
@@ -178,11 +179,11 @@ class PruningRun:
         """
         return [sum(watch.seconds() for watch in watches) for watches in self._selection]
 
-    def selection_timer(self, device: torch.device) -> AbstractContextManager:
+    def selection_timer(self, device: torch.device) -> AbstractContextManager[Any]:
         """Times a block as selection of the next (or running) prefill, if that is wanted."""
         if not self.time_selection:
             return nullcontext()
-        self._watches.append(_Stopwatch(device))
+        self._watches.append(Stopwatch(device))
         return self._watches[-1]
 
     @property
@@ -216,10 +217,10 @@ class PruningRun:
         Raises:
             ValueError: a fact is missing or of the wrong length.
         """
-        given: dict[str, object] = dict(facts or {})
+        given: dict[str, Any] = dict(facts or {})
         if cls_attention is not None:
-            one = isinstance(cls_attention, Tensor) and cls_attention.ndim == 1
-            given[CLS_ATTENTION] = cls_attention[None] if one else cls_attention
+            alone = isinstance(cls_attention, Tensor) and cls_attention.ndim == 1
+            given[CLS_ATTENTION] = [cls_attention] if alone else cls_attention
         if reduced is not None and tuple(len(row.origins) for row in reduced) != layout.counts:
             raise ValueError("the reduced rows and the layout differ in their numbers of visual tokens")
         counts = layout.counts if reduced is None else tuple(row.visual_tokens for row in reduced)
@@ -262,12 +263,12 @@ class PruningRun:
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values=None,
+        past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs,
-    ):
-        def dense():
+        **kwargs: Any,
+    ) -> Any:
+        def dense() -> Any:
             return self._dense_forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -282,9 +283,9 @@ class PruningRun:
             continues = compat.cached_length(past_key_values) > 0
             if continues and CacheRecord.of(past_key_values) is None:
                 return dense()  # nothing was pruned from this cache
-            if (input_ids is None) == (inputs_embeds is None):
-                raise ValueError("the decoder needs exactly one of input_ids and inputs_embeds")
             given = input_ids if inputs_embeds is None else inputs_embeds
+            if given is None or (input_ids is not None and inputs_embeds is not None):
+                raise ValueError("the decoder needs exactly one of input_ids and inputs_embeds")
             batch, width = given.shape[:2]
             if continues:
                 self._refuse(kwargs)
@@ -294,7 +295,7 @@ class PruningRun:
                 return self._output(last, past_key_values, states, kwargs)
 
             told = self._take_told()
-            layout, repeats = _repeated(told.layout, batch)
+            layout, repeats = repeated(told.layout, batch)
             prunes = self._prunes and any(layout.counts)
             if self._prunes:
                 self._refuse(kwargs)
@@ -305,11 +306,11 @@ class PruningRun:
                         "labels= cannot be used while a method prunes: the decoder returns fewer tokens than there are "
                         "labels; compute the loss outside of the run's context"
                     )
-                lengths = layout.lengths or _row_lengths(attention_mask, batch, width)
-                _check_lengths(lengths, attention_mask)
+                lengths = layout.lengths or row_lengths(attention_mask, batch, width)
+                check_lengths(lengths, attention_mask)
             else:
                 lengths = layout.lengths or compat.visible_tokens(attention_mask, batch, width)
-            with _Stopwatch(given.device) as watch:
+            with Stopwatch(given.device) as watch:
                 if not prunes:
                     result = dense()
                     traces = dense_traces(self.decoder, layout, lengths, result[0].element_size())
@@ -335,20 +336,22 @@ class PruningRun:
             return result
 
     def _embeds(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        return self.decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        embeds: Tensor = self.decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        return embeds
 
-    def _keeps_states(self, kwargs: dict) -> bool:
+    def _keeps_states(self, kwargs: dict[str, Any]) -> bool:
         wanted = kwargs.get("output_hidden_states")
         return bool(getattr(self.decoder.config, "output_hidden_states", False) if wanted is None else wanted)
 
-    def _refuse(self, kwargs: dict) -> None:
+    def _refuse(self, kwargs: dict[str, Any]) -> None:
         if self.decoder.training:
             raise UnsupportedError("visual token pruning is for inference: call model.eval() first")
         check_arguments(self.decoder.config, kwargs)
 
     def _take_told(self) -> _Told:
         """What was said about this prompt. It holds for one prefill: the next prompt has its image elsewhere."""
-        told, self._told.prompts = getattr(self._told, "prompts", None), None
+        told: _Told | None = getattr(self._told, "prompts", None)
+        self._told.prompts = None
         if told is None:
             raise RuntimeError(
                 "the pruning run does not know where the visual tokens are: call run.set_visual(VisualLayout...) "
@@ -403,7 +406,7 @@ class PruningRun:
         alive = sum(thread.is_alive() for thread in self._threads)
         return SampleIds(tuple(sample for sample in ids for _ in range(repeats)), told.sample_ids is None and alive > 1)
 
-    def _output(self, hidden: Tensor, cache, states, kwargs: dict):
+    def _output(self, hidden: Tensor, cache: Any, states: tuple[Tensor, ...] | None, kwargs: dict[str, Any]) -> Any:
         output = compat.BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache, hidden_states=states)
         as_dict = kwargs.get("return_dict")
         if as_dict is None:
@@ -411,71 +414,7 @@ class PruningRun:
         return output.to_tuple() if as_dict is False else output
 
 
-def _refuse_copy(*_):
+def _refuse_copy(*_: object) -> NoReturn:
     raise RuntimeError(
         "a pruning run is attached to this model: leave its context before the model is copied or pickled"
     )
-
-
-def _repeated(layout: VisualLayout, batch: int) -> tuple[VisualLayout, int]:
-    """The layout of a batch in which every row stands so many times in a row (beams)."""
-    if batch % layout.batch_size:
-        raise ValueError(
-            f"the visual layout has {layout.batch_size} rows but the batch has {batch}; call set_visual for each batch"
-        )
-    repeats = batch // layout.batch_size
-    return layout.expand(repeats) if repeats > 1 else layout, repeats
-
-
-def _row_lengths(attention_mask: Tensor | None, batch: int, width: int) -> tuple[int, ...]:
-    """Real tokens per row of a left-padded batch.
-
-    Raises:
-        ValueError: the mask is not a left-padding mask.
-    """
-    if attention_mask is None:
-        return (width,) * batch
-    real = attention_mask.bool()
-    # One transfer for both questions: how long the rows are, and whether a hole follows a real token.
-    lengths, holes = torch.stack((real.sum(1), (real[:, :-1] & ~real[:, 1:]).sum(1))).tolist()
-    if any(holes) or min(lengths) == 0:
-        raise ValueError("attention_mask must mark left padding only: zeros, then ones up to the end of each row")
-    return tuple(lengths)
-
-
-def _check_lengths(lengths: tuple[int, ...], attention_mask: Tensor | None) -> None:
-    """Compare the layout's lengths with a mask that can be read for nothing (the host would wait for a device)."""
-    if attention_mask is None or attention_mask.device.type != "cpu":
-        return
-    masked = _row_lengths(attention_mask, *attention_mask.shape)
-    if masked != tuple(lengths):
-        raise ValueError(f"attention_mask has rows of {list(masked)} tokens, the visual layout of {list(lengths)}")
-
-
-class _Stopwatch:
-    """Times a block: the host clock on CPU, a pair of events on CUDA that nobody waits for until they are read."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.events = None
-        if device.type == "cuda":
-            self.events = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def __enter__(self) -> _Stopwatch:
-        if self.events:
-            self.events[0].record()
-        else:
-            self.started = time.perf_counter()
-        return self
-
-    def __exit__(self, *exc) -> None:
-        if self.events:
-            self.events[1].record()
-        else:
-            self.elapsed = time.perf_counter() - self.started
-
-    def seconds(self) -> float:
-        if not self.events:
-            return self.elapsed
-        start, end = self.events
-        end.synchronize()
-        return start.elapsed_time(end) / 1000

@@ -20,6 +20,8 @@ from llava.pruning.engine.patch_ids import PatchIds
 from llava.pruning.selection import counts_to_mask, on_device
 from llava.pruning.types import Selection
 
+_Counts = tuple[int, ...]
+
 
 @dataclass
 class Sequences:
@@ -111,7 +113,7 @@ class Sequences:
     def slots_BV(self) -> Tensor:
         """Where the visual tokens of each row stand, ascending, ``[B, V]``; of no meaning behind ``counts[i]``."""
         if self.tails is None:
-            return self.scattered_BV
+            return _given(self.scattered_BV)
         device = self.hidden_BNC.device
         starts = [self.width - tail - count for tail, count in zip(self.tails, self.counts, strict=True)]
         return on_device(starts, device)[:, None] + torch.arange(max(self.counts), device=device)
@@ -187,13 +189,15 @@ class Sequences:
         later.origins = self.origins.after(selection.keep_BK, selection.keep, merged)
         return later
 
-    def _sliced(self, selection: Selection, merged: tuple, counts: tuple, lengths: tuple) -> Sequences:
+    def _sliced(self, selection: Selection, merged: _Counts, counts: _Counts, lengths: _Counts) -> Sequences:
         """Everything before and behind the one block moves as a whole.
 
         A third of the small operations of the sort, and one copy of the hidden states less: at real sizes the
         difference is as large as the scoring itself.
         """
-        block, keep_BK, new = self.block, selection.keep_BK[:, : selection.keep[0]], merged[0]
+        block = self.block
+        assert block is not None
+        keep_BK, new = selection.keep_BK[:, : selection.keep[0]], merged[0]
         padding = self.width - max(self.lengths)  # of no use from here on
         width = max(lengths)
 
@@ -202,11 +206,11 @@ class Sequences:
 
         hidden = [_gather_tokens(self.hidden_BNC[:, block], keep_BK)]
         if new:
-            hidden.append(selection.merged_BMC[:, :new].to(self.hidden_BNC.dtype))
+            hidden.append(_given(selection.merged_BMC)[:, :new].to(self.hidden_BNC.dtype))
         if not self.compact:
             inside = [self.positions_BN[:, block].gather(1, keep_BK)]
             if new:
-                inside.append(self.positions_BN[:, block].gather(1, selection.source_BM[:, :new]))
+                inside.append(self.positions_BN[:, block].gather(1, _given(selection.source_BM)[:, :new]))
             positions = around(self.positions_BN, *inside)
         elif min(lengths) == width:
             positions = self.positions_BN[:, padding : padding + width]  # the first ones already
@@ -222,7 +226,7 @@ class Sequences:
             return _contiguous_positions(lengths, width, self.hidden_BNC.device)
         return self.numbering.first(lengths, width, self.hidden_BNC.device)
 
-    def _sorted(self, selection: Selection, merged: tuple, counts: tuple, lengths: tuple) -> Sequences:
+    def _sorted(self, selection: Selection, merged: _Counts, counts: _Counts, lengths: _Counts) -> Sequences:
         """Any batch. Everything follows from one sort: each surviving token gets its slot as key, each merged token
         the slot of the last visual token plus a half, everything else a key below zero, so the survivors end up
         right-aligned.
@@ -246,9 +250,9 @@ class Sequences:
             real = counts_to_mask(merged, most, device)
             key = torch.cat((key, torch.where(real, behind, -1)), dim=1)
             kept = torch.cat((kept, real), dim=1)
-            hidden = torch.cat((hidden, selection.merged_BMC.to(hidden.dtype)), dim=1)
+            hidden = torch.cat((hidden, _given(selection.merged_BMC).to(hidden.dtype)), dim=1)
             if not self.compact:
-                source = slots.gather(1, selection.source_BM).clamp_max(width - 1)
+                source = slots.gather(1, _given(selection.source_BM)).clamp_max(width - 1)
                 positions = torch.cat((positions, positions.gather(1, source)), dim=1)
 
         new_width = max(lengths)
@@ -308,6 +312,12 @@ def _contiguous_positions(lengths: tuple[int, ...], width: int, device: torch.de
         return torch.arange(width, device=device)[None]
     starts = on_device([width - length for length in lengths], device)[:, None]
     return (torch.arange(width, device=device) - starts).clamp_min(0)
+
+
+def _given(values: Tensor | None) -> Tensor:
+    """What a selection with merged tokens (or scattered ones) has."""
+    assert values is not None
+    return values
 
 
 def _gather_tokens(values_BNC: Tensor, index_BK: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ class Trace:
 
     def selection_flops(self) -> int:
         """Multiply-adds spent on choosing: attention rows and merging."""
-        return self.scoring_flops + self.details.get("merge_flops", 0)
+        return self.scoring_flops + int(self.details.get("merge_flops", 0))
 
     def kv_bytes(self) -> int:
         """Bytes of keys and values in the cache after the prefill."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,8 +51,8 @@ class LayerView:
     num_layers: int
     counts: tuple[int, ...]
     query_rows: tuple[int, ...]
-    attention_BHTV: Tensor | None
-    relevance_BV: Tensor | None
+    attention_BHTV: Any  # Tensor | None: a method knows what it declared
+    relevance_BV: Any
     samples: SampleIds
     sequences: Sequences
     initial_facts: Mapping[str, Tensor]

@@ -61,5 +61,5 @@ class FastV(DecoderMethod):
     def _keep(self, count: int, num_layers: int) -> int:
         if self.ratio is not None:
             return round(count * (1 - self.ratio))
-        left = (num_layers * self.target_tokens - self.layer * count) // (num_layers - self.layer)
+        left = (num_layers * self.target - self.layer * count) // (num_layers - self.layer)
         return min(max(left, 1), count)

@@ -58,14 +58,14 @@ class PDrop(DecoderMethod):
 
     def stages(self, num_layers: int) -> Mapping[int, Rows]:
         if self.layers is not None:
-            layers = parse_layers(self.layers)
+            layers = parse_layers(self.layers) or ()
             self.require("layers", layers[-1] < num_layers, f"must be below the decoder's {num_layers} layers")
             return dict.fromkeys([layer - 1 for layer in layers], Rows.NEXT_LAST)
         # Which of these it will be depends on the number of visual tokens; with ``ratio`` the published ones.
         most = max(num_layers // (_STAGES + 1), 1)
         spacings = range(1, most + 1) if self.ratio is None else (most,)
-        layers = {spacing * stage for spacing in spacings for stage in range(1, _STAGES + 1)}
-        return dict.fromkeys(sorted(layer - 1 for layer in layers if layer < num_layers), Rows.NEXT_LAST)
+        wanted = {spacing * stage for spacing in spacings for stage in range(1, _STAGES + 1)}
+        return dict.fromkeys(sorted(layer - 1 for layer in wanted if layer < num_layers), Rows.NEXT_LAST)
 
     def select(self, view: LayerView, memory: SimpleNamespace) -> Selection | None:
         if not hasattr(memory, "plans"):
@@ -80,7 +80,7 @@ class PDrop(DecoderMethod):
         if self.ratio is not None:
             layers = layers or _spaced(num_layers // (_STAGES + 1) or 1, num_layers)
             return {layer: max(int(count * self.ratio**stage), 1) for stage, layer in enumerate(layers, 1)}
-        return plan_stages(count, num_layers, self.target_tokens, layers)
+        return plan_stages(count, num_layers, self.target, layers)
 
 
 def _spaced(spacing: int, num_layers: int) -> tuple[int, ...]:

@@ -65,7 +65,7 @@ class SparseVLM(DecoderMethod):
     def _layers(self, num_layers: int) -> tuple[int, ...]:
         if self.layers is None:
             return scaled_layers(_LAYERS, _DEPTH, num_layers)
-        layers = parse_layers(self.layers)
+        layers = parse_layers(self.layers) or ()
         self.require("layers", layers[-1] < num_layers, f"must be below the decoder's {num_layers} layers")
         return layers
 
@@ -88,7 +88,7 @@ class SparseVLM(DecoderMethod):
         return keep_and_recycle(view, scores, steps, memory)
 
     def _keep(self, count: int, num_layers: int, layers: tuple[int, ...]) -> tuple[int, ...]:
-        return keep_list(count, num_layers, layers, self.target_tokens, self.budget_kind, self.recycle_fraction)
+        return keep_list(count, num_layers, layers, self.target, self.budget_kind, self.recycle_fraction)
 
 
 def text_raters(hidden_BVC: Tensor, counts: tuple[int, ...], text_BTC: Tensor, rows: tuple[int, ...]) -> Tensor:

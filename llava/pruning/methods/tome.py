@@ -56,11 +56,11 @@ class ToMe(TowerMerger, VisionReducer):
     name: ClassVar[str] = "tome"
 
     @property
-    def merges_in_tower(self) -> bool:
+    def merges_in_tower(self) -> bool:  # type: ignore[override]
         return self.inside
 
     @property
-    def reduces_vision(self) -> bool:
+    def reduces_vision(self) -> bool:  # type: ignore[override]
         return not self.inside
 
     def vision_facts(self, tower_layers: int) -> Mapping[str, VisionFact]:

@@ -58,7 +58,7 @@ class VisionZip(VisionReducer):
         kept = top_k(view.facts[CLS_ATTENTION], [patches] * crops, [dominant] * crops)
         # The order of tokens that are none of the patches: CLS, then contextual ones.
         parts, sources = [take(tokens, kept)], [kept]
-        if with_cls:
+        if with_cls and view.cls_NC is not None:
             parts.append(view.cls_NC[:, None].to(tokens.dtype))
             sources.append(torch.zeros_like(kept[:, :1]) if dominant else kept.new_zeros(crops, 1))
         if contextual:

@@ -96,7 +96,7 @@ class AutoPrune(DecoderMethod):
             )
 
     @property
-    def needs_cls(self) -> bool:
+    def needs_cls(self) -> bool:  # type: ignore[override]
         return self.coarse_cut and self.cls_weight != 0
 
     def settings(self) -> dict[str, Any]:
@@ -142,7 +142,7 @@ class AutoPrune(DecoderMethod):
         if not self.coarse_cut:
             return view.counts
         charged = view.num_layers if self.budget == "processed" else None
-        return tuple(coarse_token_count(n, self.target_tokens, self.coarse_factor, charged) for n in view.counts)
+        return tuple(coarse_token_count(n, self.target, self.coarse_factor, charged) for n in view.counts)
 
     def _cut(self, view: LayerView, memory: SimpleNamespace) -> Selection:
         scores = torch.zeros((), device=view.device)
@@ -170,7 +170,7 @@ class AutoPrune(DecoderMethod):
                     curve=self.curve or "logistic",
                 ),
                 coarse,
-                self.target_tokens,
+                self.target,
                 self.recycle_fraction,
                 first=self._first,
                 entering=tokens,
