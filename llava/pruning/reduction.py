@@ -144,10 +144,12 @@ def reduce_prompt(
     newlines = layout.structure or ((),) * len(lengths)
     embeds, spans, structure, rows = [], [], [], []
     for row, length in enumerate(lengths):
+        # Where this row's visual tokens and newlines stand in the padded sequence.
         start = width - length
         slots = [slot for first, last in layout.spans[row] for slot in range(first, last)]
         between = [slot for first, last in newlines[row] for slot in range(first, last)]
         places_of = on_device(slots, device).long()
+        # Cut the visual tokens into crops; a crop's patches need not stand side by side ("anyres").
         crops, places, ends = [], [], []
         first, sizes = 0, []
         for image in layout.image_crops(row):
@@ -161,7 +163,10 @@ def reduce_prompt(
                 places.append((members, place))
                 ends.append(end)
             first += len(image)
+        # Let the method reduce them, within the row's budget.
         reduced = reduce_crops(method, crops, row_budget(method, sizes))
+        # Put the row together again: every token has a key, the slot it stood at or stands behind. Text keeps its own.
+        # Origins: -2 no visual token, -1 merged, else the index of the patch.
         visual = set(slots)
         others = on_device([s for s in range(start, width) if s not in visual], device).long()
         keys = [others.double()]
@@ -175,12 +180,14 @@ def reduce_prompt(
         origin = torch.cat(origins)[order]
         embeds.append(torch.cat([part.to(hidden_BNC.dtype) for part in tokens])[order])
         position = torch.cat(positions)[order]
+        # Read off the new order which tokens are visual and which are newlines.
         visible = origin > -2
         newline = ~visible & torch.isin(position + start, on_device(between, device).long())
         kinds = (visible.long() + 2 * newline).tolist()
         spans.append(runs(kinds, 1))
         structure.append(runs(kinds, 2))
         rows.append(ReducedRow(origin[visible], len(slots), position))
+    # Pad the rows on the left, and move what was counted from a row's own start.
     lengths = tuple(map(len, embeds))
     most = max(lengths)
     hidden = nn.utils.rnn.pad_sequence(embeds, batch_first=True, padding_side="left")

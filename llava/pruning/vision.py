@@ -1,7 +1,7 @@
 """What a method may ask of the vision tower, and what it is shown and returns there.
 
-Nothing here knows a tower: the model (or whoever calls :meth:`PruningRun.set_visual`) computes the facts that a method
-declares and hands its crops over. Indices of patches count the crop's own raster.
+The model (or whoever calls :meth:`PruningRun.set_visual`) computes the facts that a method declares and hands its crops
+over. Indices of patches count the crop's own raster.
 
 Shapes: N crops of equal size and budget, P patches per crop, T tokens inside the tower (CLS and patches), K tokens that
 leave, C width of the features.

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from llava.constants import IMAGE_TOKEN_INDEX
+from llava.pruning import AutoPrune, OptionError, retention_schedule
 from tests.conftest import ROOT
 from tests.model.tiny import PATCHES, tiny_images, tiny_model
 from tests.pruning.models import Batch, generate, random_llama
@@ -59,3 +60,19 @@ def test_the_same_method_on_a_bare_decoder(guide):
     _, _, traces = generate(model, guide["LongKeys"](target_tokens=9), inputs)
     kept = sorted(inputs["facts"]["keys"][0].norm(dim=1).topk(8).indices.tolist())
     assert traces[0].kept[0].tolist() == [*kept, -1] and traces[1].tokens_in == [9] * 6
+
+
+def test_curve_of_the_guide(guide):
+    """The line's proportions, scaled to the budget by the same rules as the published curve."""
+    planned, method = guide["planned"], guide["method"]
+    assert method.curve == "straight" and sum(planned) / 32 == pytest.approx(64, abs=1)
+    assert planned[1] / planned[10] == pytest.approx((1 - 0.2 / 14.9) / (1 - 2 / 14.9), rel=0.06)
+    model = random_llama()
+    inputs = Batch(model).alone(0)
+    options = {"target_tokens": 12, "x0": 3.0, "slope": 0.6}
+    _, _, (trace,) = generate(model, AutoPrune(**options, curve="straight"), inputs)
+    assert trace.tokens_out == retention_schedule(6, 48, 12, 0.6, x0=3.0, curve="straight")
+    _, _, (published,) = generate(model, AutoPrune(**options), inputs)
+    assert trace.tokens_out != published.tokens_out
+    with pytest.raises(OptionError, match="curve must be one of .*logistic.*, got 'bent'"):
+        AutoPrune(curve="bent")

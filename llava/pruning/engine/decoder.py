@@ -82,6 +82,7 @@ def prefill(
         keep_states: collect the hidden states entering each layer (of unequal length) and the final ones.
         timer: context manager around everything that is selection: attention rows, the method, dropping tokens.
     """
+    # The batch before layer 0, the methods at work, and which tokens are asked for attention rows.
     num_layers = len(decoder.layers)
     compact = method.positions == "compact"
     sequences = Sequences.start(
@@ -101,6 +102,7 @@ def prefill(
         ids, facts = prompt.samples, prompt.facts
         return LayerView(layer, num_layers, sequences.counts, rows, probabilities, relevance, ids, sequences, facts)
 
+    # In front of layer 0: the cap per image, then methods that select among the embeddings.
     with timer():
         cap = None if prompt.reduced is not None else method.visual_token_num
         if cap is not None and max(sequences.counts) > cap:
@@ -112,6 +114,7 @@ def prefill(
                 sequences = sequences if selection is None else sequences.apply(selection)
 
     frames = LayerInputsOf(decoder)
+    # Layer by layer: run it (attention rows are computed inside where asked for), show the method, drop tokens.
     last = (1,) * len(query_rows)
     rows_of = {Rows.TEXT: query_rows, Rows.LAST: last}
     # Of several methods at one place at most the first looks at attention, see Composition.stages.
@@ -153,6 +156,7 @@ def prefill(
                         wanted = attention = None
             recorder.leaving(sequences)
 
+    # What decoding must remember travels with the cache; what happened becomes one trace per row.
     hidden = decoder.norm(sequences.hidden_BNC)
     recorder.cache_record(compact, prompt).attach_to(cache)
     traces = recorder.traces(_joined([part.memory.report for part in parts]), method)

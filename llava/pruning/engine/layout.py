@@ -1,7 +1,6 @@
 """Where the visual tokens of each sample are.
 
-The layout is the only thing the engine knows about the prompt. It counts positions in the sequence handed to the
-decoder, left padding included, and says nothing about pixels or templates.
+A layout counts positions in the sequence handed to the decoder, left padding included.
 """
 
 from __future__ import annotations

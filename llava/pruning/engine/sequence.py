@@ -232,19 +232,23 @@ class Sequences:
         right-aligned.
         """
         batch, width, device = len(self.lengths), self.width, self.hidden_BNC.device
+        # 1. Slots of the visual tokens, with one column behind the last token for what is padding.
         nowhere = torch.full((batch, 1), width, device=device)  # a column behind the last token
         slots = torch.cat((self.slots_BV, nowhere), dim=1)
         visual = self.slots_BV
         if min(self.counts) < visual.shape[1]:
             visual = visual.masked_fill(~counts_to_mask(self.counts, visual.shape[1], device), width)
+        # 2. What stays: text (all real tokens that are not visual) and the visual tokens that were kept.
         kept = torch.zeros(batch, width + 1, dtype=torch.bool, device=device)
         text = torch.cat((padding_mask(self.lengths, width, device), kept[:, :1]), dim=1).scatter_(1, visual, False)
         kept = kept.scatter_(1, slots.gather(1, selection.keep_BK), True)[:, :width]
+        # 3. Keys: twice the slot for what stays, -1 for what goes.
         key = torch.where(kept | text[:, :width], 2 * torch.arange(width, device=device), -1)
         hidden, positions = self.hidden_BNC, self.positions_BN
 
         most = max(merged)
         if most:
+            # 4. Merged tokens become columns behind all others; an odd key puts them behind the last visual slot.
             last = on_device([max(count - 1, 0) for count in self.counts], device)[:, None]
             behind = 2 * slots.gather(1, last) + 1
             real = counts_to_mask(merged, most, device)
@@ -255,12 +259,14 @@ class Sequences:
                 source = slots.gather(1, _given(selection.source_BM)).clamp_max(width - 1)
                 positions = torch.cat((positions, positions.gather(1, source)), dim=1)
 
+        # 5. The largest keys, in order: survivors, right-aligned. What goes lies in front, where it is cut off.
         new_width = max(lengths)
         order = key.argsort(dim=1, stable=True)[:, -new_width:]
         if self.compact:
             positions = self._first_positions(lengths, new_width)
         else:
             positions = positions.gather(1, order)
+        # 6. Where the visual tokens stand now, unless the host knows it.
         scattered = None
         if self.tails is None:
             elsewhere = (~kept.gather(1, order)).to(torch.uint8)
