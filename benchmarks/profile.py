@@ -33,10 +33,14 @@ from benchmarks.passes import PART, PASS, WAITING, Pass, passes_in
 from benchmarks.prefill import describe_geometry, job_of
 from benchmarks.seams import ATTENTION, LAYER, MLP, PARTS, Seam, cut, dense_seams, pruned_seams
 from benchmarks.timing import Summary, interleaved_rounds, synchronize
+from llava.eval.common.outputs import Text
 from llava.pruning.engine.trace import Trace
 from llava.pruning.method import PruningMethod
 from llava.utils import UserError, cli_main
 
+CHROME_TRACE = Text(
+    "a chrome trace", r'\s*\{\s*"(schemaVersion|deviceProperties|traceEvents|displayTimeUnit)"', streams=False
+)
 RUNS = ("dense", "floor", "pruned")
 COLUMNS = ("method", "budget", "batch", "what", "name", *(f"{run}_ms" for run in RUNS), "over_floor_ms",
            *(f"{run}_percent" for run in RUNS), *(f"{run}_count" for run in RUNS), "per_boundary")  # fmt: skip
@@ -48,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_method_arguments(parser)
     parser.set_defaults(budgets="64")
     parser.add_argument("--top", type=int, default=10, help="operators by self time, pruned minus floor")
-    parser.add_argument("--trace", default=None, help="write the last round as a chrome trace into this file")
+    parser.add_argument("--trace", type=CHROME_TRACE, default=None, help="write the last round as a chrome trace into this file")
     return parser
 
 

@@ -14,15 +14,17 @@ from pathlib import Path
 
 from benchmarks import targets
 from benchmarks.environment import RESULTS
-from benchmarks.report_plots import draw, drawn_from, leftovers, picture_name
+from benchmarks.report_plots import SOURCE, draw, drawn_from, leftovers, picture_name
 from benchmarks.report_tables import order, section, titles
 from benchmarks.saved import Result, read_results
 from llava.eval.arguments import Parser
+from llava.eval.common import outputs
 from llava.eval.common.tables import replace_between
 from llava.eval.jsonio import read_text, write_text_atomic
 from llava.utils import UserError, cli_main
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
+PLOTS = outputs.OutputFolder({"*--*.png": outputs.Picture("a plot of a saved result", SOURCE.encode())})
 _TARGETS = (
     "Figures of AutoPrune by budget (target tokens), computed from the results below, on every hardware that they were "
     "measured on. CPU targets: geometry cpu-1024x24, float32, sdpa, fixed allocator unless said otherwise; GPU: "
@@ -78,8 +80,12 @@ def outdated(document: Path, text: str, pictures: Path, drawn: Sequence[Result])
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(description="Render the tables and plots of docs/performance.md from the saved results.")
     parser.add_argument("--results-dir", default=str(RESULTS), help="folder with the CSVs")
-    parser.add_argument("--document", default=str(DOCUMENT), help="markdown file with the markers")
-    parser.add_argument("--plots", default=None, help="folder of the plots; default: images/ beside the document")
+    parser.add_argument(
+        "--document", type=outputs.DOCUMENT, default=str(DOCUMENT), help="markdown file with the markers"
+    )
+    parser.add_argument(
+        "--plots", type=PLOTS, default=None, help="folder of the plots; default: images/ beside the document"
+    )
     parser.add_argument(
         "--check", action="store_true", help="write nothing; exit with 1 if something is not up to date"
     )

@@ -28,7 +28,7 @@ _PARTS = {
     "other": FAINT,
 }  # fmt: skip
 _PRICES = {"scores, choices": COLOURS[0], "gathering, masks": COLOURS[4], "not split": "#b5b5b5"}
-_SOURCE = "Source"
+SOURCE = "Source"
 Row = Mapping[str, Any]
 
 
@@ -262,7 +262,7 @@ def draw(result: Result, folder: Path) -> Path:
     # Flat colours need no more than a palette. The digest ties the picture to the CSV without comparing pixels, which
     # differ with the fonts and versions of a machine.
     told = PngImagePlugin.PngInfo()
-    told.add_text(_SOURCE, result.digest)
+    told.add_text(SOURCE, result.digest)
     with Image.open(path) as image:
         small = image.convert("RGB").quantize(48, dither=Image.Dither.NONE)
     small.save(path, optimize=True, pnginfo=told)
@@ -273,7 +273,7 @@ def drawn_from(path: Path) -> str | None:
     """Digest of the CSV that a picture was drawn from; None if it does not say or is not there."""
     try:
         with Image.open(path) as image:
-            return image.info.get(_SOURCE)
+            return image.info.get(SOURCE)
     except OSError:
         return None
 

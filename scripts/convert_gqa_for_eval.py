@@ -7,6 +7,7 @@ python scripts/convert_gqa_for_eval.py --src answers.jsonl --dst testdev_balance
 from collections.abc import Sequence
 
 from llava.eval.arguments import Parser
+from llava.eval.common.outputs import JsonList
 from llava.eval.convert import gqa_predictions, join, write_upload
 from llava.eval.scoring import load_answers, shorten, warn
 from llava.utils import UserError, cli_main
@@ -16,7 +17,8 @@ from llava.utils import UserError, cli_main
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description="GQA answers as its evaluator takes them.")
     parser.add_argument("--src", required=True, help="answer file (.jsonl)")
-    parser.add_argument("--dst", required=True, help="written (.json)")
+    kind = JsonList("predictions for GQA", ("questionId", "prediction"))
+    parser.add_argument("--dst", type=kind, required=True, help="written (.json)")
     args = parser.parse_args(argv)
     answers = load_answers(args.src)
     if not answers:

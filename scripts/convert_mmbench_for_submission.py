@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.eval.arguments import Parser
+from llava.eval.common.outputs import WORKBOOK, OutputFolder
 from llava.eval.convert import first_round_texts, join, load_whole_answers, mmbench_sheet, report_bad_lines
 from llava.eval.mmbench_data import NOT_UPLOADED, read_table, row_index, write_workbook
 from llava.eval.scoring import warn
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(description="MMBench answers as the server takes them.")
     parser.add_argument("--annotation-file", required=True, help="the tsv that was answered")
     parser.add_argument("--result-dir", required=True, help="folder with EXPERIMENT.jsonl")
-    parser.add_argument("--upload-dir", required=True, help="folder for EXPERIMENT.xlsx")
+    parser.add_argument("--upload-dir", type=OutputFolder({"{experiment}.xlsx": WORKBOOK}), required=True, help="folder for EXPERIMENT.xlsx")
     parser.add_argument("--experiment", required=True, help="name of the run")
     args = parser.parse_args(argv)
     source = Path(args.result_dir) / f"{args.experiment}.jsonl"

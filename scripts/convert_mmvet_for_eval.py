@@ -7,6 +7,7 @@ python scripts/convert_mmvet_for_eval.py --src answers.jsonl --dst results/llava
 from collections.abc import Sequence
 
 from llava.eval.arguments import Parser
+from llava.eval.common.outputs import JsonObject
 from llava.eval.convert import join, mmvet_answers, write_upload
 from llava.eval.scoring import load_answers
 from llava.utils import UserError, cli_main
@@ -16,7 +17,9 @@ from llava.utils import UserError, cli_main
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description="MM-Vet answers as its evaluator takes them.")
     parser.add_argument("--src", required=True, help="answer file (.jsonl)")
-    parser.add_argument("--dst", required=True, help="written (.json)")
+    parser.add_argument(
+        "--dst", type=JsonObject("answers for MM-Vet", values=str), required=True, help="written (.json)"
+    )
     args = parser.parse_args(argv)
     answers = load_answers(args.src)
     if not answers:

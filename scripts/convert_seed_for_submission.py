@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 
 from llava.eval.arguments import Parser
+from llava.eval.common.outputs import SCORES, JsonLines
 from llava.eval.convert import join, load_seed, require_all, seed_accuracy, seed_upload
 from llava.eval.jsonio import write_json, write_text_atomic
 from llava.eval.scoring import load_answers
@@ -20,8 +21,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description="SEED-Bench accuracy, and answers as the leaderboard takes them.")
     parser.add_argument("--annotation-file", required=True, help="SEED-Bench.json")
     parser.add_argument("--result-file", required=True, help="answer file (.jsonl)")
-    parser.add_argument("--result-upload-file", help="written (.jsonl), if every question has its answer")
-    parser.add_argument("--json", metavar="PATH", help="write the accuracies as JSON (percent)")
+    parser.add_argument(
+        "--result-upload-file",
+        type=JsonLines("an upload for SEED-Bench", ("question_id", "prediction")),
+        help="written (.jsonl), if every question has its answer",
+    )
+    parser.add_argument("--json", type=SCORES, metavar="PATH", help="write the accuracies as JSON (percent)")
     args = parser.parse_args(argv)
     questions, names = load_seed(args.annotation_file)
     texts, coverage = join(questions, load_answers(args.result_file, keep_torn=True), args.result_file)

@@ -17,11 +17,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.eval.arguments import Parser
+from llava.eval.common.outputs import JsonLines, JsonList, Kind
 from llava.eval.convert import write_upload
 from llava.eval.eval_science_qa import load_problems
 from llava.eval.jsonio import write_text_atomic
 from llava.eval.science_prompts import check_format, conversation, instruction
 from llava.utils import cli_main
+
+CONVERSATIONS = JsonList("LLaVA's conversations", ("id", "conversations"), only=False)
+INSTRUCTIONS = JsonLines("instructions as JSON lines", ("instruction", "output"))
+
+
+class _Converted(Kind):
+    """Either of the two."""
+
+    def holds(self, path: Path) -> bool:
+        return CONVERSATIONS.holds(path) or INSTRUCTIONS.holds(path)
 
 
 @cli_main
@@ -37,16 +48,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--prompt-format", "--prompt_format", default="QCM-LEPA",
         help="parts of question and answer; CQM-A-lettered: the layout of LLaVA's evaluation file",
     )  # fmt: skip
-    parser.add_argument("--output-file", help="written; default: BASE_DIR/llava_SPLIT_FORMAT.json")
+    parser.add_argument("--output-file", type=_Converted("conversations or instructions"), help="written; default: BASE_DIR/llava_SPLIT_FORMAT.json")
     args = parser.parse_args(argv)
     check_format(args.prompt_format)
+    as_lines = args.command == "convert_to_jsonl"
+    name = f"scienceqa_{args.split}_{args.prompt_format}.jsonl"
+    if not as_lines:
+        name = f"llava_{args.split}_{args.prompt_format}.json"
+    target = args.output_file or Path(args.base_dir) / name
+    read = [Path(args.base_dir) / source for source in ("problems.json", "pid_splits.json")]
+    (INSTRUCTIONS if as_lines else CONVERSATIONS).check(target, reading=read)
     problems, ids = load_problems(args.base_dir, args.split)
-    if args.command == "convert_to_jsonl":
-        target = args.output_file or Path(args.base_dir) / f"scienceqa_{args.split}_{args.prompt_format}.jsonl"
+    if as_lines:
         lines = [json.dumps(instruction(key, problems[key], args.prompt_format)) + "\n" for key in ids]
         write_text_atomic(Path(target), "".join(lines))
     else:
-        target = args.output_file or Path(args.base_dir) / f"llava_{args.split}_{args.prompt_format}.json"
         write_upload(target, [conversation(key, problems[key], args.prompt_format) for key in ids], indent=2)
     print(f"Number of samples: {len(ids)}")
     print(f"written to {target}")

@@ -8,6 +8,7 @@ python scripts/convert_vizwiz_for_submission.py --annotation-file llava_test.jso
 from collections.abc import Sequence
 
 from llava.eval.arguments import Parser
+from llava.eval.common.outputs import JsonList
 from llava.eval.convert import (
     join,
     load_questions,
@@ -25,7 +26,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(description="VizWiz answers as the EvalAI server takes them.")
     parser.add_argument("--annotation-file", required=True, help="question file (llava_test.jsonl)")
     parser.add_argument("--result-file", required=True, help="answer file (.jsonl)")
-    parser.add_argument("--result-upload-file", required=True, help="written (.json)")
+    parser.add_argument(
+        "--result-upload-file",
+        type=JsonList("an upload for VizWiz", ("image", "answer")),
+        required=True,
+        help="written (.json)",
+    )
     args = parser.parse_args(argv)
     questions = load_questions(args.annotation_file, with_image=True)
     answers, bad = load_whole_answers(args.result_file)

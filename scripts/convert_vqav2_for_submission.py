@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.eval.arguments import Parser
+from llava.eval.common.outputs import JsonList
 from llava.eval.convert import (
     join,
     load_questions,
@@ -23,6 +24,8 @@ from llava.eval.convert import (
 )
 from llava.eval.scoring import shorten, warn
 from llava.utils import INCOMPLETE_STATUS, UserError, cli_main
+
+UPLOAD = JsonList("an upload for VQAv2", ("question_id", "answer"))
 
 
 @cli_main
@@ -35,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--src", help="answers, below DIR")
     parser.add_argument("--dst", help="written, below DIR")
     parser.add_argument("--result-file", help="answers; default: DIR/answers/SPLIT/CKPT/merge.jsonl")
-    parser.add_argument("--result-upload-file", help="written; default: DIR/answers_upload/SPLIT/CKPT.json")
+    parser.add_argument("--result-upload-file", type=UPLOAD, help="written; default: DIR/answers_upload/SPLIT/CKPT.json")
     args = parser.parse_args(argv)
     if (args.src and args.result_file) or (args.dst and args.result_upload_file):
         raise UserError("give --src or --result-file, and --dst or --result-upload-file, not both")
@@ -47,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     source = source or folder / "answers" / args.split / args.ckpt / "merge.jsonl"
     target = target or folder / "answers_upload" / args.split / f"{args.ckpt}.json"
 
-    questions = load_questions(args.question_file or str(folder / "llava_vqav2_mscoco_test2015.jsonl"))
+    asked_file = args.question_file or str(folder / "llava_vqav2_mscoco_test2015.jsonl")
+    UPLOAD.check(target, "--dst" if args.dst else "", reading=(source, asked_file))
+    questions = load_questions(asked_file)
     answers, bad = load_whole_answers(str(source))
     texts, coverage = join(questions, answers, str(source))
     print(f"total results: {len(texts)}, total split: {len(questions)}, error_line: {bad}")

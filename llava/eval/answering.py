@@ -23,6 +23,7 @@ from llava.eval.arguments import (
     merge_type_from_args,
     method_from_args,
 )
+from llava.eval.common.outputs import TRACES
 from llava.eval.interrupts import Interrupts
 from llava.eval.jsonio import iter_jsonl, require_folder
 from llava.eval.questions import Question
@@ -63,7 +64,7 @@ def add_running_arguments(parser: argparse.ArgumentParser) -> None:
         help="stop at the first sample that cannot be read; if a question cannot be asked, before anything is answered",
     )
     group.add_argument(
-        "--trace-file", default=None, help="one JSON line per sample: tokens per layer, MI, slope, times"
+        "--trace-file", type=TRACES, default=None, help="one JSON line per sample: tokens per layer, MI, slope, times"
     )
     group.add_argument("--trace-kept", action="store_true", help="traces also hold the surviving tokens of each layer")
     group.add_argument(

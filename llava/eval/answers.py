@@ -68,9 +68,7 @@ class TokenTotals:
         """Mean visual tokens per layer: before pruning, nominal, processed. None without any image."""
         if not self.with_image:
             return None
-        return {
-            name: round(getattr(self, name) / self.with_image, 3) for name in ("visual", "nominal", "processed")
-        }
+        return {name: round(getattr(self, name) / self.with_image, 3) for name in ("visual", "nominal", "processed")}
 
     def flops_ratio(self) -> float | None:
         """Decoder prefill relative to dense."""

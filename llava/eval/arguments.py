@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from llava.eval.common.outputs import check_outputs
 from llava.schema import LARGEST, kind_of
 from llava.utils import UserError
 
@@ -67,7 +68,10 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` whose errors are one-line `UserError`s; the usage text is left to --help."""
+    """An `ArgumentParser` whose errors are one-line `UserError`s; the usage text is left to --help.
+
+    Options that write (their `type` is of `common.outputs`) are checked against all else on the command line.
+    """
 
     def __init__(self, **kwargs: Any) -> None:
         # Abbreviated flags would change meaning whenever a flag is added.
@@ -87,6 +91,11 @@ class Parser(argparse.ArgumentParser):
             if value is not None:
                 _check_text(option, value)
         return super().parse_known_args(args, namespace)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed = super().parse_args(args, namespace)
+        check_outputs(self, parsed)
+        return parsed
 
 
 # Options whose value names a file or folder that there has to be, or has to become.

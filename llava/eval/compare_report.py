@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llava.eval.arguments import Parser
+from llava.eval.common.outputs import DOCUMENT
 from llava.eval.common.tables import print_or_insert
 from llava.eval.reports.comparison_tables import describe
 from llava.utils import cli_main
@@ -19,7 +20,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description="Print the table of a comparison, or put it into a document.")
     parser.add_argument("result", help="compare.json, written by llava.eval.compare")
     parser.add_argument("--matrix", action="store_true", help="methods by budgets, mean accuracy only")
-    parser.add_argument("--insert", metavar="DOCUMENT", help="replace the text between the markers of this file")
+    parser.add_argument(
+        "--insert", type=DOCUMENT, metavar="DOCUMENT", help="replace the text between the markers of this file"
+    )
     parser.add_argument("--marker", default="comparison", help="name of the markers: <!-- NAME: begin -->, end")
     parser.add_argument(
         "--versus", nargs="+", metavar="LABEL",

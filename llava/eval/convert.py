@@ -108,9 +108,7 @@ def mmvet_answers(texts: Mapping[str, str]) -> dict[str, str]:
 
 def gqa_predictions(answers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """`questionId` and prediction for GQA's evaluator: trailing periods off, lower case, nothing else."""
-    return [
-        {"questionId": answer["question_id"], "prediction": to_prediction(answer["text"])} for answer in answers
-    ]
+    return [{"questionId": answer["question_id"], "prediction": to_prediction(answer["text"])} for answer in answers]
 
 
 def mmbench_sheet(

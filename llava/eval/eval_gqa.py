@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.eval.arguments import Parser
+from llava.eval.common.outputs import SCORES
 from llava.eval.jsonio import read_json, require_file, write_json
 from llava.eval.scoring import check_same_questions, join_answers, load_answers
 from llava.schema import FLAG, ID, SCALAR, TEXT, Fields, ListOf, MapOf, check, optional
@@ -104,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description="GQA accuracy of a LLaVA answer file or of converted predictions.")
     parser.add_argument("--annotation-file", required=True, help="testdev_balanced_questions.json")
     parser.add_argument("--result-file", required=True, help="answer file (.jsonl) or converted predictions (.json)")
-    parser.add_argument("--json", metavar="PATH", help="write the result as JSON (percent)")
+    parser.add_argument("--json", type=SCORES, metavar="PATH", help="write the result as JSON (percent)")
     args = parser.parse_args(argv)
     result = score_files(args.annotation_file, args.result_file)
     coverage, types = result.pop("coverage"), result.pop("types")

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llava.eval.arguments import Parser
+from llava.eval.common.outputs import SCORES
 from llava.eval.jsonio import write_json
 from llava.eval.mmbench_data import (
     OPTIONS,
@@ -66,9 +67,7 @@ def read_answer(answer: Mapping[str, Any], row: Mapping[str, str]) -> str | None
     return None if choice is None else str(letters[OPTIONS.index(choice)])
 
 
-def evaluate_mmbench(
-    rows: Mapping[int, Mapping[str, str]], answers: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
+def evaluate_mmbench(rows: Mapping[int, Mapping[str, str]], answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Accuracies in percent over the rows that have an `answer`; rows without a prediction count as wrong.
 
     rows: index -> row of the tsv; answers: `question_id` (the index), `text`, and from `--all-rounds` runs
@@ -215,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description="MMBench accuracy of a LLaVA answer file or an upload workbook.")
     parser.add_argument("--annotation-file", required=True, help="tsv with an answer column (dev split)")
     parser.add_argument("--result-file", required=True, help="answer file (.jsonl) or upload workbook (.xlsx)")
-    parser.add_argument("--json", metavar="PATH", help="write the result as JSON (percent)")
+    parser.add_argument("--json", type=SCORES, metavar="PATH", help="write the result as JSON (percent)")
     args = parser.parse_args(argv)
     result = score_files(args.annotation_file, args.result_file)
     print(f"Circular: {result['circular']:.2f}% ({result['questions']} questions)")

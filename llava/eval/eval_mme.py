@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava.eval.arguments import Parser
+from llava.eval.common.outputs import SCORES, OutputFolder, Text
 from llava.eval.jsonio import read_records, read_text, require_folder, write_json, write_text_atomic
 from llava.eval.scoring import QuestionIndex, join_answers, load_answers, warn
 from llava.schema import ID, TEXT, Fields
 from llava.utils import UserError, cli_main
+
+_TOOL_FILE = Text("input of the official tool", r"[^\t\n]+\t[^\t\n]*\t[^\t\n]*\t")
 
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
@@ -273,8 +276,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--annotation-dir", required=True, help="folder MME_Benchmark_release_version")
     parser.add_argument("--question-file", required=True, help="llava_mme.jsonl")
     parser.add_argument("--result-file", required=True, help="answer file (.jsonl)")
-    parser.add_argument("--tool-dir", metavar="FOLDER", help="write the official tool's input, one file per subtask")
-    parser.add_argument("--json", metavar="PATH", help="write the result as JSON")
+    parser.add_argument(
+        "--tool-dir",
+        type=OutputFolder({f"{name}.txt": _TOOL_FILE for name in (*PERCEPTION, *COGNITION)}),
+        metavar="FOLDER",
+        help="write the official tool's input, one file per subtask",
+    )
+    parser.add_argument("--json", type=SCORES, metavar="PATH", help="write the result as JSON")
     args = parser.parse_args(argv)
     result = score_files(args.annotation_dir, args.question_file, args.result_file)
     print_scores(result)

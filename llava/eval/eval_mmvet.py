@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llava.eval.arguments import Parser
+from llava.eval.common.outputs import SCORES
 from llava.eval.jsonio import read_json, write_json
 from llava.eval.scoring import Coverage, warn
 from llava.schema import TEXT, Fields, ListOf, MapOf, check, kind_of
@@ -106,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description="MM-Vet scores of a grade file.")
     parser.add_argument("--result-file", required=True, help="grades: {id: {'score': [...]}} or {id: score} (.json)")
     parser.add_argument("--annotation-file", required=True, help="mm-vet.json")
-    parser.add_argument("--json", metavar="PATH", help="write the result as JSON (percent)")
+    parser.add_argument("--json", type=SCORES, metavar="PATH", help="write the result as JSON (percent)")
     args = parser.parse_args(argv)
     result = score_files(args.result_file, args.annotation_file)
     coverage, counts, uneven = (result.pop(name) for name in ("coverage", "counts", "uneven"))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.eval.arguments import Parser
+from llava.eval.common.outputs import SCORES
 from llava.eval.jsonio import read_records, require_folder, write_json
 from llava.eval.scoring import asks, check_same_questions, join_answers, load_answers
 from llava.schema import ID, SCALAR, TEXT, Fields, optional
@@ -182,7 +183,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--annotation-dir", required=True, help="folder with coco_pope_*.json")
     parser.add_argument("--question-file", required=True, help="llava_pope_test.jsonl")
     parser.add_argument("--result-file", required=True, help="answer file (.jsonl)")
-    parser.add_argument("--json", metavar="PATH", help="write the result as JSON (F1 and other ratios 0 to 1)")
+    parser.add_argument(
+        "--json", type=SCORES, metavar="PATH", help="write the result as JSON (F1 and other ratios 0 to 1)"
+    )
     args = parser.parse_args(argv)
     result = score_files(args.annotation_dir, args.question_file, args.result_file)
     for category, s in result["categories"].items():

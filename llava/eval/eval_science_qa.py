@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.eval.arguments import Parser
+from llava.eval.common.outputs import SCORES, JsonObject
 from llava.eval.jsonio import read_json, require_folder, write_json, write_text_atomic
 from llava.eval.scoring import Coverage, check_same_questions, join_answers, load_answers, warn
 from llava.schema import ID, TEXT, Fields, ListOf, check, kind_of, optional
@@ -184,11 +185,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description="ScienceQA accuracy of a LLaVA answer file.")
     parser.add_argument("--base-dir", required=True, help="folder with problems.json and pid_splits.json")
     parser.add_argument("--result-file", required=True, help="answer file (.jsonl)")
-    parser.add_argument("--output-file", help="write every problem, sorted into correct and incorrect, as JSON")
-    parser.add_argument("--output-result", help="write the summary with every prediction as JSON")
+    parser.add_argument(
+        "--output-file",
+        type=JsonObject("graded problems", ("correct", "incorrect")),
+        help="write every problem, sorted into correct and incorrect, as JSON",
+    )
+    parser.add_argument(
+        "--output-result",
+        type=JsonObject("a summary of predictions", ("acc", "results", "outputs")),
+        help="write the summary with every prediction as JSON",
+    )
     parser.add_argument("--split", default="test", help="split of pid_splits.json")
     parser.add_argument("--options", type=list, default=list(OPTIONS), help="option letters, written as one word")
-    parser.add_argument("--json", metavar="PATH", help="write the scores as JSON (percent)")
+    parser.add_argument("--json", type=SCORES, metavar="PATH", help="write the scores as JSON (percent)")
     args = parser.parse_args(argv)
     result = score_files(args.base_dir, args.result_file, args.split, args.options)
     print(

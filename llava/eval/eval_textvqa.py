@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.eval.arguments import Parser
+from llava.eval.common.outputs import SCORES
 from llava.eval.jsonio import read_json, require_folder, write_json
 from llava.eval.scoring import QuestionIndex, join_answers, load_answers
 from llava.eval.vqa_text import soft_accuracy
@@ -86,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--annotation-file", required=True, help="TextVQA_0.5.1_val.json")
     parser.add_argument("--result-file", help="answer file (.jsonl)")
     parser.add_argument("--result-dir", help="score every .jsonl of this folder")
-    parser.add_argument("--json", metavar="PATH", help="write the result of --result-file as JSON")
+    parser.add_argument("--json", type=SCORES, metavar="PATH", help="write the result of --result-file as JSON")
     args = parser.parse_args(argv)
     if bool(args.result_file) == bool(args.result_dir):
         raise UserError("give either --result-file or --result-dir")

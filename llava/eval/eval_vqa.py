@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.eval.arguments import Parser
+from llava.eval.common.outputs import SCORES
 from llava.eval.jsonio import read_json, read_records, require_file, write_json
 from llava.eval.scoring import join_answers, load_answers
 from llava.eval.vqa_text import soft_accuracy
@@ -105,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--annotation-file", required=True, help="VQAv2 or VizWiz annotations with answers (.json)")
     parser.add_argument("--result-file", required=True, help="answer file (.jsonl) or upload file (.json)")
     parser.add_argument("--question-file", help="VizWiz: llava_test.jsonl, which names the image of each question")
-    parser.add_argument("--json", metavar="PATH", help="write the result as JSON (percent)")
+    parser.add_argument("--json", type=SCORES, metavar="PATH", help="write the result as JSON (percent)")
     args = parser.parse_args(argv)
     result = score_files(args.annotation_file, args.result_file, args.question_file)
     coverage, types = result.pop("coverage"), result.pop("types")

@@ -49,8 +49,7 @@ class FileLock:
             if time.monotonic() >= deadline:
                 holder = self._holder()
                 raise UserError(
-                    f"{what} {path} is being written by another run{holder}; "
-                    "wait for it or give another --answers-file"
+                    f"{what} {path} is being written by another run{holder}; wait for it or give another --answers-file"
                 )
             time.sleep(0.05)
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from llava.eval.answers import FAILED, TOKENS, TokenTotals, first_difference, question_hashes, run_options
 from llava.eval.arguments import Parser
+from llava.eval.common.outputs import ANSWERS
 from llava.eval.jsonio import iter_jsonl, require_file, require_keys, write_json, write_lines_atomic
 from llava.eval.locking import FileLock
 from llava.eval.questions import Question, read_questions
@@ -45,7 +46,7 @@ def build_parser() -> Parser:
         prog="python -m llava.eval.merge_answers",
         description="Merge the answers of parts of one run, in question order.",
     )
-    parser.add_argument("--answers-file", required=True, help="the merged file")
+    parser.add_argument("--answers-file", type=ANSWERS, required=True, help="the merged file")
     parser.add_argument("--question-file", required=True, help="the questions of the whole run")
     parser.add_argument("--allow-missing", action="store_true", help="merge although questions have no answer")
     parser.add_argument("parts", nargs="+", metavar="PART", help="answer file of a part")

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from llava.eval.answering import ZERO, add_padding_argument, add_running_arguments, run_questions
 from llava.eval.arguments import Parser, add_generation_arguments, add_model_arguments, add_pruning_arguments
+from llava.eval.common.outputs import ANSWERS
 from llava.eval.questions import chunk, read_questions
 from llava.utils import UserError, cli_main
 
@@ -27,7 +28,7 @@ def build_parser(padding_attention: str = ZERO) -> argparse.ArgumentParser:
     data = parser.add_argument_group("data")
     data.add_argument("--image-folder", default="", help="folder that the image names are relative to")
     data.add_argument("--question-file", default="tables/question.jsonl", help="one JSON object per line")
-    data.add_argument("--answers-file", default="answer.jsonl", help="written line by line")
+    data.add_argument("--answers-file", type=ANSWERS, default="answer.jsonl", help="written line by line")
     data.add_argument("--num-chunks", type=int, default=1, help="parts the question file is cut into")
     data.add_argument("--chunk-idx", type=int, default=0, help="the part to answer, from 0")
     data.add_argument("--limit", type=int, default=None, help="only the first LIMIT questions; default: all")

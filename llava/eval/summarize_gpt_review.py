@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.eval.arguments import Parser
+from llava.eval.common.outputs import JsonObject
 from llava.eval.jsonio import iter_jsonl, require_folder, write_json
 from llava.eval.scoring import shorten, warn
 from llava.schema import NUMBER, ListOf
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "-i", "--ignore", nargs="*", default=[], metavar="ID", help="question ids to leave out",
     )  # fmt: skip
-    parser.add_argument("--json", metavar="PATH", help="write the summary of a single file as JSON (percent)")
+    parser.add_argument("--json", type=JsonObject("a summary of reviews", ("reviews", "failed")), metavar="PATH", help="write the summary of a single file as JSON (percent)")
     args = parser.parse_args(argv)
     if args.dir and args.files:
         folder = require_folder(args.dir, "review folder")

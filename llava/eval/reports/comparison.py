@@ -17,6 +17,7 @@ from typing import Any
 from llava.eval.answering import load_model, max_visual_tokens
 from llava.eval.arguments import GenerationOptions, Parser, add_model_arguments, check_budget, check_range
 from llava.eval.benchmarks import COMPARED, Asked, spread
+from llava.eval.common.outputs import PICTURE, TABLE_MARKDOWN, JsonObject, OutputFolder, Text
 from llava.eval.evaluation import INCOMPLETE_STATUS
 from llava.eval.interrupts import Interrupts
 from llava.eval.jsonio import read_json, require_folder, write_json, write_text_atomic
@@ -29,6 +30,17 @@ from llava.eval.reports.results import collect, credits_csv, make_rows
 from llava.eval.reports.settings import Setting, Variant, ablation_variants, make_settings, read_variants
 from llava.eval.run_metadata import checkpoint_fingerprint
 from llava.utils import UserError
+
+OUTPUT = OutputFolder(
+    {
+        "run.json": JsonObject("the description of a comparison", ("model", "torch")),
+        "compare.json": JsonObject("a comparison", ("run", "benchmarks", "rows")),
+        "compare.md": TABLE_MARKDOWN,
+        "compare.csv": Text("the figures of a comparison", "variant,group,budget,method,"),
+        "compare.credits.csv": Text("the credits of a comparison", "benchmark,question_id,"),
+        "compare.png": PICTURE,
+    }
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--image-folder", default=None, help="images of --question-file")
     group.add_argument("--limit", type=int, default=0, help="questions per benchmark, spread over it; 0: all of them")
     group = parser.add_argument_group("running")
-    group.add_argument("--output-dir", default=str(RESULTS / "compare"), help="answers, table, plot")
+    group.add_argument("--output-dir", type=OUTPUT, default=str(RESULTS / "compare"), help="answers, table, plot")
     group.add_argument("--conv-mode", default="vicuna_v1", help="name of the conversation template")
     group.add_argument("--max-new-tokens", type=int, default=16, help="tokens per answer at most")
     group.add_argument("--batch-size", type=int, default=8, help="questions per forward pass")

@@ -18,6 +18,7 @@ from typing import Any
 from llava.eval.answering import load_model, max_visual_tokens
 from llava.eval.arguments import DTYPE_HELP, DTYPES, GenerationOptions, Parser, check_budget
 from llava.eval.benchmarks import BENCHMARKS, spread
+from llava.eval.common.outputs import PICTURE, TABLE_MARKDOWN, JsonObject, OutputFolder
 from llava.eval.common.tables import markdown_table as pipe_table
 from llava.eval.jsonio import read_json, require_folder, write_json, write_text_atomic
 from llava.eval.questions import read_questions
@@ -28,6 +29,15 @@ from llava.eval.reports.settings import Variant, make_settings
 from llava.schema import NUMBER, SCALAR, TEXT, Fields, ListOf, MapOf, check
 from llava.utils import UserError
 
+OUTPUT = OutputFolder(
+    {
+        "demo.json": JsonObject("a result of the demo", ("run", "benchmarks", "rows")),
+        "demo.md": TABLE_MARKDOWN,
+        "survivors.png": PICTURE,
+        "retention.png": PICTURE,
+    }
+)
+
 MARKER = "demo table"
 _COSTS = ("tokens_nominal", "tokens_processed", "flops_ratio")
 
@@ -37,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description="Dense and AutoPrune on the miniature benchmarks: one table, two pictures.")
     parser.add_argument("--model-path", default=str(TINY / "models" / "tiny-llava-v1.5"), help="checkpoint folder")
     parser.add_argument("--data-dir", default=str(TINY / "data" / "eval"), help="benchmark data, upstream's layout")
-    parser.add_argument("--output-dir", default=str(RESULTS / "demo"), help="where the results go")
+    parser.add_argument("--output-dir", type=OUTPUT, default=str(RESULTS / "demo"), help="where the results go")
     parser.add_argument("--method", default="autoprune", help="pruning method that is compared with dense")
     parser.add_argument("--budgets", default=",".join(map(str, DEFAULT_BUDGETS)), help="target tokens, by commas")
     parser.add_argument("--limit", type=int, default=0, help="questions per benchmark, spread over it; 0: all of them")

@@ -270,9 +270,7 @@ def _prompt_length(answerer: Answerer, question: Question) -> int:
         return 0
 
 
-def _answers(
-    answerer: Answerer, encodings: Encodings, batch: Sequence[Sample], run: Any, skip: Skip
-) -> list[Answered]:
+def _answers(answerer: Answerer, encodings: Encodings, batch: Sequence[Sample], run: Any, skip: Skip) -> list[Answered]:
     try:
         return answerer.generate(encodings.of(batch, run), run)
     except SampleError as error:  # one of them does not fit the model

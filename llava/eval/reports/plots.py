@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from llava.eval.jsonio import replacing
 from llava.utils import UserError
 
 DPI = 130
@@ -29,6 +30,6 @@ def pyplot() -> Any:
 
 def save(plot: Any, figure: Any, path: Path) -> None:
     """Writes a picture and frees it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI, facecolor="white")
+    with replacing(path) as file:
+        figure.savefig(file, dpi=DPI, facecolor="white", format=path.suffix.lstrip(".").lower() or None)
     plot.close(figure)

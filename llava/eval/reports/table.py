@@ -10,6 +10,7 @@ from typing import Any
 from llava.eval.arguments import DEFAULT_METHOD, Parser, parse_count
 from llava.eval.catalog import ENTRIES, get_entry
 from llava.eval.check_data import DEFAULT_DATA_DIR
+from llava.eval.common.outputs import DOCUMENT, TABLE_MARKDOWN, JsonObject, Text
 from llava.eval.common.tables import print_or_insert
 from llava.eval.jsonio import write_json, write_text_atomic
 from llava.eval.reports import demo, paper_tables
@@ -21,7 +22,9 @@ def build_parser() -> Parser:
     """All flags of the tool."""
     parser = Parser(prog="python -m llava.eval.table", description="Tables of finished runs, or of a demo result.")
     parser.add_argument("result", nargs="?", help="demo.json of llava.eval.demo; without: finished runs")
-    parser.add_argument("--insert", metavar="DOCUMENT", help="demo: replace the text between the markers of this file")
+    parser.add_argument(
+        "--insert", type=DOCUMENT, metavar="DOCUMENT", help="demo: replace the text between the markers of this file"
+    )
     runs = parser.add_argument_group("finished runs")
     runs.add_argument("--table", choices=tuple(paper_tables.TABLES), help="table of the paper: 7B, 13B, 1.6-7B")
     runs.add_argument("--checkpoint", help="name of the checkpoint; default: that of --table")
@@ -31,9 +34,19 @@ def build_parser() -> Parser:
     runs.add_argument("--methods", help="names by commas; default: autoprune for --table, else all that have runs")
     runs.add_argument("--budgets", help="numbers by commas; default: those of --table, else all that have runs")
     runs.add_argument("--limit", type=int, help="runs were limited to that many questions and are whole with them")
-    runs.add_argument("--csv", metavar="PATH", help="write the table as CSV")
-    runs.add_argument("--json", metavar="PATH", help="write the table as JSON")
-    runs.add_argument("--markdown", metavar="PATH", help="write the table as markdown")
+    runs.add_argument(
+        "--csv",
+        type=Text("a table of runs as CSV", "checkpoint,method,tokens,source,"),
+        metavar="PATH",
+        help="write the table as CSV",
+    )
+    runs.add_argument(
+        "--json",
+        type=JsonObject("a table of runs", ("table", "columns", "rows")),
+        metavar="PATH",
+        help="write the table as JSON",
+    )
+    runs.add_argument("--markdown", type=TABLE_MARKDOWN, metavar="PATH", help="write the table as markdown")
     runs.add_argument("--missing", action="store_true", help="only list what has to run: script, budget, method")
     return parser
 

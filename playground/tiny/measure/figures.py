@@ -10,7 +10,6 @@ answers who knows the training questions but not the picture.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import re
@@ -21,7 +20,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from llava.eval import convert, eval_mmbench, eval_mmvet, eval_science_qa, eval_vqa
+from llava.eval.arguments import Parser
 from llava.eval.benchmarks import BENCHMARKS as SCORERS
+from llava.eval.common.outputs import JsonObject
 from llava.eval.jsonio import read_json, write_json
 from llava.utils import UserError, cli_main
 from playground.tiny.build.benchmarks import ARENA, BUILDERS, DATA, DATA_WIDE, build_all, build_wide
@@ -34,6 +35,7 @@ from playground.tiny.world import chinese, formats, questions
 from playground.tiny.world.questions import NUMBERS, Question
 from playground.tiny.world.scenes import COLORS, SHAPES, WORDS, sample_scene
 
+FIGURES = JsonObject("figures of a checkpoint", values=dict)
 NAMES = (*chinese.COLOR.values(), *chinese.SHAPE.values(), *COLORS, *SHAPES, *WORDS, *NUMBERS)
 NEW = tuple(name for name in BUILDERS if name not in ARENA)
 WIDE = ("textvqa", "gqa")
@@ -171,7 +173,7 @@ def model_answers(name: str, model: Path, out: Path, data: Path = DATA, flags: S
 
 @cli_main
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--model-path", type=Path, default=text.CHECKPOINT, help="checkpoint (%(default)s)")
     parser.add_argument("--wide", action="store_true", help="the data of large pictures: data/eval_wide")
     parser.add_argument(
@@ -179,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--merge", choices=("spatial", "spatial_unpad"), help="merge type of a 1.6 checkpoint")
     parser.add_argument(
-        "--output", type=Path, help="JSON that gets the figures (default: figures.json of the checkpoint)"
+        "--output", type=FIGURES, help="JSON that gets the figures (default: figures.json of the checkpoint)"
     )
     parser.add_argument("--limit", type=int, help="only the first questions of every benchmark")
     args = parser.parse_args(argv)
@@ -193,7 +195,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     ensure()
     build = build_wide() if args.wide else build_all(tuple(names))
     label = f"{data.name}, {args.merge}" if args.merge else data.name
-    target = args.output or args.model_path / "figures.json"
+    target = Path(args.output or args.model_path / "figures.json")
+    FIGURES.check(target)
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             items = [item for item in build.items if item.benchmark == name][: args.limit]

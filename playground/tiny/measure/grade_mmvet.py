@@ -10,15 +10,17 @@ whose words it holds; of several `<OR>` alternatives the best counts. Do not use
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from llava.eval.arguments import Parser
+from llava.eval.common.outputs import JsonObject
 from llava.eval.jsonio import read_json, write_json
 from llava.utils import UserError, cli_main
 
 GRADER = "rule"
+GRADES = JsonObject("grades of MM-Vet", of=("model", "content", "score"))
 
 
 def words(text: str) -> list[str]:
@@ -54,11 +56,13 @@ def grade_all(annotations: dict[str, dict], answers: dict[str, str]) -> dict[str
 
 @cli_main
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--annotation-file", required=True, help="mm-vet.json of the miniature")
     parser.add_argument("--result-file", required=True, help="answers as scripts/convert_mmvet_for_eval.py writes them")
     parser.add_argument(
-        "--output-file", help="grade file; default: beside the answers, with _rule-grade-1runs behind the name"
+        "--output-file",
+        type=GRADES,
+        help="grade file; default: beside the answers, with _rule-grade-1runs behind the name",
     )
     args = parser.parse_args(argv)
     annotations = read_json(args.annotation_file, "annotation file")
@@ -76,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{args.result_file}: no answer belongs to a question of {args.annotation_file}")
     source = Path(args.result_file)
     target = Path(args.output_file) if args.output_file else source.with_name(f"{source.stem}_rule-grade-1runs.json")
+    GRADES.check(target)
     write_json(target, grades)
     print(f"graded {len(grades)} of {len(annotations)} answers by rule (not by GPT-4): {target}")
 
