@@ -42,10 +42,11 @@ def check_path(text: str) -> str:
 class Kind:
     """A kind of file that an option writes.
 
-    name: with its article, for messages; streams: whether `STREAMS` are taken.
+    name: with its article, for messages; what: the short name of the file; streams: whether `STREAMS` are taken.
     """
 
     name: str
+    what: str = field(default="file", kw_only=True)
     streams: bool = field(default=True, kw_only=True)
 
     def __call__(self, text: str) -> str:
@@ -76,10 +77,10 @@ class Kind:
         try:
             status = os.stat(path)
         except FileNotFoundError:
-            _require_place(Path(path), where)
+            _require_place(Path(path), f"{self.what} {path}")
             return
         except OSError as error:
-            raise UserError(f"{where}: {error.strerror or error}") from None
+            raise UserError(f"cannot write {self.what} {path}: {error.strerror or error}") from None
         require_plain(status, where)
         if not status.st_size:
             return
@@ -253,8 +254,12 @@ class Workbook(Kind):
 
 
 METADATA = JsonObject("the metadata of a run", ("format", "options"))
-ANSWERS = Answers("a file of answers", ("question_id", "prompt", "text"), ("tokens_out",), streams=False)
-TRACES = Traces("a file of traces", ("question_id", "prompt", "tokens_out"), ("text",), streams=False)
+ANSWERS = Answers(
+    "a file of answers", ("question_id", "prompt", "text"), ("tokens_out",), what="answers file", streams=False
+)
+TRACES = Traces(
+    "a file of traces", ("question_id", "prompt", "tokens_out"), ("text",), what="trace file", streams=False
+)
 SCORES = JsonObject("a file of scores", ("expected", "missing"))
 DOCUMENT = Document("a document")
 PICTURE = Picture("a picture drawn by this tool", streams=False)
