@@ -52,7 +52,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_method_arguments(parser)
     parser.set_defaults(budgets="64")
     parser.add_argument("--top", type=int, default=10, help="operators by self time, pruned minus floor")
-    parser.add_argument("--trace", type=CHROME_TRACE, default=None, help="write the last round as a chrome trace into this file")
+    parser.add_argument(
+        "--trace", type=CHROME_TRACE, default=None, help="write the last round as a chrome trace into this file"
+    )
     return parser
 
 

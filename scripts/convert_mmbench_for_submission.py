@@ -24,7 +24,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(description="MMBench answers as the server takes them.")
     parser.add_argument("--annotation-file", required=True, help="the tsv that was answered")
     parser.add_argument("--result-dir", required=True, help="folder with EXPERIMENT.jsonl")
-    parser.add_argument("--upload-dir", type=OutputFolder({"{experiment}.xlsx": WORKBOOK}), required=True, help="folder for EXPERIMENT.xlsx")
+    parser.add_argument(
+        "--upload-dir",
+        type=OutputFolder({"{experiment}.xlsx": WORKBOOK}),
+        required=True,
+        help="folder for EXPERIMENT.xlsx",
+    )
     parser.add_argument("--experiment", required=True, help="name of the run")
     args = parser.parse_args(argv)
     source = Path(args.result_dir) / f"{args.experiment}.jsonl"

@@ -48,7 +48,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--prompt-format", "--prompt_format", default="QCM-LEPA",
         help="parts of question and answer; CQM-A-lettered: the layout of LLaVA's evaluation file",
     )  # fmt: skip
-    parser.add_argument("--output-file", type=_Converted("conversations or instructions"), help="written; default: BASE_DIR/llava_SPLIT_FORMAT.json")
+    parser.add_argument(
+        "--output-file",
+        type=_Converted("conversations or instructions"),
+        help="written; default: BASE_DIR/llava_SPLIT_FORMAT.json",
+    )
     args = parser.parse_args(argv)
     check_format(args.prompt_format)
     as_lines = args.command == "convert_to_jsonl"

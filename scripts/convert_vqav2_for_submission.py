@@ -38,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--src", help="answers, below DIR")
     parser.add_argument("--dst", help="written, below DIR")
     parser.add_argument("--result-file", help="answers; default: DIR/answers/SPLIT/CKPT/merge.jsonl")
-    parser.add_argument("--result-upload-file", type=UPLOAD, help="written; default: DIR/answers_upload/SPLIT/CKPT.json")
+    parser.add_argument(
+        "--result-upload-file", type=UPLOAD, help="written; default: DIR/answers_upload/SPLIT/CKPT.json"
+    )
     args = parser.parse_args(argv)
     if (args.src and args.result_file) or (args.dst and args.result_upload_file):
         raise UserError("give --src or --result-file, and --dst or --result-upload-file, not both")

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import shortuuid
 
+from llava.eval.common.outputs import ANSWERS
 from llava.eval.jsonio import require_keys
 from llava.eval.questions import Question, Selected
-from llava.eval.records import RecordFile, key_hash, match
+from llava.eval.records import RecordFile, doubled, key_hash, match
 from llava.schema import NUMBER, Fields, at_least, check
 from llava.utils import UserError
 
@@ -87,6 +88,7 @@ class AnswerFile:
     Attributes:
         totals: tokens over all answers, those found included.
         failed: answers that are marked as failed, those found included.
+        doubles: answers found that repeat a question, known after `pending`; `finish` removes them.
         appended: answers written by this process.
     """
 
@@ -105,9 +107,10 @@ class AnswerFile:
         self.resume = resume
         self.totals = TokenTotals()
         self.failed = 0
+        self.doubles = 0
         self.appended = 0
         self._found = array("Q")
-        self._file = RecordFile(path, "answers file")
+        self._file = RecordFile(path, "answers file", ANSWERS)
         try:
             if resume:
                 self._read_existing()
@@ -149,11 +152,28 @@ class AnswerFile:
         return self._found
 
     def pending(self, questions: Sequence[Question]) -> Sequence[Question]:
-        """The questions that have no answer yet."""
-        places = match(question_hashes(questions), self._found)
+        """The questions that have no answer yet. Of several answers to one the last counts, as for the scorers."""
+        asked = question_hashes(questions)
+        extra = doubled(asked, self._found)
+        if extra.any():
+            self._leave_out(extra)
+        places = match(asked, self._found)
         todo = np.ones(len(questions), dtype=bool)
         todo[places[places >= 0]] = False
         return Selected(questions, np.flatnonzero(todo))
+
+    def _leave_out(self, extra: np.ndarray) -> None:
+        self.doubles += int(extra.sum())
+        self.totals, self.failed, kept = TokenTotals(), 0, array("Q")
+        for (where, record), number, drop in zip(self._file.existing(), self._found, extra, strict=True):
+            if not drop:
+                kept.append(number)
+                self._count(record["metadata"], where)
+        self._found = kept
+
+    def others(self, questions: Sequence[Question]) -> int:
+        """How many of the answers that were there belong to none of the questions."""
+        return int((match(question_hashes(questions), self._found) < 0).sum())
 
     def open(self) -> None:
         """Starts writing."""
@@ -190,8 +210,8 @@ class AnswerFile:
         self._count(metadata)
 
     def finish(self, questions: Sequence[Question] = ()) -> None:
-        """Stops writing. With `questions`, brings the lines into their order; answers to none of them stay behind."""
-        self._file.finish(question_hashes(questions) if len(questions) else None)
+        """Stops writing. With `questions`, brings the lines into their order, one for each; others stay behind."""
+        self._file.finish(question_hashes(questions) if len(questions) else None, drop_repeats=True)
 
     def close(self, questions: Sequence[Question] = ()) -> None:
         """`finish`, then lets other processes at the file."""

@@ -17,9 +17,9 @@ from llava.eval.answers import AnswerFile
 from llava.eval.interrupts import Interrupts
 from llava.eval.progress import Progress
 from llava.eval.questions import Question, Selected
-from llava.eval.run_metadata import RunMetadata, describe_run, read_metadata
+from llava.eval.run_metadata import RunMetadata, describe_run, make_room, read_metadata
 from llava.eval.traces import TraceFile
-from llava.utils import INCOMPLETE_STATUS, visible
+from llava.utils import INCOMPLETE_STATUS, UserError, visible
 
 METADATA_INTERVAL = 30.0  # seconds between updates of the metadata while a run lasts
 
@@ -54,17 +54,28 @@ class Evaluation:
         self._batch_size: Any = None
         self.answers = AnswerFile(args.answers_file, model_id, options, args.resume)
         try:
+            make_room(args.answers_file)
             earlier = read_metadata(args.answers_file) if self.answers.has_answers else None
             self.metadata = RunMetadata(
                 args.answers_file, {**describe_run(args, model_id, options, len(questions)), **(extra or {})}
             )
             self.metadata.continue_from(earlier)
             self.pending = self.answers.pending(questions)
+            if getattr(args, "num_chunks", 1) > 1 and (others := self.answers.others(questions)):
+                raise UserError(other_chunk(args.answers_file, others))
+            if self.answers.doubles:
+                print(
+                    f"warning: {args.answers_file}: {self.answers.doubles} answers repeat a question; "
+                    "the last one of each is kept",
+                    file=sys.stderr,
+                )
             self.traces = TraceFile(args.trace_file, args.resume, args.trace_kept)
         except BaseException:
             self.answers.close()
             raise
-        self._needs_metadata = bool(self.pending or extra) or earlier is None or not earlier.get("complete")
+        self._needs_metadata = (
+            bool(self.pending or extra or self.answers.doubles) or earlier is None or not earlier.get("complete")
+        )
         self.done = len(questions) - len(self.pending)
         if self.done and not args.quiet:
             print(f"{self.done} of {len(questions)} questions are already answered", file=sys.stderr)
@@ -190,6 +201,14 @@ class Evaluation:
         if not self.args.quiet:
             print("\n".join(lines), file=sys.stderr)
         return INCOMPLETE_STATUS if self.skipped or self.answers.failed else 0
+
+
+def other_chunk(answers_file: Any, others: int) -> str:
+    """Why a chunk is refused."""
+    return (
+        f"--answers-file {answers_file}: holds {others} answers to questions of another chunk; give each chunk a file "
+        "of its own and put them together with llava.eval.merge_answers"
+    )
 
 
 def token_summary(trace: Any) -> dict[str, Any]:

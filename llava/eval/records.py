@@ -13,13 +13,16 @@ import os
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from llava.eval.jsonio import iter_jsonl, write_lines_atomic
+from llava.eval.common.outputs import Kind, require_plain
+from llava.eval.jsonio import iter_jsonl, replacing, write_lines_atomic
 from llava.eval.locking import FileLock
 from llava.utils import UserError
+
+_PIECE = 1 << 16
 
 
 def key_hash(identity: Any, prompt: str) -> int:
@@ -55,6 +58,17 @@ def match(questions: Iterable[int], records: Iterable[int]) -> np.ndarray:
     return places
 
 
+def doubled(questions: Iterable[int], records: Iterable[int]) -> np.ndarray:
+    """Which records repeat a question that has its record later on: bool `[records]`. The last one counts."""
+    asked, found = _as_hashes(questions), _as_hashes(records)
+    if not len(asked) or not len(found):
+        return np.zeros(len(found), dtype=bool)
+    keys, counts = np.unique(asked, return_counts=True)
+    group = np.minimum(np.searchsorted(keys, found), len(keys) - 1)
+    later = _occurrences(found[::-1])[::-1]
+    return (keys[group] == found) & (later >= counts[group])
+
+
 def _occurrences(values: np.ndarray) -> np.ndarray:
     """How often each value stood before, by position."""
     order = np.argsort(values, kind="stable")
@@ -68,13 +82,16 @@ class RecordFile:
     """Lines of one run. Use: construct (checks and locks), `existing`, `open`, `append` ..., `close`.
 
     Constructing proves that the file can be written, before any model is loaded, and keeps other processes off it until
-    `close`; it changes nothing. `open` cuts off a torn last line or, with `keep=False`, starts an empty file.
+    `close`; it changes nothing. `open` cuts off a torn last line or, with `keep=False`, starts an empty file; it
+    refuses to do so to a file of another kind.
     """
 
-    def __init__(self, path: str | Path, what: str) -> None:
+    def __init__(self, path: str | Path, what: str, kind: Kind | None = None) -> None:
         self.path = Path(path)
         self.what = what
+        self._kind = kind
         self._descriptor: int | None = None
+        self._torn = False
         self._check_writable()
         try:
             self.lock = FileLock(self.path, what)
@@ -82,6 +99,7 @@ class RecordFile:
             raise self._cannot_write(error) from None
         # Bytes of the file that are whole lines; what is behind them was torn by a kill or a full disk.
         self._size = whole_lines(self.path)
+        self._lines = count_lines(self.path, self._size)
 
     @property
     def size(self) -> int:
@@ -94,13 +112,16 @@ class RecordFile:
     def _check_writable(self) -> None:
         if self.path.is_dir():
             raise UserError(f"{self.what} is a folder: {self.path}")
+        real = Path(os.path.realpath(self.path))
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            existed = self.path.exists()
-            with open(self.path, "ab"):
+            real.parent.mkdir(parents=True, exist_ok=True)
+            existed = real.exists()
+            if existed:  # opening a pipe would wait for its reader
+                require_plain(os.stat(real), f"{self.what} {self.path}")
+            with open(real, "ab"):
                 pass
             if not existed:
-                self.path.unlink()
+                real.unlink()
         except OSError as error:
             raise self._cannot_write(error) from None
 
@@ -113,46 +134,92 @@ class RecordFile:
     def open(self, keep: bool) -> None:
         """Starts writing."""
         if not keep:
-            self._size = 0
+            self._size = self._lines = 0
+        if self._kind is not None and self.path.exists() and self.path.stat().st_size > self._size:
+            self._kind.check(self.path)
         try:
-            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             os.ftruncate(self._descriptor, self._size)
         except OSError as error:
             raise self._cannot_write(error) from None
+        if not self.lock.hold_file():
+            raise UserError(f"{self.what} {self.path} is being written by another run; wait for it")
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Writes one line through to the system, so that a killed run loses at most the line being written.
 
         Raises:
-            UserError: the line could not be written whole (disk full); the lines before it stay.
+            UserError: the line could not be written whole (disk full), or another program has changed the file; the
+                lines before it stay.
         """
         assert self._descriptor is not None, "open() comes first"
+        status = os.fstat(self._descriptor)
+        if status.st_size != self._size or (status.st_nlink == 0 and self._removed()):
+            raise self._changed()
         data = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
         view = memoryview(data)
         try:
             while view:
                 view = view[os.write(self._descriptor, view) :]
         except OSError as error:
+            self._torn = True
             with contextlib.suppress(OSError):
                 os.ftruncate(self._descriptor, self._size)
             remedy = "; the lines before are kept: make room and run the same command again"
             raise self._cannot_write(error, remedy) from None
         self._size += len(data)
+        self._lines += 1
+
+    def _removed(self) -> bool:
+        """Whether the name is gone or another file's; a file that was removed gets its lines back."""
+        current = os.stat(self.path) if self.path.exists() else None
+        if current is None:
+            with contextlib.suppress(UserError), replacing(self.path) as file:
+                os.lseek(self._descriptor, 0, os.SEEK_SET)
+                while piece := os.read(self._descriptor, 1 << 20):
+                    file.write(piece)
+            return True
+        return current.st_ino != os.fstat(self._descriptor).st_ino
+
+    def _changed(self) -> UserError:
+        found = "no file" if not self.path.exists() else f"{count_lines(self.path)} lines"
+        return UserError(
+            f"{self.what} {self.path} was changed by another program during the run: {self._lines} lines were written, "
+            f"now there are {found}; nothing of it is overwritten. Look at the file, then run the same command again"
+        )
 
     def finish(self, order: Iterable[int] | None = None, drop_repeats: bool = False) -> None:
         """Stops writing and brings the lines into the `order` (key hashes of the questions); the lock stays.
 
         Lines that belong to no question stay behind the others, and so do further lines of a question, unless
-        `drop_repeats`.
+        `drop_repeats`: then the last one stays.
+
+        Raises:
+            UserError: another program has changed the file since `open`, or it cannot be written.
         """
+        if order is not None and self._descriptor is None and self.path.exists():
+            if self.path.stat().st_size > self._size:
+                self.open(keep=True)  # nothing was missing but a torn line
         if self._descriptor is not None:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._descriptor, self._size)
-                os.fsync(self._descriptor)
-            os.close(self._descriptor)
-            self._descriptor = None
+            try:
+                self._check_unchanged()
+                with contextlib.suppress(OSError):
+                    os.fsync(self._descriptor)
+            finally:
+                os.close(self._descriptor)
+                self._descriptor = None
         if order is not None and self._size:
             self._arrange(order, drop_repeats)
+
+    def _check_unchanged(self) -> None:
+        status = os.fstat(self._descriptor)
+        if self._torn and status.st_size > self._size:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, self._size)
+            return
+        removed = status.st_nlink == 0 and self._removed()
+        if removed or status.st_size != self._size or not self.path.exists() or count_lines(self.path) != self._lines:
+            raise self._changed()
 
     def close(self, order: Iterable[int] | None = None, drop_repeats: bool = False) -> None:
         """`finish`, then lets other processes at the file."""
@@ -164,12 +231,11 @@ class RecordFile:
     def _arrange(self, order: Iterable[int], drop_repeats: bool) -> None:
         found, starts = read_hashes(self.path)
         asked = _as_hashes(order)
-        places = match(asked, found)
-        others = places < 0
-        sequence = np.argsort(np.where(others, np.iinfo(np.int64).max, places), kind="stable")
-        if drop_repeats:
-            repeats = others & np.isin(found, asked)
-            sequence = sequence[~repeats[sequence]]
+        kept = ~doubled(asked, found) if drop_repeats else np.ones(len(found), dtype=bool)
+        places = np.full(len(found), -1, dtype=np.int64)
+        places[kept] = match(asked, found[kept])
+        sequence = np.argsort(np.where(places < 0, np.iinfo(np.int64).max, places), kind="stable")
+        sequence = sequence[kept[sequence]]
         if not np.array_equal(sequence, np.arange(len(found))):
             self._rewrite(starts[sequence])
 
@@ -210,16 +276,51 @@ def _line_hash(raw: bytes) -> int:
 
 
 def whole_lines(path: Path) -> int:
-    """Size in bytes of the file up to its last line break; 0 if there is no file."""
+    """Size in bytes of the file up to the end of its last whole line; 0 if there is no file.
+
+    A line that holds NUL bytes is not whole: a power cut can leave them where the last lines should be.
+    """
     if not path.exists():
         return 0
     with open(path, "rb") as file:
-        end = file.seek(0, os.SEEK_END)
+        end = _last_break(file, file.seek(0, os.SEEK_END))
         while end > 0:
-            start = max(end - 65536, 0)
+            start = _last_break(file, end - 1)
             file.seek(start)
-            position = file.read(end - start).rfind(b"\n")
-            if position >= 0:
-                return start + position + 1
+            if not _holds_nul(file, end - start):
+                break
             end = start
+        return end
+
+
+def _last_break(file: BinaryIO, end: int) -> int:
+    """The byte behind the last line break in front of `end`; 0 if there is none."""
+    while end > 0:
+        start = max(end - _PIECE, 0)
+        file.seek(start)
+        position = file.read(end - start).rfind(b"\n")
+        if position >= 0:
+            return start + position + 1
+        end = start
     return 0
+
+
+def _holds_nul(file: BinaryIO, length: int) -> bool:
+    while length > 0:
+        piece = file.read(min(length, _PIECE))
+        if not piece or b"\0" in piece:
+            return bool(piece)
+        length -= len(piece)
+    return False
+
+
+def count_lines(path: Path, limit: int | None = None) -> int:
+    """Line breaks in the first `limit` bytes of a file; 0 if there is no file."""
+    if not path.exists():
+        return 0
+    count, left = 0, os.path.getsize(path) if limit is None else limit
+    with open(path, "rb") as file:
+        while left > 0 and (piece := file.read(min(left, _PIECE))):
+            count += piece.count(b"\n")
+            left -= len(piece)
+    return count

@@ -6,6 +6,7 @@ answers or models.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -17,11 +18,13 @@ from typing import Any
 
 import llava
 from llava.eval.answers import TokenTotals, first_difference
+from llava.eval.common.paths import former_meta_path, meta_path
 from llava.eval.jsonio import read_json, write_json
 from llava.schema import ANYTHING, NUMBER, TEXT, Fields, MapOf, at_least, check, optional
 from llava.utils import UserError
 
 FORMAT = 1
+DEFAULT_KERNEL = "sdpa"
 # Files up to this size count whole in a checkpoint's fingerprint, larger ones with both ends: 13 GB take too long.
 _WHOLE_BYTES = 1 << 20
 _OBJECT = MapOf(ANYTHING)
@@ -41,12 +44,6 @@ _SHAPE = Fields(
     }
 )
 _REMEDY = "give another --answers-file, or --overwrite to start over"
-
-
-def meta_path(answers_file: str | os.PathLike[str]) -> Path:
-    """`X.meta.json` for the answers `X.jsonl`."""
-    path = Path(answers_file)
-    return path.with_name(f"{path.stem}.meta.json")
 
 
 def now() -> str:
@@ -128,12 +125,77 @@ def package_versions() -> dict[str, str]:
 def read_metadata(answers_file: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The metadata beside an answer file; None if there is none.
 
+    Those of earlier versions can lie under another name, and are taken if they say that they belong to this file.
+
     Raises:
-        UserError: the file is there but not of this kind.
+        UserError: the file is there but not of this kind, or it belongs to another answer file.
     """
     path = meta_path(answers_file)
-    if not path.exists():
+    if path.exists():
+        meta = _read(path)
+        rival = _rival(meta, path, answers_file)
+        if rival is None:
+            return meta
+        if meta_path(rival) == path:
+            raise UserError(_taken(path, rival))
+    former = former_meta_path(answers_file)
+    if former == path or not former.exists():
         return None
+    with contextlib.suppress(UserError):
+        meta = _read(former)
+        if (owner := _owner(meta, former)) is not None and owner.name == Path(answers_file).name:
+            return meta
+    return None
+
+
+def _owner(meta: Mapping[str, Any], path: Path) -> Path | None:
+    """The answer file that metadata at `path` say they belong to, in the same folder; None if it is not there."""
+    arguments = meta.get("arguments")
+    name = arguments.get("answers_file") if isinstance(arguments, dict) else None
+    if not isinstance(name, str) or "\0" in name or not os.path.basename(name):
+        return None
+    owner = path.with_name(os.path.basename(name))
+    return owner if owner.is_file() else None
+
+
+def _rival(meta: Mapping[str, Any], path: Path, answers_file: str | os.PathLike[str]) -> Path | None:
+    """Another answer file whose metadata those at `path` are, by the present names or the former ones."""
+    owner = _owner(meta, path)
+    if (
+        owner is None
+        or owner.name == Path(answers_file).name
+        or path not in (meta_path(owner), former_meta_path(owner))
+    ):
+        return None  # a copy of a run says the name of the original
+    return owner
+
+
+def _taken(path: Path, rival: Path) -> str:
+    return f"{path}: the metadata of {rival.name}, which is there as well; give another --answers-file"
+
+
+def make_room(answers_file: str | os.PathLike[str]) -> None:
+    """Sees to it that writing the metadata of `answers_file` costs no other run its own.
+
+    Those that an earlier version has left under this name are moved to where they belong.
+
+    Raises:
+        UserError: they belong to another answer file that is there, or are no metadata at all.
+    """
+    path = meta_path(answers_file)
+    if not path.exists() or not path.stat().st_size:
+        return
+    meta = _read(path)
+    rival = _rival(meta, path, answers_file)
+    if rival is None:
+        return
+    if meta_path(rival) == path:
+        raise UserError(_taken(path, rival))
+    if not meta_path(rival).exists():
+        write_json(meta_path(rival), meta)
+
+
+def _read(path: Path) -> dict[str, Any]:
     value = read_json(path, "run metadata")
     if not isinstance(value, dict) or value.get("format") != FORMAT or not isinstance(value.get("options"), dict):
         raise UserError(f"{path}: not the metadata of a run (format {FORMAT}); {_REMEDY}")
@@ -164,6 +226,7 @@ class RunMetadata:
 
     def __init__(self, answers_file: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
         self.path = meta_path(answers_file)
+        self._answers_file = answers_file
         self.values = {"format": FORMAT, **values, "started": now(), "finished": None, "complete": False}
         self._earlier: dict[str, Any] = {}
 
@@ -175,9 +238,10 @@ class RunMetadata:
         """
         if earlier is None:
             return
-        # Type and device are only known once a model is loaded; see `set_model`.
+        # Without a model it is only known what was asked for; see `set_model`.
         pairs = [{**identity(meta), "dtype": None} for meta in (earlier, self.values)]
         self._refuse(first_difference(*pairs))
+        self._refuse(requested_difference(earlier, self.values.get("arguments") or {}))
         self._earlier = dict(earlier)
         for name in ("dtype", "device", "versions", "mm_patch_merge_type", "started"):
             self.values[name] = earlier.get(name)
@@ -225,7 +289,38 @@ class RunMetadata:
             "finished": now() if finished else None,
             "complete": finished and counts["total"] == sum(counts[k] for k in ("answered", "skipped", "failed")),
         }
+        make_room(self._answers_file)
         write_json(self.path, self.values)
+
+
+def requested_difference(earlier: Mapping[str, Any], arguments: Mapping[str, Any]) -> str | None:
+    """In what precision, kernel or quantization the flags `arguments` differ from an earlier run; None if in nothing.
+
+    `auto` twice is no difference: what it means is known when the model is loaded.
+    """
+    before = earlier.get("arguments")
+    before = before if isinstance(before, dict) else {}
+    wanted, used = arguments.get("dtype", "auto"), earlier.get("dtype")
+    if used and wanted != before.get("dtype", "auto"):
+        found = default_dtype(arguments.get("device")) if wanted == "auto" else wanted
+        if found != used:
+            return f"dtype {used!r}, now {found!r}"
+    kernels = [values.get("attn_implementation") or DEFAULT_KERNEL for values in (before, arguments)]
+    if kernels[0] != kernels[1]:
+        return f"attn_implementation {kernels[0]!r}, now {kernels[1]!r}"
+    for flag in ("load_8bit", "load_4bit"):
+        if bool(before.get(flag)) != bool(arguments.get(flag)):
+            return f"{flag} {bool(before.get(flag))}, now {bool(arguments.get(flag))}"
+    return None
+
+
+def default_dtype(device: str | None) -> str:
+    """What `--dtype auto` means on a device: half precision on an accelerator."""
+    import torch
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() or torch.backends.mps.is_available() else "cpu"
+    return "float32" if device == "cpu" else "float16"
 
 
 def describe_run(args: Any, model: str, options: Mapping[str, Any], questions: int) -> dict[str, Any]:

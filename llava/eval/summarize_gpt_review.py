@@ -76,7 +76,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "-i", "--ignore", nargs="*", default=[], metavar="ID", help="question ids to leave out",
     )  # fmt: skip
-    parser.add_argument("--json", type=JsonObject("a summary of reviews", ("reviews", "failed")), metavar="PATH", help="write the summary of a single file as JSON (percent)")
+    parser.add_argument(
+        "--json",
+        type=JsonObject("a summary of reviews", ("reviews", "failed")),
+        metavar="PATH",
+        help="write the summary of a single file as JSON (percent)",
+    )
     args = parser.parse_args(argv)
     if args.dir and args.files:
         folder = require_folder(args.dir, "review folder")

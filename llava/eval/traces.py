@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llava.eval.answers import question_hashes
+from llava.eval.common.outputs import TRACES
 from llava.eval.questions import Question
 from llava.eval.records import RecordFile
 
@@ -23,7 +24,7 @@ class TraceFile:
     """
 
     def __init__(self, path: str | None, resume: bool, kept: bool = False) -> None:
-        self._file = None if path is None else RecordFile(path, "trace file")
+        self._file = None if path is None else RecordFile(path, "trace file", TRACES)
         self._resume, self._kept = resume, kept
 
     def start(self) -> None:

@@ -150,7 +150,12 @@ def build_parser() -> Parser:
     parser.add_argument("--budgets", default="192,128,64", help="target tokens, by commas")
     parser.add_argument("--text-tokens", help="length of the text part of a prompt")
     parser.add_argument("--question-files", nargs="*", default=[], help="LLaVA question files; prompts are estimated")
-    parser.add_argument("--json", type=JsonObject("FLOPs of this tool", ("checkpoint", "rows")), metavar="PATH", help="write the figures as JSON")
+    parser.add_argument(
+        "--json",
+        type=JsonObject("FLOPs of this tool", ("checkpoint", "rows")),
+        metavar="PATH",
+        help="write the figures as JSON",
+    )
     return parser
 
 

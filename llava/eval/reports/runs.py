@@ -13,6 +13,7 @@ from typing import Any
 
 from llava.eval.catalog import Entry, run_name
 from llava.eval.check_data import load_questions
+from llava.eval.common.paths import meta_path
 from llava.eval.jsonio import parse_line, read_json
 from llava.schema import ANYTHING, NUMBER, Fields, MapOf, at_least, check, optional
 from llava.utils import UserError
@@ -73,7 +74,7 @@ def find_run(
     place = (entry, method, tokens, answers)
     if not answers.is_file():
         return Run(*place, MISSING, questions=questions)
-    meta = check(_read(answers.with_suffix(".meta.json")), _META, str(answers.with_suffix(".meta.json")))
+    meta = check(_read(meta_path(answers)), _META, str(meta_path(answers)))
     counts = meta.get("counts") or {}
     answered, costs = _answer_means(answers)
     for key, value in {**(meta.get("tokens") or {}), **meta}.items():

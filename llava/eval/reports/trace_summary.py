@@ -185,8 +185,15 @@ def build_parser() -> Parser:
     parser = Parser(prog="python -m llava.eval.trace_summary", description="Summarize trace files.")
     parser.add_argument("traces", nargs="+", metavar="[NAME=]PATH", help="what --trace-file has written")
     parser.add_argument("--bins", type=int, default=12, help="bins of the histogram of slopes")
-    parser.add_argument("--json", type=JsonObject("a summary of traces", of=("samples", "quantities")), default=None, help="also write the summary here")
-    parser.add_argument("--plot", type=PICTURE, default=None, help="picture of retention curves by quartile of mutual information")
+    parser.add_argument(
+        "--json",
+        type=JsonObject("a summary of traces", of=("samples", "quantities")),
+        default=None,
+        help="also write the summary here",
+    )
+    parser.add_argument(
+        "--plot", type=PICTURE, default=None, help="picture of retention curves by quartile of mutual information"
+    )
     return parser
 
 
