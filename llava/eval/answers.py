@@ -179,6 +179,12 @@ class AnswerFile:
         """Starts writing."""
         self._file.open(keep=self.resume)
 
+    def clear(self) -> None:
+        """Empties a file that is there."""
+        if self.path.exists():
+            self._file.open(keep=False)
+            self._file.finish()
+
     def append(
         self,
         question: Question,

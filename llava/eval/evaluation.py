@@ -61,7 +61,7 @@ class Evaluation:
             )
             self.metadata.continue_from(earlier)
             self.pending = self.answers.pending(questions)
-            if getattr(args, "num_chunks", 1) > 1 and (others := self.answers.others(questions)):
+            if extra is None and getattr(args, "num_chunks", 1) > 1 and (others := self.answers.others(questions)):
                 raise UserError(other_chunk(args.answers_file, others))
             if self.answers.doubles:
                 print(
@@ -176,6 +176,11 @@ class Evaluation:
         finally:
             # The lock goes last: who waits for it finds everything written.
             self.answers.close()
+
+    def release(self) -> None:
+        """Gives the files up without having written anything."""
+        self.traces.close()
+        self.answers.close()
 
     def explain_interruption(self, error: BaseException) -> None:
         """Says on stderr what is kept."""

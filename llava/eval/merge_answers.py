@@ -181,6 +181,8 @@ def choose_lines(
 
     others: list[int] = []
     for i in surplus:
+        if keep_others and found[i] in asked:
+            continue  # doubles of an earlier accident
         answer = record(i)
         where = f"{parts[owner[i]].path}: question {answer['question_id']!r}"
         if found[i] not in asked:

@@ -2,8 +2,7 @@
 
 The processes talk to each other once, at the start: process 0 sees what is answered, deals out the rest and tells the
 others. From then on each works alone on a file of its own, so the death of one costs no other anything; who finishes
-last merges. Knows questions, files and torch.distributed; nothing of models. The files must lie where all processes see
-them.
+last merges. The files must lie where all processes see them.
 
 The environment is that of torchrun and `accelerate launch`: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.
 """
@@ -14,26 +13,28 @@ import contextlib
 import heapq
 import json
 import os
-import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from llava.eval.answers import AnswerFile, question_hashes
+from llava.eval.common.outputs import TRACES
+from llava.eval.common.paths import meta_path, part_path, parts_folder
+from llava.eval.evaluation import other_chunk
 from llava.eval.jsonio import read_json, write_json, write_lines_atomic
 from llava.eval.locking import FileLock
 from llava.eval.merge_answers import check_same_run, merge, read_part
+from llava.eval.peers import Peers
 from llava.eval.questions import Question, Selected
 from llava.eval.records import RecordFile, match, read_hashes
-from llava.eval.run_metadata import meta_path, read_metadata
+from llava.eval.run_metadata import make_room, read_metadata
 from llava.utils import UserError
 
-_START_TIMEOUT = timedelta(hours=1)  # process 0 may have many answers and images to look at
+_LEAVING = 5.0  # seconds that process 0 waits for the others to have heard the result
 _MERGE_WAIT = 600.0  # seconds to wait for another process that merges
 _PLAN = "plan.json"
 _CHARACTERS_PER_TOKEN = 4
@@ -74,20 +75,33 @@ class World:
         return f"cuda:{self.local_rank % torch.cuda.device_count()}"
 
 
-def parts_folder(path: str | os.PathLike[str]) -> Path:
-    """Where the parts of a file lie while several processes write it: `X.parts/` beside `X.jsonl`."""
-    path = Path(path)
-    return path.with_name(f"{path.stem}.parts")
-
-
-def part_path(path: str | os.PathLike[str], rank: int) -> Path:
-    """The part of process `rank`."""
-    return parts_folder(path) / f"part-{rank}.jsonl"
-
-
 def existing_parts(path: str | os.PathLike[str]) -> list[Path]:
     """Parts that earlier or present processes have written."""
     return sorted(parts_folder(path).glob("part-*.jsonl"))
+
+
+def all_parts(path: str | os.PathLike[str]) -> list[Path]:
+    """The same with those that a process has locked and not written yet."""
+    locked = [
+        lock.with_name(lock.name[1:].removesuffix(".lock")) for lock in parts_folder(path).glob(".part-*.jsonl.lock")
+    ]
+    return sorted({*existing_parts(path), *locked})
+
+
+def is_shared(path: str | os.PathLike[str]) -> bool:
+    """Whether several processes write a file, or have left parts of it."""
+    return bool(all_parts(path)) or (parts_folder(path) / _PLAN).exists()
+
+
+def remove_parts(path: str | os.PathLike[str]) -> None:
+    """Removes the parts of a file, their metadata and the plan; whatever else lies in the folder stays."""
+    folder = parts_folder(path)
+    for part in existing_parts(path):
+        part.unlink(missing_ok=True)
+        meta_path(part).unlink(missing_ok=True)
+    (folder / _PLAN).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 # --- dealing out -----------------------------------------------------------------------------------------------
@@ -188,64 +202,114 @@ class Share:
     plan: str
 
 
+@dataclass
+class Look:
+    """What process 0 has seen: positions without an answer, their costs, and the answer file, which stays locked."""
+
+    positions: np.ndarray
+    costs: np.ndarray
+    answers: AnswerFile
+
+
+class Work(Protocol):
+    """What `begin` returns: the share, with the lock on its part."""
+
+    def release(self) -> None: ...
+
+
 def share_work(
     world: World,
     questions: Sequence[Question],
     answers_file: str | os.PathLike[str],
-    look: Callable[[], tuple[np.ndarray, np.ndarray]],
-) -> Share:
-    """Agrees with the other processes on who answers what.
+    look: Callable[[], Look],
+    begin: Callable[[Share], Work],
+) -> tuple[Share, Any]:
+    """Agrees with the other processes on who answers what; returns the share and what `begin` made of it.
 
-    look: gives (positions without an answer, their costs); called in process 0 only.
+    look: called in process 0 only. begin: locks the part of this process. Process 0 keeps the answer file locked until
+    all have theirs, so that of two launches one goes on whole and one is refused whole.
 
     Raises:
-        UserError: process 0 found something wrong, a process is missing, or the processes do not share the folder.
+        UserError: some process found something wrong, is missing or gone, or they do not share the folder.
     """
-    import torch.distributed as distributed
-
     if world.size == 1:
-        plan = _plan(world, questions, answers_file, look)
-        if "error" in plan:
-            raise UserError(plan["error"])
-        return Share(Selected(questions, plan["parts"][0]), plan["plan"])
-    message: list[Any] = [None]
-    try:
-        distributed.init_process_group("gloo", timeout=_START_TIMEOUT)
-        if world.rank == 0:
-            message[0] = _plan(world, questions, answers_file, look)
-        distributed.broadcast_object_list(message, src=0)
-        plan = message[0]
-        problem = plan.get("error") or _sees_plan(answers_file, plan["plan"])
-        problems: list[Any] = [None] * world.size
-        distributed.all_gather_object(problems, problem)
-    except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"the processes could not share out the work; did one of them end? ({reason})") from None
-    finally:
-        # Nobody waits for anybody any more: a process that dies now takes no other with it.
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
-    for problem in problems:
-        if problem:
-            raise UserError(problem)
-    return Share(Selected(questions, plan["parts"][world.rank]), plan["plan"])
+        with _planned(world, questions, answers_file, look) as plans:
+            if "error" in plans[0]:
+                raise UserError(plans[0]["error"])
+            share = _share(questions, plans[0])
+            return share, begin(share)
+    work: Work | None = None
+    with contextlib.ExitStack() as stack:
+        peers = stack.enter_context(Peers(world.rank, world.size))
+        others = range(1, world.size)
+        try:
+            if world.rank == 0:
+                peers.hear({f"join/{rank}": rank for rank in others})
+                plans = stack.enter_context(_planned(world, questions, answers_file, look))
+                for rank in others:
+                    peers.say(f"plan/{rank}", plans[rank])
+                plan = plans[0]
+            else:
+                peers.say(f"join/{world.rank}", True)
+                plan = peers.hear({f"plan/{world.rank}": 0})[f"plan/{world.rank}"]
+            problem = plan.get("error") or _sees_plan(answers_file, plan["plan"])
+            if not problem:
+                share = _share(questions, plan)
+                try:
+                    work = begin(share)
+                except UserError as error:
+                    problem = str(error)
+            if world.rank == 0:
+                verdicts = peers.hear({f"verdict/{rank}": rank for rank in others})
+                problem = next(filter(None, [problem, *verdicts.values()]), None)
+                peers.say("result", problem)
+                peers.hear({f"left/{rank}": rank for rank in others}, patience=_LEAVING)
+            else:
+                peers.say(f"verdict/{world.rank}", problem)
+                problem = peers.hear({"result": 0})["result"]
+                peers.say(f"left/{world.rank}", True)
+            if problem:
+                raise UserError(problem)
+            return share, work
+        except BaseException as error:
+            if world.rank == 0:
+                peers.say("result", str(error) or "process 0 was interrupted")
+            if work is not None:
+                work.release()
+            raise
 
 
-def _plan(
+def _share(questions: Sequence[Question], plan: Mapping[str, Any]) -> Share:
+    return Share(Selected(questions, plan["positions"]), plan["plan"])
+
+
+@contextlib.contextmanager
+def _planned(
     world: World,
     questions: Sequence[Question],
     answers_file: str | os.PathLike[str],
-    look: Callable[[], tuple[np.ndarray, np.ndarray]],
-) -> dict[str, Any]:
+    look: Callable[[], Look],
+) -> Iterator[list[dict[str, Any]]]:
+    """What every process has to be told. The answer file stays locked inside."""
     try:
-        positions, costs = look()
-        todo = Selected(questions, positions)
-        parts = [positions[dealt] for dealt in deal(todo, costs, world.size)]
-        plan = {"plan": uuid.uuid4().hex, "parts": parts}
-        write_json(parts_folder(answers_file) / _PLAN, {"plan": plan["plan"], "processes": world.size})
-        return plan
+        seen = look()
     except UserError as error:
-        return {"error": str(error)}
+        yield [{"error": str(error)}] * world.size
+        return
+    try:
+        todo = Selected(questions, seen.positions)
+        dealt = deal(todo, seen.costs, world.size)
+        plan = uuid.uuid4().hex
+        write_json(parts_folder(answers_file) / _PLAN, {"plan": plan, "processes": world.size})
+        plans = [{"plan": plan, "positions": seen.positions[part].tolist()} for part in dealt]
+    except UserError as error:
+        seen.answers.close()
+        yield [{"error": str(error)}] * world.size
+        return
+    try:
+        yield plans
+    finally:
+        seen.answers.close()
 
 
 def _sees_plan(answers_file: str | os.PathLike[str], plan: str) -> str | None:
@@ -259,28 +323,31 @@ def _sees_plan(answers_file: str | os.PathLike[str], plan: str) -> str | None:
 
 def look_at_answers(
     questions: Sequence[Question],
-    answers_file: str | os.PathLike[str],
+    args: Any,
     model_id: str,
     options: Mapping[str, Any],
     check: Callable[[dict[str, Any] | None], None],
-    resume: bool,
     costs: Callable[[Sequence[Question]], np.ndarray],
-) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the questions that have an answer neither in the file nor in a part, and what they cost.
+) -> Look:
+    """Which questions have an answer neither in the file nor in a part.
 
-    Without `resume` the parts of earlier runs are removed. check: refuses metadata of another run.
+    args: the tools' flags; without `resume` what earlier runs have left is removed. check: refuses metadata of another
+    run.
+
+    Raises:
+        UserError: the answers are of another run or another chunk, or another run is writing them.
     """
-    folder = parts_folder(answers_file)
-    answers = AnswerFile(answers_file, model_id, options, resume)
+    answers_file = Path(args.answers_file)
+    answers = AnswerFile(answers_file, model_id, options, args.resume)
     try:
-        if not resume:
-            if folder.is_dir():
-                _remove_parts(answers_file)
-            for path in (Path(answers_file), meta_path(answers_file)):
-                path.unlink(missing_ok=True)
-        hashes = [answers.found]
+        make_room(answers_file)
+        for path in all_parts(answers_file):  # refuses if one of them is being written
+            RecordFile(path, "answers file").close()
+        if not args.resume:
+            _start_over(answers, args.trace_file)
         if answers.has_answers:
             check(read_metadata(answers_file))
+        hashes = [answers.found]
         for path in existing_parts(answers_file):
             part = AnswerFile(path, model_id, options)
             try:
@@ -289,20 +356,32 @@ def look_at_answers(
                 hashes.append(part.found)
             finally:
                 part.close()
-    finally:
+        found = np.concatenate([np.asarray(part, dtype=np.uint64) for part in hashes])
+        places = match(question_hashes(questions), found)
+        if getattr(args, "num_chunks", 1) > 1 and (others := answers.others(questions)):
+            raise UserError(other_chunk(answers_file, others))
+        todo = np.ones(len(questions), dtype=bool)
+        todo[places[places >= 0]] = False
+        positions = np.flatnonzero(todo)
+        return Look(positions, costs(Selected(questions, positions)), answers)
+    except BaseException:
         answers.close()
-    places = match(question_hashes(questions), np.concatenate([np.asarray(part, dtype=np.uint64) for part in hashes]))
-    todo = np.ones(len(questions), dtype=bool)
-    todo[places[places >= 0]] = False
-    positions = np.flatnonzero(todo)
-    return positions, costs(Selected(questions, positions))
+        raise
 
 
-def _remove_parts(path: str | os.PathLike[str]) -> None:
-    """Removes parts that nobody writes; raises `UserError` if somebody does."""
-    for part in existing_parts(path):
-        RecordFile(part, "answers file").close()
-    shutil.rmtree(parts_folder(path), ignore_errors=True)
+def _start_over(answers: AnswerFile, trace_file: str | None) -> None:
+    """Empties what earlier runs have left; a link stays one."""
+    remove_parts(answers.path)
+    answers.clear()
+    meta_path(answers.path).unlink(missing_ok=True)
+    if trace_file is not None:
+        traces = RecordFile(trace_file, "trace file", TRACES)
+        try:
+            remove_parts(trace_file)
+            if traces.path.exists():
+                traces.open(keep=False)
+        finally:
+            traces.close()
 
 
 # --- the end ---------------------------------------------------------------------------------------------------
@@ -333,7 +412,7 @@ def finish_together(
         if trace_file is not None:
             _merge_traces(Path(trace_file), questions)
         counts = read_metadata(answers_file)["counts"]
-        shutil.rmtree(parts_folder(answers_file), ignore_errors=True)
+        remove_parts(answers_file)
         return counts
     finally:
         lock.release()
@@ -357,4 +436,4 @@ def _merge_traces(target: Path, questions: Sequence[Question]) -> None:
                 yield files[owner[i]].readline()
 
     write_lines_atomic(target, lines())
-    shutil.rmtree(parts_folder(target), ignore_errors=True)
+    remove_parts(target)

@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from llava.eval import sharding
 from llava.eval.evaluation import INCOMPLETE_STATUS, Evaluation
 from llava.eval.questions import Question
@@ -35,31 +33,34 @@ class Whole:
 
     def own_share(self, world: World, image_folder: Path) -> Evaluation:
         """The evaluation of what this process has to do: everything, if it is the only one and nobody left parts."""
-        if world.size == 1 and not sharding.existing_parts(self.args.answers_file):
+        if world.size == 1 and not sharding.is_shared(self.args.answers_file):
             return Evaluation(self.args, self.questions, self.model_id, self.options)
         args = self.args
         crops = sharding.crop_counter(args.model_path)
         described = describe_run(args, self.model_id, self.options, len(self.questions))
 
-        def look() -> tuple[np.ndarray, np.ndarray]:
+        def look() -> sharding.Look:
             return sharding.look_at_answers(
                 self.questions,
-                args.answers_file,
+                args,
                 self.model_id,
                 self.options,
                 lambda meta: RunMetadata(args.answers_file, described).continue_from(meta),
-                args.resume,
                 lambda questions: sharding.question_costs(questions, image_folder, crops),
             )
 
-        self.share = sharding.share_work(world, self.questions, args.answers_file, look)
         own = {"answers_file": str(sharding.part_path(args.answers_file, world.rank)), "resume": True}
         if args.trace_file is not None:
             own["trace_file"] = str(sharding.part_path(args.trace_file, world.rank))
         part_args = argparse.Namespace(**{**vars(args), **own})
         process = (world.rank, world.size)
-        extra = {"plan": self.share.plan}
-        return Evaluation(part_args, self.share.questions, self.model_id, self.options, process, extra)
+
+        def begin(share: Share) -> Evaluation:
+            extra = {"plan": share.plan}
+            return Evaluation(part_args, share.questions, self.model_id, self.options, process, extra)
+
+        self.share, evaluation = sharding.share_work(world, self.questions, args.answers_file, look, begin)
+        return evaluation
 
     def merge_if_last(self, world: World, status: int) -> int:
         """Merges if all other processes are done as well; returns the exit status, `status` if there is no other."""
