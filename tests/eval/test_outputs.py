@@ -250,7 +250,7 @@ def test_answers_and_traces_need_two_places(argv, data, capsys):
     command = argv("--question-file", data / "a.meta.json", "--overwrite")
     fails_with_one_line(main, command, capsys, "--answers-file", "--question-file")
     fails_with_one_line(main, argv("--overwrite"), capsys, "a.meta.json", "not the metadata of a run")
-    fails_with_one_line(main, argv("--answers-file", ""), capsys, "names no file")
+    fails_with_one_line(main, argv("--answers-file", ""), capsys, "--answers-file", "names a file")
 
 
 def test_merging_destroys_no_input(inputs, capsys):
