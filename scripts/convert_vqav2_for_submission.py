@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.eval.arguments import Parser
-from llava.eval.common.outputs import JsonList
+from llava.eval.common.outputs import Below, JsonList
 from llava.eval.convert import (
     join,
     load_questions,
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--split", help="name of the answered question file, without .jsonl")
     parser.add_argument("--question-file", help="whole test split; default: DIR/llava_vqav2_mscoco_test2015.jsonl")
     parser.add_argument("--src", help="answers, below DIR")
-    parser.add_argument("--dst", help="written, below DIR")
+    parser.add_argument("--dst", type=Below("dir", UPLOAD), help="written, below DIR")
     parser.add_argument("--result-file", help="answers; default: DIR/answers/SPLIT/CKPT/merge.jsonl")
     parser.add_argument(
         "--result-upload-file", type=UPLOAD, help="written; default: DIR/answers_upload/SPLIT/CKPT.json"

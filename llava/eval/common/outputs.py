@@ -296,6 +296,17 @@ class OutputFolder:
             _require_place(Path(folder), f"{option} {folder}")
 
 
+@dataclass(frozen=True)
+class Below:
+    """The type of an option whose file lies below the folder that another flag names."""
+
+    flag: str
+    kind: Kind
+
+    def __call__(self, text: str) -> str:
+        return check_path(text)
+
+
 # --- the check -------------------------------------------------------------------------------------------------
 
 
@@ -326,7 +337,7 @@ def _ignores_case(folder: Path) -> bool:
 
 def output_actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
     """The options of a parser that write."""
-    return (action for action in parser._actions if isinstance(action.type, Kind | OutputFolder))
+    return (action for action in parser._actions if isinstance(action.type, Kind | OutputFolder | Below))
 
 
 def _name(action: argparse.Action) -> str:
@@ -336,7 +347,7 @@ def _name(action: argparse.Action) -> str:
 def _inputs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     """(option, path) of everything else that the command line names and that exists."""
     for action in parser._actions:
-        if isinstance(action.type, Kind):
+        if isinstance(action.type, Kind | Below):
             continue
         value = getattr(args, action.dest, None)
         for item in value if isinstance(value, list | tuple) else [value]:
@@ -356,7 +367,9 @@ def _outputs(
         value, option = getattr(args, action.dest, None), _name(action)
         if value is None:
             continue
-        if isinstance(action.type, OutputFolder):
+        if isinstance(action.type, Below):
+            yield option, Path(getattr(args, action.type.flag)) / value, action.type.kind, action
+        elif isinstance(action.type, OutputFolder):
             action.type.check(value, option)
             for path, kind in action.type.found(value, args):
                 yield option, path, kind, action
