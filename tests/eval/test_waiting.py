@@ -125,17 +125,26 @@ def test_a_process_gives_up_when_its_peer_is_gone(argv, many, preloaded, waiting
     assert not list(many.glob(".*")) and not list(many.glob("a.parts/.*")), "nothing stays locked"
 
 
-def test_a_process_that_never_comes_is_named(monkeypatch):
+def in_child(check, log):
+    """Runs `check` in a process of its own: forks beside the store's threads, of other tests, would not be safe."""
+    child = Child(check, log)
+    assert child.wait(60) == 0, child.text()
+
+
+def test_a_process_that_never_comes_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(peers, "JOIN_SECONDS", 0.5)
-    for name, value in environment(0, 2, free_port()).items():
-        monkeypatch.setenv(name, value)
-    with Peers(0, 2) as ours, pytest.raises(UserError, match="process 1 of 2 has not started"):
-        ours.hear({"join/1": 1})
-    with Peers(1, 2) as ours, pytest.raises(UserError, match="nobody answers|has not started"):
-        ours.hear({"plan/1": 0})
-    monkeypatch.delenv("MASTER_PORT")
-    with pytest.raises(UserError, match="MASTER_PORT"):
-        Peers(0, 2)
+
+    def check():
+        os.environ.update(environment(0, 2, free_port()))
+        with Peers(0, 2) as ours, pytest.raises(UserError, match="process 1 of 2 has not started"):
+            ours.hear({"join/1": 1})
+        with Peers(1, 2) as ours, pytest.raises(UserError, match="nobody answers|has not started"):
+            ours.hear({"plan/1": 0})
+        del os.environ["MASTER_PORT"]
+        with pytest.raises(UserError, match="MASTER_PORT"):
+            Peers(0, 2)
+
+    in_child(check, tmp_path / "log")
 
 
 @pytest.fixture
@@ -202,24 +211,22 @@ def test_answers_and_traces_of_one_stem(argv, many, preloaded):
         assert not (many / "d.trace.parts").exists()
 
 
-def test_messages_are_of_this_launch_only(monkeypatch):
+def test_messages_are_of_this_launch_only(monkeypatch, tmp_path):
     """Process 1 of another launch, at the same port, does not answer for ours."""
     monkeypatch.setattr(peers, "PORT_SECONDS", 0.5)
-    for name, value in environment(0, 2, free_port()).items():
-        monkeypatch.setenv(name, value)
-    numbers = iter([7, 7, 7])
-    monkeypatch.setattr(peers, "_numbers", numbers)
-    with Peers(0, 2) as zero, Peers(1, 2) as one, Peers(1, 2) as stranger:
-        one.say("join/1", json.loads("[1, 2]"))
-        assert zero.hear({"join/1": 1}) == {"join/1": [1, 2]}
-        zero.say("plan/1", None)
-        heard = []
-        for end in (one, stranger):
-            try:
-                heard.append(end.hear({"plan/1": 0}))
-            except UserError as error:
-                assert "another launch" in str(error)
-        assert heard == [{"plan/1": None}]
+    monkeypatch.setattr(peers, "_numbers", iter([7, 7, 7]))
+
+    def check():
+        os.environ.update(environment(0, 2, free_port()))
+        with Peers(0, 2) as zero, Peers(1, 2) as one:
+            one.say("join/1", json.loads("[1, 2]"))
+            assert zero.hear({"join/1": 1})["join/1"] == [1, 2]
+            with Peers(1, 2) as stranger, pytest.raises(UserError, match="another launch"):
+                zero.say("plan/1", None)
+                stranger.hear({"plan/1": 0})
+            assert one.hear({"plan/1": 0}) == {"plan/1": None}
+
+    in_child(check, tmp_path / "log")
 
 
 def test_the_world_of_one_needs_no_peers(monkeypatch):
