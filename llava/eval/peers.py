@@ -22,10 +22,15 @@ from llava.utils import UserError
 
 JOIN_SECONDS = 600.0  # processes of a large job do not start at once
 SILENCE_SECONDS = 20.0  # after which a process that says nothing any more counts as gone
-PORT_SECONDS = 30.0  # for the port to become free of another launch
+PORT_SECONDS = 15.0  # for the port to become free of another launch, or a store that was there to come back
 _BEAT = 0.5
+_CONNECT_SECONDS = 5.0
 _POLL = 0.05
 _numbers = itertools.count()
+
+if os.environ.get("WORLD_SIZE", "1") != "1":
+    # What broke is said in one line; torch would add a stack of C++ frames for every try. Works before it is imported.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 class Peers:
@@ -149,13 +154,14 @@ class Peers:
         host, port = self._address
         in_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
         is_master = self.rank == 0 and not in_launcher
-        seconds = timedelta(seconds=SILENCE_SECONDS)
+        seconds = timedelta(seconds=_CONNECT_SECONDS)
         started = time.monotonic()
         refused: float | None = None
         while not self._ended.is_set():
             if not is_master and not self._answers(host, port):
-                if time.monotonic() - started > JOIN_SECONDS:
-                    raise TimeoutError(f"nobody answers at {host}:{port}")
+                gone = refused is not None and time.monotonic() - refused > PORT_SECONDS
+                if gone or time.monotonic() - started > JOIN_SECONDS:
+                    raise TimeoutError(f"nobody answers at {host}:{port}" + (" any more" if gone else ""))
                 self._ended.wait(4 * _POLL)
                 continue
             try:

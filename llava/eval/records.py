@@ -278,7 +278,7 @@ def _line_hash(raw: bytes) -> int:
 def whole_lines(path: Path) -> int:
     """Size in bytes of the file up to the end of its last whole line; 0 if there is no file.
 
-    A line that holds NUL bytes is not whole: a power cut can leave them where the last lines should be.
+    A line that ends in NUL bytes is not whole: a power cut can leave them where the last lines should be.
     """
     if not path.exists():
         return 0
@@ -287,7 +287,7 @@ def whole_lines(path: Path) -> int:
         while end > 0:
             start = _last_break(file, end - 1)
             file.seek(start)
-            if not _holds_nul(file, end - start):
+            if not _ends_in_nul(file, end - start):
                 break
             end = start
         return end
@@ -305,13 +305,20 @@ def _last_break(file: BinaryIO, end: int) -> int:
     return 0
 
 
-def _holds_nul(file: BinaryIO, length: int) -> bool:
-    while length > 0:
-        piece = file.read(min(length, _PIECE))
-        if not piece or b"\0" in piece:
-            return bool(piece)
+def _ends_in_nul(file: BinaryIO, length: int) -> bool:
+    """Whether the next `length` bytes, a line, hold NUL bytes and behind the first of them nothing else.
+
+    Text in UTF-16 does not look like that.
+    """
+    found = False
+    while length > 0 and (piece := file.read(min(length, _PIECE))):
         length -= len(piece)
-    return False
+        position = 0 if found else piece.find(b"\0")
+        if position >= 0:
+            found = True
+            if piece[position:].strip(b"\0\r\n"):
+                return False
+    return found
 
 
 def count_lines(path: Path, limit: int | None = None) -> int:

@@ -294,6 +294,17 @@ def test_a_tail_that_a_power_cut_left_is_repaired(argv, data, preloaded, tail):
     assert main(argv()) == 0 and (data / "a.jsonl").read_bytes() == whole
 
 
+def test_answers_in_another_encoding_are_no_tail(tmp_path):
+    """Every second byte of them is NUL, and nothing of them is cut off."""
+    path = tmp_path / "a.jsonl"
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32"):
+        content = "".join(f'{{"question_id": {i}, "prompt": "?", "text": "x"}}\n' for i in range(3)).encode(encoding)
+        path.write_bytes(content)
+        with pytest.raises(UserError):
+            AnswerFile(path, "m", {})
+        assert path.read_bytes() == content
+
+
 CHANGES = {
     "appended": lambda path: path.open("ab").write(b'{"question_id": 5, "prompt": "x", "text": "y"}\n'),
     "emptied": lambda path: path.write_bytes(b""),
