@@ -62,9 +62,7 @@ class Conversation:
 
     def copy(self) -> Conversation:
         """An independent conversation with the same turns."""
-        return dataclasses.replace(
-            self, messages=[[role, message] for role, message in self.messages], skip_next=False
-        )
+        return dataclasses.replace(self, messages=[[role, message] for role, message in self.messages], skip_next=False)
 
     def __deepcopy__(self, memo: Any) -> Conversation:
         # `copy.deepcopy(conv_templates[name])` is common in LLaVA's users; it has to give something writable too.
@@ -107,9 +105,7 @@ class Conversation:
         elif self.sep_style is SeparatorStyle.MPT:
             head, colon, separators = self.system + self.sep, "", (self.sep, self.sep)
         elif self.sep_style is SeparatorStyle.PLAIN:
-            return self.system + "".join(
-                text + separators[i % 2] for i, (_, text) in enumerate(turns) if text
-            )
+            return self.system + "".join(text + separators[i % 2] for i, (_, text) in enumerate(turns) if text)
         else:
             raise ValueError(f"unknown separator style {self.sep_style!r}")
         prompt = head
@@ -191,12 +187,8 @@ _V0_ANSWER = (
 )
 
 
-def _template(
-    system: str, roles: tuple[str, str], style: SeparatorStyle, sep: str, **fields: Any
-) -> Conversation:
-    return Conversation(
-        system, roles, fields.pop("messages", ()), fields.pop("offset", 0), style, sep, **fields
-    )
+def _template(system: str, roles: tuple[str, str], style: SeparatorStyle, sep: str, **fields: Any) -> Conversation:
+    return Conversation(system, roles, fields.pop("messages", ()), fields.pop("offset", 0), style, sep, **fields)
 
 
 _HUMAN = ("Human", "Assistant")

@@ -59,9 +59,7 @@ class ReducedImage:
         return tuple(runs(kinds, False)), tuple(runs(kinds, True))
 
 
-def crop_targets(
-    method: Method, arrangements: Sequence[Arrangement], images_per_row: Iterable[int]
-) -> list[list[int]]:
+def crop_targets(method: Method, arrangements: Sequence[Arrangement], images_per_row: Iterable[int]) -> list[list[int]]:
     """Budget of every crop of every image: a row's budget is spread over all crops of its images."""
     sizes = [_crop_sizes(arrangement) for arrangement in arrangements]
     targets: list[list[int]] = []

@@ -27,9 +27,7 @@ class TowerMerger:
         sizes_NT: patches (or CLS) that it stands for.
     """
 
-    def __init__(
-        self, method: Method, target: int, timer: Callable[[], AbstractContextManager] = nullcontext
-    ) -> None:
+    def __init__(self, method: Method, target: int, timer: Callable[[], AbstractContextManager] = nullcontext) -> None:
         self.method, self.target, self.timer = method, target, timer
         self.place_NT: Tensor | None = None
         self.sizes_NT: Tensor | None = None

@@ -93,9 +93,7 @@ def test_vqa_credits_are_those_of_its_own_scorer(key, tmp_path):
 
 
 def science_folder(root):
-    problems = {
-        str(i): {"choices": ["x", "y", "z"], "answer": i % 3, "question": "?"} for i in range(6)
-    }
+    problems = {str(i): {"choices": ["x", "y", "z"], "answer": i % 3, "question": "?"} for i in range(6)}
     write_json(root / "scienceqa/problems.json", problems)
     write_json(root / "scienceqa/pid_splits.json", {"test": list(problems)})
     entries = [
@@ -126,8 +124,7 @@ def test_multiple_choice_is_asked_and_graded_as_its_own_tools_do(key, tmp_path):
     assert "<image>" not in prompt, "the runner puts the placeholder in"
     texts = ["A", "B. y", "A", "x", "nothing", "C"]
     answers = [
-        {"question_id": q.id, "prompt": q.text, "text": text}
-        for q, text in zip(asked.questions, texts, strict=True)
+        {"question_id": q.id, "prompt": q.text, "text": text} for q, text in zip(asked.questions, texts, strict=True)
     ]
     grade = benchmark.grader(tmp_path)
     right = [1, 1, 0, key != "scienceqa", 0, 1]  # ScienceQA's scorer reads letters only, MMBench's also option texts

@@ -133,9 +133,7 @@ def test_gqa_predictions_and_their_score(tmp_path, capsys):
 def test_mmvet_names_and_torn_line(tmp_path, capsys):
     src = write_jsonl(tmp_path / "a.jsonl", [answer(0, "A \u201ccat\u201d.\n"), answer("1", "x"), answer("1", "x")])
     run("mmvet_for_eval", "--src", src, "--dst", tmp_path / "r" / "m.json")
-    assert (tmp_path / "r" / "m.json").read_bytes() == (
-        b'{\n  "v1_0": "A \\u201ccat\\u201d.\\n",\n  "v1_1": "x"\n}'
-    )
+    assert (tmp_path / "r" / "m.json").read_bytes() == (b'{\n  "v1_0": "A \\u201ccat\\u201d.\\n",\n  "v1_1": "x"\n}')
     assert "1 answers repeat" in capsys.readouterr().err
     src.write_text(src.read_text()[:-5])
     argv = ["--src", src, "--dst", tmp_path / "n.json"]

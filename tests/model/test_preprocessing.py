@@ -218,9 +218,7 @@ def test_real_photographs_against_transformers_own_processors(photographs, proce
     for name, image in photographs.items():
         pixels = process_images([image], processor, config("pad"))[0].numpy()
         np.testing.assert_array_equal(pixels, padding(image, return_tensors="np")["pixel_values"][0], err_msg=name)
-        tiles = process_images(
-            [image], processor, config("anyres", NEXT_PINPOINTS, anyres_resolution_rule="effective")
-        )
+        tiles = process_images([image], processor, config("anyres", NEXT_PINPOINTS, anyres_resolution_rule="effective"))
         theirs = tiling(image, return_tensors="np")["pixel_values"][0]
         np.testing.assert_array_equal(tiles[0].numpy(), theirs, err_msg=name)
 
