@@ -26,8 +26,7 @@ from llava import compat
 from llava.eval.arguments import GenerationOptions, Parser
 from llava.eval.benchmarks import BENCHMARKS, spread
 from llava.eval.jsonio import require_folder
-from llava.eval.reports.defaults import ROOT
-from llava.eval.reports.experiment import MAX_NEW_TOKENS
+from llava.eval.reports.defaults import MAX_NEW_TOKENS, ROOT
 from llava.pruning import get_method
 from llava.utils import UserError, cli_main
 

@@ -9,12 +9,13 @@ import argparse
 import contextlib
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from llava.eval.common.outputs import check_outputs
 from llava.schema import LARGEST, kind_of
-from llava.utils import UserError
+from llava.utils import UserError, describe_error
 
 DEFAULT_METHOD = "autoprune"
 DEFAULT_TARGET_TOKENS = 64
@@ -56,6 +57,11 @@ def parse_count(text: str, flag: str) -> int:
         if 1 <= int(text) <= LARGEST:
             return int(text)
     raise UserError(f"{flag}: {kind_of(text)} is not a number of at least 1")
+
+
+def split_names(text: str | None) -> list[str]:
+    """`a,b` as a list; blanks around names are ignored, and None names nothing."""
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -220,7 +226,7 @@ def merge_type_from_args(args: argparse.Namespace) -> str | None:
 def parse_method_args(text: str) -> dict[str, str]:
     """`k=v,k=v` as a dict of strings; raises `UserError` for an entry without `=` or a key given twice."""
     options: dict[str, str] = {}
-    for entry in filter(None, (part.strip() for part in text.split(","))):
+    for entry in split_names(text):
         key, equals, value = (part.strip() for part in entry.partition("="))
         if not equals or not key or not value:
             raise UserError(f"--method-args: {entry!r} is not of the form key=value")
@@ -254,17 +260,26 @@ def method_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def method_from_args(args: argparse.Namespace) -> Any:
     """The `PruningMethod` that the flags describe; `UserError` for an unknown name, option or value."""
+    method_class = find_method(args.method, "--method")  # an unknown name is told before its options
+    return with_options(method_class, method_options(args), f"--method {args.method}")
+
+
+def find_method(name: str, flag: str) -> Any:
+    """What `get_method` gives for a name; `UserError`, beginning with `flag`, for an unknown one."""
     from llava.pruning import get_method  # imports torch: not for --help and wrong flags
 
     try:
-        method_class = get_method(args.method)
+        return get_method(name)
     except (KeyError, ValueError) as error:
-        raise UserError(f"--method: {_message(error)}") from None
-    options = method_options(args)
+        raise UserError(f"{flag}: {_message(error)}") from None
+
+
+def with_options(method_class: Any, options: Mapping[str, Any], what: str) -> Any:
+    """The method with these options; `UserError`, beginning with `what`, for an unknown option or a wrong value."""
     try:
         return method_class.from_options(options)
     except (TypeError, ValueError) as error:
-        raise UserError(f"--method {args.method}: {_message(error)}") from None
+        raise UserError(f"{what}: {_message(error)}") from None
 
 
 def check_budget(method: Any, visual_tokens: int, flag: str = "--target-token-num") -> None:
@@ -283,7 +298,7 @@ def _value(args: argparse.Namespace, flag: str) -> Any:
 
 def _message(error: Exception) -> str:
     # str() of a KeyError puts quotes around the message.
-    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return str(error.args[0]) if isinstance(error, KeyError) and error.args else describe_error(error)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from llava.model.configuration import LlavaConfig
 from llava.model.reading import look_up
 from llava.model.tokenizer import load_tokenizer
 from llava.utils import UserError
+from tests.fuzzing import mutate_bytes
 from tests.model.test_adapters import lora, write_lora
 from tests.model.tiny import tiny_config, tiny_model, write_json, write_original, write_tokenizer
 
@@ -32,25 +33,6 @@ VALUES = [
     "\x1b[31m", "a\0b", "../../x", [], [1], [[1, 2], [3, 4]], [None], {}, {"a": 1}, {"height": 9}, ["x"] * 40, "7",
     "\u2581" * 300, [[[[[[[[1]]]]]]]], "mlp9x_gelu", "anyres", "spatial_unpad", "linear", "float16", "\U0001f642",
 ]  # fmt: skip
-BYTES = [b"{", b"}", b"[" * 3000, b'"', b"\\", b"\0", b"null", b"\xff", b"\\ud800", b"NaN", b"1" * 5000, b"\xef\xbb"]
-
-
-def mutate_bytes(content: bytes, draw: random.Random) -> bytes:
-    data = bytearray(content)
-    for _ in range(draw.randint(1, 3)):
-        at = draw.randrange(len(data) + 1)
-        kind = draw.randrange(5)
-        if kind == 0:
-            del data[at : at + draw.randint(1, 60)]
-        elif kind == 1 and at < len(data):
-            data[at] ^= 1 << draw.randrange(8)
-        elif kind == 2:
-            data[at:at] = draw.choice(BYTES)
-        elif kind == 3:
-            del data[at:]
-        else:
-            data[at : at + 4] = bytes(draw.randrange(256) for _ in range(4))
-    return bytes(data)
 
 
 def mutate_value(content: bytes, draw: random.Random) -> bytes:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.eval.answering import load_model, max_visual_tokens
-from llava.eval.arguments import GenerationOptions, Parser, add_model_arguments, check_budget, check_range
+from llava.eval.arguments import GenerationOptions, Parser, add_model_arguments, check_budget, check_range, split_names
 from llava.eval.benchmarks import COMPARED, Asked, spread
 from llava.eval.common.outputs import PICTURE, TABLE_MARKDOWN, JsonObject, OutputFolder, Text
 from llava.eval.evaluation import INCOMPLETE_STATUS
@@ -24,7 +24,7 @@ from llava.eval.jsonio import read_json, require_folder, write_json, write_text_
 from llava.eval.questions import read_questions
 from llava.eval.reports.bootstrap import LEVEL, MAX_RESAMPLES, RESAMPLES
 from llava.eval.reports.comparison_tables import csv_table, markdown_report
-from llava.eval.reports.defaults import DEFAULT_BUDGETS, RESULTS, TINY, parse_budgets
+from llava.eval.reports.defaults import DEFAULT_BUDGETS, MAX_NEW_TOKENS, RESULTS, TINY, parse_budgets
 from llava.eval.reports.differences import credits_path
 from llava.eval.reports.results import collect, credits_csv, make_rows
 from llava.eval.reports.settings import Setting, Variant, ablation_variants, make_settings, read_variants
@@ -71,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("running")
     group.add_argument("--output-dir", type=OUTPUT, default=str(RESULTS / "compare"), help="answers, table, plot")
     group.add_argument("--conv-mode", default="vicuna_v1", help="name of the conversation template")
-    group.add_argument("--max-new-tokens", type=int, default=16, help="tokens per answer at most")
+    group.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="tokens per answer at most")
     group.add_argument("--batch-size", type=int, default=8, help="questions per forward pass")
     group.add_argument(
         "--resume",
@@ -151,12 +151,12 @@ def chosen_variants(args: argparse.Namespace) -> list[Variant]:
 
     variants: list[Variant] = []
     if args.ablations is not None:
-        variants += ablation_variants([part.strip() for part in args.ablations.split(",") if part.strip()])
+        variants += ablation_variants(split_names(args.ablations))
     if args.variants is not None:
         variants += read_variants(args.variants)
     methods = args.methods if args.methods is not None or variants else "autoprune"
     if methods is not None:
-        names = list_methods() if methods == "all" else [part.strip() for part in methods.split(",") if part.strip()]
+        names = list_methods() if methods == "all" else split_names(methods)
         if not names:
             raise UserError(f"--methods: names no method: {methods!r}")
         variants = [*(Variant(name, name) for name in names), *variants]
@@ -198,7 +198,7 @@ def chosen_sets(args: argparse.Namespace) -> list[Any]:
         if not chosen:
             raise UserError(f"--data-dir: holds no benchmark in upstream's layout: {data_dir}")
     else:
-        keys = list(dict.fromkeys(part.strip().lower() for part in args.benchmarks.split(",") if part.strip()))
+        keys = list(dict.fromkeys(name.lower() for name in split_names(args.benchmarks)))
         unknown = [key for key in keys if key not in known]
         if unknown or not keys:
             raise UserError(f"--benchmarks: unknown benchmark {', '.join(unknown)!r}; known: {', '.join(known)}")

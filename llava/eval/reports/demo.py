@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from llava.eval.answering import load_model, max_visual_tokens
-from llava.eval.arguments import DTYPE_HELP, DTYPES, GenerationOptions, Parser, check_budget
+from llava.eval.arguments import DTYPE_HELP, DTYPES, GenerationOptions, Parser, check_budget, check_range, find_method
 from llava.eval.benchmarks import BENCHMARKS, spread
 from llava.eval.common.outputs import PICTURE, TABLE_MARKDOWN, JsonObject, OutputFolder
 from llava.eval.common.tables import markdown_table as pipe_table
 from llava.eval.jsonio import read_json, require_folder, write_json, write_text_atomic
 from llava.eval.questions import read_questions
-from llava.eval.reports.defaults import DEFAULT_BUDGETS, RESULTS, TINY, parse_budgets
+from llava.eval.reports.defaults import DEFAULT_BUDGETS, MAX_NEW_TOKENS, RESULTS, TINY, parse_budgets
 from llava.eval.reports.paper_tables import retained_percent
 from llava.eval.reports.results import collect, costs
 from llava.eval.reports.settings import Variant, make_settings
@@ -63,14 +63,14 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     """Asks, scores, prints the table and draws the pictures."""
     budgets = parse_budgets(args.budgets)
-    for flag, value, least in (("--batch-size", args.batch_size, 1), ("--limit", args.limit, 0)):
-        if value < least:
-            raise UserError(f"{flag} must be at least {least}, got {value}")
+    check_range("--batch-size", args.batch_size, 1)
+    check_range("--limit", args.limit, 0)
     data_dir = require_folder(args.data_dir, "data folder")
-    settings = make_settings([Variant(_title(args.method), args.method)], budgets, flag="--method")
+    title = getattr(find_method(args.method, "--method"), "__name__", args.method)
+    settings = make_settings([Variant(title, args.method)], budgets, flag="--method")
 
     from llava.eval.answerers import VariedAnswerer
-    from llava.eval.reports.experiment import MAX_NEW_TOKENS, Experiment, QuestionSet, describe_conditions
+    from llava.eval.reports.experiment import Experiment, QuestionSet, describe_conditions
     from llava.eval.reports.sample_plots import Example, plot_retention_curves, plot_survivors
 
     sets = []
@@ -117,15 +117,6 @@ def run(args: argparse.Namespace) -> None:
     for name in written:
         print(f"wrote {output / name}")
     print(f"took {time.perf_counter() - started:.0f} s")
-
-
-def _title(method: str) -> str:
-    from llava.pruning import get_method
-
-    try:
-        return getattr(get_method(method), "__name__", method)
-    except ValueError as error:
-        raise UserError(f"--method: {error}") from None
 
 
 def make_rows(experiment: Any, data_dir: Path) -> list[dict[str, Any]]:

@@ -24,8 +24,6 @@ from llava.pruning.engine.missed import missed_budgets
 from llava.utils import UserError
 
 CACHED_IMAGES = 256
-# Answers are a word or a letter; the bound only matters for a model that does not stop.
-MAX_NEW_TOKENS = 16
 
 Skip = Callable[[Question, str], None]
 

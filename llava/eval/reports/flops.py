@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from llava.eval.arguments import Parser, parse_count
+from llava.eval.arguments import Parser, parse_count, split_names
 from llava.eval.common.outputs import JsonObject
 from llava.eval.common.tables import markdown_table
 from llava.eval.jsonio import write_json
@@ -162,7 +162,7 @@ def build_parser() -> Parser:
 def run(args: argparse.Namespace) -> None:
     """Prints the table that the flags ask for, and writes the figures where they say."""
     geometry = GEOMETRIES[args.checkpoint]
-    budgets = [parse_count(text, "--budgets") for text in args.budgets.split(",") if text.strip()]
+    budgets = [parse_count(text, "--budgets") for text in split_names(args.budgets)]
     if not budgets or max(budgets) > geometry.visual_tokens:
         raise UserError(f"--budgets: needs numbers from 1 to {geometry.visual_tokens}")
     prompts = {"given": float(parse_count(args.text_tokens, "--text-tokens"))} if args.text_tokens else {}

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llava.eval.arguments import find_method, with_options
 from llava.eval.jsonio import read_json, read_text
-from llava.utils import UserError, describe_error
+from llava.utils import UserError
 
 DENSE = "dense"
 
@@ -118,7 +119,7 @@ def make_settings(
     accounting: `processed` makes all methods meet the budget as a mean of processed tokens, where they can. flag: the
     option that named the methods, for messages.
     """
-    settings = [Setting(Variant(DENSE, DENSE), None, _build(DENSE, {}, DENSE, flag))]
+    settings = [Setting(Variant(DENSE, DENSE), None, find_method(DENSE, flag).from_options({}))]
     for variant in variants:
         if variant.method == DENSE:
             continue
@@ -126,22 +127,10 @@ def make_settings(
             options = {**variant.options, "target_tokens": budget}
             if accounting != "nominal":
                 options["budget"] = accounting
-            settings.append(Setting(variant, budget, _build(variant.method, options, variant.label, flag)))
+            method = with_options(find_method(variant.method, flag), options, variant.label)
+            settings.append(Setting(variant, budget, method))
     labels = [setting.label for setting in settings]
     twice = next((label for label in labels if labels.count(label) > 1), None)
     if twice is not None:
         raise UserError(f"{twice!r} is asked for twice: give every variant and budget once")
     return settings
-
-
-def _build(name: str, options: Mapping[str, Any], label: str, flag: str) -> Any:
-    from llava.pruning import get_method  # imports torch: not for --help and wrong flags
-
-    try:
-        method = get_method(name)
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{flag}: {describe_error(error)}") from None
-    try:
-        return method.from_options(options)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{label}: {describe_error(error)}") from None

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from llava.eval.arguments import DEFAULT_METHOD, Parser, parse_count
+from llava.eval.arguments import DEFAULT_METHOD, Parser, parse_count, split_names
 from llava.eval.catalog import ENTRIES, get_entry
 from llava.eval.check_data import DEFAULT_DATA_DIR
 from llava.eval.common.outputs import DOCUMENT, TABLE_MARKDOWN, JsonObject, Text
@@ -85,11 +85,6 @@ def describe_table(args: Any) -> tuple[paper_tables.Table, list[tuple[str, int |
         own = budgets or sorted((tokens for name, tokens in found if name == method), reverse=True)
         settings += [(method, tokens) for tokens in own if method != "dense"]
     return replace(given, checkpoint=checkpoint), settings
-
-
-def split_names(text: str | None) -> list[str]:
-    """`a,b` as a list; blanks around names are ignored."""
-    return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
 def run(args: argparse.Namespace) -> None:
