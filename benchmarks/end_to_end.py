@@ -23,10 +23,10 @@ from benchmarks.environment import use_fixed_allocator
 from benchmarks.output import add_running_arguments, deliver, method_names, numbers, prepare
 from benchmarks.parts import Parts, replaced, selection_apart
 from llava import compat
-from llava.eval.arguments import GenerationOptions, Parser
-from llava.eval.benchmarks import BENCHMARKS, spread
-from llava.eval.jsonio import require_folder
+from llava.eval.common.arguments import GenerationOptions, Parser
+from llava.eval.common.jsonio import require_folder
 from llava.eval.reports.defaults import MAX_NEW_TOKENS, ROOT
+from llava.eval.tasks.benchmarks import BENCHMARKS, spread
 from llava.pruning import get_method
 from llava.utils import UserError, cli_main
 
@@ -106,8 +106,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     methods = {("dense", None): get_method("dense").from_options({})}
     methods |= {(n, b): build_method(n, b) for n in names for b in numbers(args.budgets, "--budgets")}
 
+    from llava.eval.answering.answerer import Answerer
     from llava.eval.reports.experiment import batches
-    from llava.eval.runner import Answerer
     from llava.model.builder import load_pretrained_model
 
     tokenizer, model, processor, _ = load_pretrained_model(

@@ -20,8 +20,8 @@ from PIL import Image
 
 from benchmarks.output import add_running_arguments, deliver, prepare
 from benchmarks.timing import Summary, interleaved_rounds
-from llava.eval.arguments import GenerationOptions, Parser
-from llava.eval.questions import Question
+from llava.eval.common.arguments import GenerationOptions, Parser
+from llava.eval.common.questions import Question
 from llava.utils import UserError, cli_main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,8 +53,8 @@ def write_images(folder: Path, count: int, side: int) -> list[Question]:
 
 def measure(answerer: Any, questions: Sequence[Question], workers: Sequence[int], args: Any) -> list[dict[str, Any]]:
     """A row per number of workers."""
-    from llava.eval.input_pipeline import prepared
-    from llava.eval.runner import answer_questions
+    from llava.eval.answering.answerer import answer_questions
+    from llava.eval.answering.workers import prepared
     from llava.pruning import get_method
 
     options = {} if args.method == "dense" else {"target_tokens": args.target_tokens}
@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         use_fixed_allocator("benchmarks.input_pipeline", sys.argv[1:])
     device, dtype = prepare(args)
 
-    from llava.eval.runner import Answerer
+    from llava.eval.answering.answerer import Answerer
     from llava.model.builder import load_pretrained_model
 
     loaded = load_pretrained_model(args.model_path, None, Path(args.model_path).name, device=device, torch_dtype=dtype)

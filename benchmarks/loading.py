@@ -28,7 +28,7 @@ from tqdm import tqdm
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from benchmarks.output import add_saving_arguments, deliver
-from llava.eval.arguments import Parser
+from llava.eval.common.arguments import Parser
 from llava.eval.reports.memory import PeakMemory, resident_bytes
 from llava.model.configuration import LlavaConfig
 from llava.model.llava_llama import LlavaLlamaForCausalLM

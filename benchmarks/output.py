@@ -16,8 +16,8 @@ import torch
 from benchmarks.environment import RESULTS, describe, environment, result_path, slug
 from benchmarks.geometry import GEOMETRIES
 from benchmarks.saved import replaces
-from llava.eval.arguments import DTYPES, Parser
-from llava.eval.jsonio import write_text_atomic
+from llava.eval.common.arguments import DTYPES, Parser
+from llava.eval.common.jsonio import write_text_atomic
 from llava.utils import UserError
 
 

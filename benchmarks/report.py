@@ -17,10 +17,10 @@ from benchmarks.environment import RESULTS
 from benchmarks.report_plots import SOURCE, draw, drawn_from, leftovers, picture_name
 from benchmarks.report_tables import order, section, titles
 from benchmarks.saved import Result, read_results
-from llava.eval.arguments import Parser
 from llava.eval.common import outputs
+from llava.eval.common.arguments import Parser
+from llava.eval.common.jsonio import read_text, write_text_atomic
 from llava.eval.common.tables import replace_between
-from llava.eval.jsonio import read_text, write_text_atomic
 from llava.utils import UserError, cli_main
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "performance.md"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import ENVIRONMENT
-from llava.eval.jsonio import read_text
+from llava.eval.common.jsonio import read_text
 from llava.utils import UserError
 
 # `device`, `cuda`, `system` and `llava` are told but not needed to name what was measured.

@@ -6,10 +6,10 @@ python scripts/convert_gqa_for_eval.py --src answers.jsonl --dst testdev_balance
 
 from collections.abc import Sequence
 
-from llava.eval.arguments import Parser
+from llava.eval.common.arguments import Parser
 from llava.eval.common.outputs import JsonList
 from llava.eval.convert import gqa_predictions, join, write_upload
-from llava.eval.scoring import load_answers, shorten, warn
+from llava.eval.tasks.scoring import load_answers, shorten, warn
 from llava.utils import UserError, cli_main
 
 

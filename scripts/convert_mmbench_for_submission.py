@@ -11,11 +11,11 @@ reads RESULT_DIR/EXPERIMENT.jsonl and writes UPLOAD_DIR/EXPERIMENT.xlsx.
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.eval.arguments import Parser
+from llava.eval.common.arguments import Parser
 from llava.eval.common.outputs import WORKBOOK, OutputFolder
 from llava.eval.convert import first_round_texts, join, load_whole_answers, mmbench_sheet, report_bad_lines
-from llava.eval.mmbench_data import NOT_UPLOADED, read_table, row_index, write_workbook
-from llava.eval.scoring import warn
+from llava.eval.tasks.mmbench_data import NOT_UPLOADED, read_table, row_index, write_workbook
+from llava.eval.tasks.scoring import warn
 from llava.utils import UserError, cli_main
 
 

@@ -6,10 +6,10 @@ python scripts/convert_mmvet_for_eval.py --src answers.jsonl --dst results/llava
 
 from collections.abc import Sequence
 
-from llava.eval.arguments import Parser
+from llava.eval.common.arguments import Parser
 from llava.eval.common.outputs import JsonObject
 from llava.eval.convert import join, mmvet_answers, write_upload
-from llava.eval.scoring import load_answers
+from llava.eval.tasks.scoring import load_answers
 from llava.utils import UserError, cli_main
 
 

@@ -8,11 +8,11 @@ python scripts/convert_seed_for_submission.py --annotation-file SEED-Bench.json 
 import json
 from collections.abc import Sequence
 
-from llava.eval.arguments import Parser
+from llava.eval.common.arguments import Parser
+from llava.eval.common.jsonio import write_json, write_text_atomic
 from llava.eval.common.outputs import SCORES, JsonLines
 from llava.eval.convert import join, load_seed, require_all, seed_accuracy, seed_upload
-from llava.eval.jsonio import write_json, write_text_atomic
-from llava.eval.scoring import load_answers
+from llava.eval.tasks.scoring import load_answers
 from llava.utils import cli_main
 
 

@@ -9,19 +9,19 @@
 
 A format says what the question consists of and, behind the dash, the answer: Q question, C context, M options,
 L lecture, E explanation (ScienceQA's `solution`), A answer, P parts under headings. The layouts themselves are in
-`llava.eval.science_prompts`.
+`llava.eval.tasks.science_prompts`.
 """
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.eval.arguments import Parser
+from llava.eval.common.arguments import Parser
+from llava.eval.common.jsonio import write_text_atomic
 from llava.eval.common.outputs import JsonLines, JsonList, Kind
 from llava.eval.convert import write_upload
 from llava.eval.eval_science_qa import load_problems
-from llava.eval.jsonio import write_text_atomic
-from llava.eval.science_prompts import check_format, conversation, instruction
+from llava.eval.tasks.science_prompts import check_format, conversation, instruction
 from llava.utils import cli_main
 
 CONVERSATIONS = JsonList("LLaVA's conversations", ("id", "conversations"), only=False)

@@ -7,7 +7,7 @@ python scripts/convert_vizwiz_for_submission.py --annotation-file llava_test.jso
 
 from collections.abc import Sequence
 
-from llava.eval.arguments import Parser
+from llava.eval.common.arguments import Parser
 from llava.eval.common.outputs import JsonList
 from llava.eval.convert import (
     join,

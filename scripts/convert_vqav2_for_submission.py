@@ -12,7 +12,7 @@ or for questions of the split that have none.
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.eval.arguments import Parser
+from llava.eval.common.arguments import Parser
 from llava.eval.common.outputs import Below, JsonList
 from llava.eval.convert import (
     join,
@@ -22,7 +22,7 @@ from llava.eval.convert import (
     vqav2_upload,
     write_upload,
 )
-from llava.eval.scoring import shorten, warn
+from llava.eval.tasks.scoring import shorten, warn
 from llava.utils import INCOMPLETE_STATUS, UserError, cli_main
 
 UPLOAD = JsonList("an upload for VQAv2", ("question_id", "answer"))

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava.eval.arguments import Parser
-from llava.eval.catalog import ENTRIES, Entry, get_entry
-from llava.eval.questions import Question, read_questions
-from llava.eval.scoring import shorten, warn
+from llava.eval.common.arguments import Parser
+from llava.eval.common.questions import Question, read_questions
+from llava.eval.tasks.catalog import ENTRIES, Entry, get_entry
+from llava.eval.tasks.scoring import shorten, warn
 from llava.utils import USER_ERROR_STATUS, UserError, cli_main, visible
 
 DEFAULT_DATA_DIR = Path(__file__).resolve().parents[2] / "playground" / "data" / "eval"
@@ -163,7 +163,7 @@ def _sqa(folder: Path, entry: Entry, questions: Sequence[Question]) -> str:
 
 def _textvqa(folder: Path, entry: Entry, questions: Sequence[Question]) -> str:
     from llava.eval.eval_textvqa import find_key, load_annotations
-    from llava.eval.scoring import QuestionIndex
+    from llava.eval.tasks.scoring import QuestionIndex
 
     annotations = load_annotations(str(folder / entry.truth[0]))
     known = {(str(item["image_id"]), item["question"].lower()) for item in annotations}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llava.eval.arguments import Parser
+from llava.eval.common.arguments import Parser
 from llava.eval.common.outputs import DOCUMENT
 from llava.eval.common.tables import print_or_insert
 from llava.eval.reports.comparison_tables import describe

@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llava.eval.common.jsonio import parse_line, read_json, read_records, require_file, write_text_atomic
 from llava.eval.eval_gqa import to_prediction
-from llava.eval.jsonio import parse_line, read_json, read_records, require_file, write_text_atomic
-from llava.eval.mmbench_data import NOT_UPLOADED, PREDICTION_PLACE, row_index
-from llava.eval.scoring import Coverage, as_answer, join_answers, shorten, warn
-from llava.eval.vqa_text import normalize_answer
+from llava.eval.tasks.mmbench_data import NOT_UPLOADED, PREDICTION_PLACE, row_index
+from llava.eval.tasks.scoring import Coverage, as_answer, join_answers, shorten, warn
+from llava.eval.tasks.vqa_text import normalize_answer
 from llava.schema import ID, TEXT, WHOLE, Fields, ListOf, MapOf, check, optional
 from llava.utils import INCOMPLETE_STATUS, UserError
 

@@ -12,10 +12,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llava.eval.arguments import Parser
+from llava.eval.common.arguments import Parser
+from llava.eval.common.jsonio import write_json
 from llava.eval.common.outputs import SCORES
-from llava.eval.jsonio import write_json
-from llava.eval.mmbench_data import (
+from llava.eval.tasks.mmbench_data import (
     OPTIONS,
     ROTATION,
     is_empty,
@@ -24,7 +24,7 @@ from llava.eval.mmbench_data import (
     read_workbook,
     row_index,
 )
-from llava.eval.scoring import check_same_questions, join_answers, load_answers, warn
+from llava.eval.tasks.scoring import check_same_questions, join_answers, load_answers, warn
 from llava.utils import UserError, cli_main, visible
 
 # The wide marks are those of Chinese text.

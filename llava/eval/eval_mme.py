@@ -16,10 +16,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llava.eval.arguments import Parser
+from llava.eval.common.arguments import Parser
+from llava.eval.common.jsonio import read_records, read_text, require_folder, write_json, write_text_atomic
 from llava.eval.common.outputs import SCORES, OutputFolder, Text
-from llava.eval.jsonio import read_records, read_text, require_folder, write_json, write_text_atomic
-from llava.eval.scoring import QuestionIndex, join_answers, load_answers, warn
+from llava.eval.tasks.scoring import QuestionIndex, join_answers, load_answers, warn
 from llava.schema import ID, TEXT, Fields
 from llava.utils import UserError, cli_main
 

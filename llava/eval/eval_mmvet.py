@@ -12,10 +12,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llava.eval.arguments import Parser
+from llava.eval.common.arguments import Parser
+from llava.eval.common.jsonio import read_json, write_json
 from llava.eval.common.outputs import SCORES
-from llava.eval.jsonio import read_json, write_json
-from llava.eval.scoring import Coverage, warn
+from llava.eval.tasks.scoring import Coverage, warn
 from llava.schema import TEXT, Fields, ListOf, MapOf, check, kind_of
 from llava.utils import UserError, cli_main
 

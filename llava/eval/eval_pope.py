@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava.eval.arguments import Parser
+from llava.eval.common.arguments import Parser
+from llava.eval.common.jsonio import read_records, require_folder, write_json
 from llava.eval.common.outputs import SCORES
-from llava.eval.jsonio import read_records, require_folder, write_json
-from llava.eval.scoring import asks, check_same_questions, join_answers, load_answers
+from llava.eval.tasks.scoring import asks, check_same_questions, join_answers, load_answers
 from llava.schema import ID, SCALAR, TEXT, Fields, optional
 from llava.utils import UserError, cli_main, visible
 

@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava.eval.arguments import Parser
+from llava.eval.common.arguments import Parser
+from llava.eval.common.jsonio import read_json, require_folder, write_json, write_text_atomic
 from llava.eval.common.outputs import SCORES, JsonObject
-from llava.eval.jsonio import read_json, require_folder, write_json, write_text_atomic
-from llava.eval.scoring import Coverage, check_same_questions, join_answers, load_answers, warn
+from llava.eval.tasks.scoring import Coverage, check_same_questions, join_answers, load_answers, warn
 from llava.schema import ID, TEXT, Fields, ListOf, check, kind_of, optional
 from llava.utils import UserError, cli_main, visible
 

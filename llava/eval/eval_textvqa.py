@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llava.eval.arguments import Parser
+from llava.eval.common.arguments import Parser
+from llava.eval.common.jsonio import read_json, require_folder, write_json
 from llava.eval.common.outputs import SCORES
-from llava.eval.jsonio import read_json, require_folder, write_json
-from llava.eval.scoring import QuestionIndex, join_answers, load_answers
-from llava.eval.vqa_text import soft_accuracy
+from llava.eval.tasks.scoring import QuestionIndex, join_answers, load_answers
+from llava.eval.tasks.vqa_text import soft_accuracy
 from llava.schema import ID, TEXT, Fields, ListOf, check
 from llava.utils import UserError, cli_main
 

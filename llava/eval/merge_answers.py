@@ -18,14 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava.eval.answers import FAILED, TOKENS, TokenTotals, first_difference, question_hashes, run_options
-from llava.eval.arguments import Parser
+from llava.eval.answering.answer_file import FAILED, TOKENS, TokenTotals, first_difference, question_hashes, run_options
+from llava.eval.answering.metadata import file_sha256, identity, meta_path, read_metadata
+from llava.eval.answering.records import key_hash, match
+from llava.eval.common.arguments import Parser
+from llava.eval.common.jsonio import iter_jsonl, require_file, require_keys, write_json, write_lines_atomic
+from llava.eval.common.locking import FileLock
 from llava.eval.common.outputs import ANSWERS
-from llava.eval.jsonio import iter_jsonl, require_file, require_keys, write_json, write_lines_atomic
-from llava.eval.locking import FileLock
-from llava.eval.questions import Question, read_questions
-from llava.eval.records import key_hash, match
-from llava.eval.run_metadata import file_sha256, identity, meta_path, read_metadata
+from llava.eval.common.questions import Question, read_questions
 from llava.schema import ANYTHING, NUMBER, TEXT, Fields, MapOf, check
 from llava.utils import UserError, cli_main, visible
 

@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Sequence
 
 from llava.eval import model_vqa_loader
-from llava.eval.answering import KEEP
+from llava.eval.answering.command import KEEP
 from llava.utils import cli_main
 
 MAX_NEW_TOKENS = 1024

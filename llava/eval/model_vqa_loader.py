@@ -11,10 +11,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from llava.eval.answering import ZERO, add_padding_argument, add_running_arguments, run_questions
-from llava.eval.arguments import Parser, add_generation_arguments, add_model_arguments, add_pruning_arguments
+from llava.eval.answering.command import ZERO, add_padding_argument, add_running_arguments, run_questions
+from llava.eval.common.arguments import Parser, add_generation_arguments, add_model_arguments, add_pruning_arguments
 from llava.eval.common.outputs import ANSWERS
-from llava.eval.questions import chunk, read_questions
+from llava.eval.common.questions import chunk, read_questions
 from llava.utils import UserError, cli_main
 
 

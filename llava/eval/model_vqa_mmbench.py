@@ -14,11 +14,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from llava.eval.answering import run_questions
-from llava.eval.mmbench_data import OPTIONS, is_empty, read_table, row_index, row_options
+from llava.eval.answering.command import run_questions
+from llava.eval.common.questions import Question, chunk
 from llava.eval.model_vqa import MAX_NEW_TOKENS
 from llava.eval.model_vqa_loader import build_parser as build_loader_parser
-from llava.eval.questions import Question, chunk
+from llava.eval.tasks.mmbench_data import OPTIONS, is_empty, read_table, row_index, row_options
 from llava.utils import UserError, cli_main, visible
 
 SINGLE_PREDICTION = {
@@ -111,7 +111,7 @@ def eval_model(args: argparse.Namespace) -> int:
         return question.text + instruction
 
     def answerer(*parts: Any) -> Any:
-        from llava.eval.answerers import VariedAnswerer  # imports torch: not for --help and wrong flags
+        from llava.eval.answering.varied import VariedAnswerer  # imports torch: not for --help and wrong flags
 
         return VariedAnswerer(*parts, prompt_text=prompt_text, images=images)
 

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.eval.answering import KEEP, run_questions
-from llava.eval.jsonio import read_json
+from llava.eval.answering.command import KEEP, run_questions
+from llava.eval.common.jsonio import read_json
+from llava.eval.common.questions import Question, chunk, image_names, require_encodable
 from llava.eval.model_vqa import MAX_NEW_TOKENS
 from llava.eval.model_vqa_loader import build_parser as build_loader_parser
-from llava.eval.questions import Question, chunk, image_names, require_encodable
 from llava.utils import UserError, cli_main
 
 SINGLE_PREDICTION = "Answer with the option's letter from the given choices directly."
@@ -86,7 +86,7 @@ def eval_model(args: argparse.Namespace) -> int:
     questions = read_conversations(args.question_file, args.single_pred_prompt)[: args.limit]
 
     def answerer(*parts: Any) -> Any:
-        from llava.eval.answerers import VariedAnswerer  # imports torch: not for --help and wrong flags
+        from llava.eval.answering.varied import VariedAnswerer  # imports torch: not for --help and wrong flags
 
         return VariedAnswerer(*parts, prompt_text=without_placeholder)
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from llava.eval.arguments import (
+from llava.eval.common.arguments import (
     GenerationOptions,
     Parser,
     add_generation_arguments,
@@ -66,8 +66,8 @@ def open_chat(args: argparse.Namespace, query: str | None = None) -> tuple[Any, 
     generation = GenerationOptions.from_args(args)
 
     from llava.conversation import build_prompt
-    from llava.eval.answering import load_model, max_visual_tokens
-    from llava.eval.chat import Chat, choose_conv_mode, load_images, require_unicode
+    from llava.eval.answering.chat import Chat, choose_conv_mode, load_images, require_unicode
+    from llava.eval.answering.command import load_model, max_visual_tokens
     from llava.mm_utils import get_model_name_from_path
 
     conv_mode = choose_conv_mode(args.conv_mode, get_model_name_from_path(args.model_path))
@@ -87,7 +87,7 @@ def eval_model(args: Any) -> str:
     args: the flags by name, as `build_parser` gives them or any object with some of them as attributes (LLaVA's
     own example); what is missing has the default of the command line.
     """
-    from llava.eval.chat import token_report
+    from llava.eval.answering.chat import token_report
 
     defaults = vars(build_parser().parse_args(["--model-path", args.model_path, "--query", args.query]))
     args = argparse.Namespace(**{name: getattr(args, name, value) for name, value in defaults.items()})

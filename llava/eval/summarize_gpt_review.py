@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llava.eval.arguments import Parser
+from llava.eval.common.arguments import Parser
+from llava.eval.common.jsonio import iter_jsonl, require_folder, write_json
 from llava.eval.common.outputs import JsonObject
-from llava.eval.jsonio import iter_jsonl, require_folder, write_json
-from llava.eval.scoring import shorten, warn
+from llava.eval.tasks.scoring import shorten, warn
 from llava.schema import NUMBER, ListOf
 from llava.utils import UserError, cli_main, visible
 

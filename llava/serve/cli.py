@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from llava.eval.arguments import Parser
+from llava.eval.common.arguments import Parser
 from llava.eval.run_llava import add_chat_arguments, open_chat
 from llava.utils import UserError, cli_main, describe_error, visible
 
@@ -43,7 +43,7 @@ def converse(chat: Any, run: Any, method_name: str, debug: bool = False) -> None
     """Reads questions from stdin and answers them until an empty line or the end of the input."""
     from transformers import TextStreamer
 
-    from llava.eval.chat import token_report
+    from llava.eval.answering.chat import token_report
 
     class Streamer(TextStreamer):
         """Shows on the terminal what the terminal would obey."""

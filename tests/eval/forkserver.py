@@ -80,7 +80,7 @@ def _serve(listener):
     import transformers  # noqa: F401
     from transformers import CLIPVisionModel, LlamaForCausalLM  # noqa: F401
 
-    import llava.eval.runner
+    import llava.eval.answering.answerer
     import llava.model.builder
     import llava.pruning  # noqa: F401
 

@@ -20,17 +20,17 @@ from llava.eval import (
     table,
     trace_summary,
 )
-from llava.eval.answers import AnswerFile
-from llava.eval.catalog import get_entry
+from llava.eval.answering.answer_file import AnswerFile
+from llava.eval.answering.metadata import RunMetadata, read_metadata
+from llava.eval.answering.parallel import crop_counter
 from llava.eval.check_data import load_questions
-from llava.eval.mmbench_data import write_workbook
+from llava.eval.common.questions import read_questions
 from llava.eval.model_vqa_mmbench import read_rows
 from llava.eval.model_vqa_science import read_conversations
-from llava.eval.questions import read_questions
 from llava.eval.reports.results import align, collect, costs
 from llava.eval.reports.settings import make_settings, read_variants
-from llava.eval.run_metadata import RunMetadata, read_metadata
-from llava.eval.sharding import crop_counter
+from llava.eval.tasks.catalog import get_entry
+from llava.eval.tasks.mmbench_data import write_workbook
 from tests.eval.helpers import ROOT, answer, write_json, write_jsonl
 from tests.eval.small_data import write_all
 from tests.fuzzing import Target

@@ -3,7 +3,7 @@
 import pytest
 
 from llava.eval import eval_gqa, eval_mme, eval_pope, eval_textvqa
-from llava.eval.arguments import (
+from llava.eval.common.arguments import (
     GenerationOptions,
     check_budget,
     check_range,

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from llava.eval import batching
-from llava.eval.batching import Batcher, BatchSize
+from llava.eval.answering import batching
+from llava.eval.answering.answerer import Answerer, build_prompt
+from llava.eval.answering.batching import Batcher, BatchSize
 from llava.eval.model_vqa_loader import main
-from llava.eval.runner import Answerer, build_prompt
 from llava.utils import UserError
 from tests.eval.helpers import fails_with_one_line, read_json, read_jsonl, write_jsonl
 
@@ -138,8 +138,8 @@ def test_defects_of_the_program_are_not_hidden(loaded, data):
         def generate(self, encoded, run):
             raise ValueError("a defect")
 
-    from llava.eval.questions import read_questions
-    from llava.eval.runner import answer_questions
+    from llava.eval.answering.answerer import answer_questions
+    from llava.eval.common.questions import read_questions
     from llava.pruning import get_method
 
     tokenizer, model, processor, _ = loaded

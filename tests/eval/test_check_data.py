@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from llava.eval import check_data
-from llava.eval.catalog import ENTRIES, get_entry
+from llava.eval.tasks.catalog import ENTRIES, get_entry
 from llava.utils import UserError
 from tests.eval.helpers import SHARED, TINY_DATA, needs_shared, read_json, read_jsonl, write_json, write_jsonl
 from tests.eval.small_data import write_all

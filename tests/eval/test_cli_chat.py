@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from llava.eval.chat import Chat
+from llava.eval.answering.chat import Chat
 from llava.pruning import get_method
 from llava.serve.cli import main
 from llava.utils import UserError
@@ -172,7 +172,7 @@ class Words:
 
 
 def chat_about(loaded, images, conv_mode="vicuna_v1"):  # noqa: F811
-    from llava.eval.arguments import GenerationOptions
+    from llava.eval.common.arguments import GenerationOptions
 
     tokenizer, model, image_processor, _ = loaded
     return Chat(tokenizer, model, image_processor, images, conv_mode, GenerationOptions(max_new_tokens=6))

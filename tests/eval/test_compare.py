@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 from llava.eval import compare
-from llava.eval.benchmarks import BENCHMARKS, COMPARED
-from llava.eval.questions import Question
+from llava.eval.common.questions import Question
 from llava.eval.reports import results
 from llava.eval.reports import settings as variants
 from llava.eval.reports.bootstrap import estimates, resampled_means, retained
 from llava.eval.reports.memory import PeakMemory, resident_bytes
+from llava.eval.tasks.benchmarks import BENCHMARKS, COMPARED
 from llava.utils import UserError
 from tests.eval.helpers import TINY_DATA, fails_with_one_line, read_json, read_jsonl, write_json, write_jsonl
 from tests.eval.test_demo import perfect_answers
@@ -284,7 +284,7 @@ def test_compare_continues_where_it_stopped(argv, data, capsys):
 
 
 def test_an_interrupted_comparison_keeps_what_it_has(argv, data, capsys, monkeypatch):
-    from llava.eval.runner import Answerer
+    from llava.eval.answering.answerer import Answerer
 
     flags = ("--methods", "uniform,fastv", "--budgets", "4", "--no-plot")
     compare.main(argv(*flags, "--output-dir", data / "whole"))
@@ -330,8 +330,8 @@ def test_a_damaged_image_costs_one_question(argv, data, capsys):
 
 
 def test_numbers_that_are_not_finite_cost_one_question(argv, data, capsys, monkeypatch):
-    from llava.eval.numerics import FiniteWatch
-    from llava.eval.runner import Answerer
+    from llava.eval.answering.answerer import Answerer
+    from llava.eval.answering.numerics import FiniteWatch
 
     generate = Answerer.generate
 

@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from llava.eval import eval_gqa, eval_mmbench
-from llava.eval.mmbench_data import read_workbook
-from llava.eval.science_prompts import prompt_and_answer
+from llava.eval.tasks.mmbench_data import read_workbook
+from llava.eval.tasks.science_prompts import prompt_and_answer
 from tests.eval.helpers import ROOT, answer, fails_with_one_line, read_json, read_jsonl, write_json, write_jsonl
 
 QUESTIONS = [

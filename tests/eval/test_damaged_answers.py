@@ -15,8 +15,8 @@ from llava.eval import (
     eval_textvqa,
     eval_vqa,
 )
-from llava.eval.catalog import get_entry
 from llava.eval.check_data import load_questions
+from llava.eval.tasks.catalog import get_entry
 from tests.eval.helpers import fails_with_one_line, read_json, write_jsonl
 from tests.eval.small_data import write_all
 

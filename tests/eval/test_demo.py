@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from llava.eval import demo, table
-from llava.eval.benchmarks import BENCHMARKS, Score, spread
+from llava.eval.common.questions import Question
 from llava.eval.common.tables import replace_between
-from llava.eval.questions import Question
 from llava.eval.reports import sample_plots as demo_plots
+from llava.eval.tasks.benchmarks import BENCHMARKS, Score, spread
 from llava.utils import UserError
 from tests.eval.helpers import TINY_DATA, fails_with_one_line, read_json
 
@@ -51,7 +51,7 @@ def test_each_benchmark_scores_its_own_truth():
 
 def perfect_answers():
     from llava.eval import eval_gqa, eval_mme, eval_pope, eval_textvqa
-    from llava.eval.questions import read_questions
+    from llava.eval.common.questions import read_questions
 
     asked = {b.name: read_questions(TINY_DATA / b.question_file) for b in BENCHMARKS}
     words = {

@@ -9,8 +9,9 @@ import time
 import pytest
 from PIL import Image
 
-from llava.eval import chat, downloads
-from llava.eval.chat import load_image
+from llava.eval.answering import chat
+from llava.eval.answering.chat import load_image
+from llava.eval.common import downloads
 from llava.eval.run_llava import main
 from llava.utils import UserError
 from tests.eval.helpers import fails_with_one_line
@@ -129,7 +130,7 @@ def test_the_flag_reaches_the_download(server, data, capsys, monkeypatch):
     def stop(args):
         raise UserError("the model would be loaded now")
 
-    monkeypatch.setattr("llava.eval.answering.load_model", stop)
+    monkeypatch.setattr("llava.eval.answering.command.load_model", stop)
     argv = ["--model-path", "llava-v1.5", "--query", "What?", "--image-file", f"{server}/go?{server}/a.png"]
     fails_with_one_line(main, argv, capsys, "--allow-private-redirects")
     fails_with_one_line(main, [*argv, "--allow-private-redirects"], capsys, "would be loaded now")

@@ -5,7 +5,7 @@ import csv
 import pytest
 
 from llava.eval import eval_mmbench
-from llava.eval.mmbench_data import write_workbook
+from llava.eval.tasks.mmbench_data import write_workbook
 from tests.eval.helpers import fails_with_one_line, read_json, write_jsonl
 
 COLUMNS = ["index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image", "l2-category", "split"]

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 import pytest
 from PIL import Image
 
-from llava.eval.answers import AnswerFile
-from llava.eval.images import SampleError, open_image
+from llava.eval.answering.answer_file import AnswerFile
+from llava.eval.answering.images import SampleError, open_image
+from llava.eval.common.questions import read_questions
 from llava.eval.merge_answers import choose_lines, read_part
-from llava.eval.questions import read_questions
 from llava.utils import UserError
 from tests.eval.fuzz_targets import TARGETS
 from tests.eval.helpers import write_jsonl

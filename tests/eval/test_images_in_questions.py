@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from llava.eval import model_vqa, model_vqa_loader, model_vqa_mmbench, model_vqa_science
-from llava.eval.questions import Question, read_questions
-from llava.eval.runner import Answerer, SampleError, answer_questions, question_problem
+from llava.eval.answering.answerer import Answerer, SampleError, answer_questions, question_problem
+from llava.eval.common.questions import Question, read_questions
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.pruning import get_method
@@ -64,7 +64,7 @@ def watched(loaded, monkeypatch, capsys):
         seen.append(capsys.readouterr().err)
         return loaded
 
-    monkeypatch.setattr("llava.eval.answering.load_model", load_model)
+    monkeypatch.setattr("llava.eval.answering.command.load_model", load_model)
     return seen
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from llava.eval.images import SampleError, decode_image, open_image
-from llava.eval.input_pipeline import prepared
+from llava.eval.answering.answerer import Answerer
+from llava.eval.answering.images import SampleError, decode_image, open_image
+from llava.eval.answering.workers import prepared
+from llava.eval.common.questions import Question, read_questions
 from llava.eval.model_vqa_loader import main
-from llava.eval.questions import Question, read_questions
-from llava.eval.runner import Answerer
 from tests.eval.helpers import read_jsonl, write_jsonl
 from tests.eval.processes import needs_fork
 
@@ -222,7 +222,9 @@ def test_a_side_that_scaling_cannot_bear_costs_one_sample(argv, data, preloaded,
     assert "q.jsonl:3: image 1.png: 10000000 x 1 pixels: a side may have" in printed
 
 
-@pytest.mark.parametrize("place", ["llava.eval.images.to_rgb", "llava.eval.runner.process_images"])
+@pytest.mark.parametrize(
+    "place", ["llava.eval.answering.images.to_rgb", "llava.eval.answering.answerer.process_images"]
+)
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 GB")])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_memory_trouble_costs_one_sample(argv, data, preloaded, capsys, monkeypatch, place, error, workers):

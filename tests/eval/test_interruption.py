@@ -9,10 +9,10 @@ import time
 
 import pytest
 
-from llava.eval import answering
-from llava.eval.answers import AnswerFile
+from llava.eval.answering import command as answering
+from llava.eval.answering.answer_file import AnswerFile
+from llava.eval.answering.answerer import Answerer
 from llava.eval.model_vqa_loader import main
-from llava.eval.runner import Answerer
 from tests.eval.helpers import read_json, read_jsonl, write_jsonl
 from tests.eval.processes import Child, needs_fork, wait_until
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from llava.eval.answers import AnswerFile
+from llava.eval.answering.answer_file import AnswerFile
 from llava.eval.model_vqa_loader import main
 from tests.eval.helpers import ROOT, fails_with_one_line, read_jsonl, write_jsonl
 
@@ -82,7 +82,7 @@ def test_interrupted_run_continues_and_ends_the_same(argv, data, monkeypatch, me
 
 def test_complete_run_loads_no_model(argv, data, monkeypatch):
     main(argv())
-    monkeypatch.setattr("llava.eval.answering.load_model", None)
+    monkeypatch.setattr("llava.eval.answering.command.load_model", None)
     assert main(argv()) == 0
 
 

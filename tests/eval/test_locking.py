@@ -5,8 +5,8 @@ import signal
 
 import pytest
 
-from llava.eval.answers import AnswerFile
-from llava.eval.locking import FileLock
+from llava.eval.answering.answer_file import AnswerFile
+from llava.eval.common.locking import FileLock
 from llava.utils import UserError
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -6,9 +6,9 @@ import os
 import numpy as np
 import pytest
 
-from llava.eval.answers import AnswerFile
-from llava.eval.questions import chunk, read_questions
-from llava.eval.records import key_hash, match
+from llava.eval.answering.answer_file import AnswerFile
+from llava.eval.answering.records import key_hash, match
+from llava.eval.common.questions import chunk, read_questions
 from tests.eval.processes import Child, needs_fork
 
 LINES = 100_000

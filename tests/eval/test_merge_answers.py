@@ -6,10 +6,10 @@ import subprocess
 
 import pytest
 
-from llava.eval.jsonio import read_json
+from llava.eval.answering.metadata import checkpoint_fingerprint, file_sha256, git_revision
+from llava.eval.common.jsonio import read_json
 from llava.eval.merge_answers import main as merge_main
 from llava.eval.model_vqa_loader import main
-from llava.eval.run_metadata import checkpoint_fingerprint, file_sha256, git_revision
 from llava.utils import UserError
 from tests.eval.helpers import ROOT, fails_with_one_line, read_jsonl, write_jsonl
 
@@ -221,7 +221,7 @@ def test_looking_up_the_revision_leaves_the_repository_alone():
 
 
 def test_unreadable_metadata_is_a_user_error(tmp_path):
-    from llava.eval.run_metadata import read_metadata
+    from llava.eval.answering.metadata import read_metadata
 
     (tmp_path / "a.meta.json").write_text("{")
     with pytest.raises(UserError, match="a.meta.json:1"):

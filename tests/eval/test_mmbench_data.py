@@ -6,7 +6,7 @@ import zipfile
 import openpyxl
 import pytest
 
-from llava.eval import mmbench_data
+from llava.eval.tasks import mmbench_data
 from llava.utils import UserError
 
 HEADER = "index\tquestion\thint\tA\tB\tC\tD\tanswer\n"

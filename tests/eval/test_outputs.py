@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval.arguments import Parser
 from llava.eval.common import outputs
+from llava.eval.common.arguments import Parser
+from llava.eval.common.jsonio import write_json, write_lines_atomic
 from llava.eval.common.outputs import ANSWERS, SCORES, TRACES, JsonLines, JsonList, JsonObject, same_place
-from llava.eval.jsonio import write_json, write_lines_atomic
 from llava.utils import UserError
 from tests.eval.helpers import ROOT, fails_with_one_line, write_jsonl
 

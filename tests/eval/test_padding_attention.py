@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from llava.eval import model_vqa, model_vqa_loader, model_vqa_mmbench, model_vqa_science
-from llava.eval.runner import Answerer
+from llava.eval.answering.answerer import Answerer
 from llava.pruning import get_method
 from tests.eval.helpers import fails_with_one_line, read_jsonl, write_json, write_jsonl
 from tests.eval.test_model_vqa_tools import ROWS, flags, write_tsv
@@ -96,7 +96,7 @@ def test_what_is_kept_depends_on_it(loaded, data):
     """A wide picture: padding above and below, to which the random tower gives attention like to the rest."""
     tokenizer, model, processor, _ = loaded
     Image.effect_noise((80, 20), 90).convert("RGB").save(data / "images" / "0.png")
-    from llava.eval.questions import Question
+    from llava.eval.common.questions import Question
 
     answerer = Answerer(tokenizer, model, processor, data / "images")
     sample = answerer.prepare(Question(0, "q:1", 1, "What?", "0.png"))

@@ -8,11 +8,11 @@ import subprocess
 import pytest
 
 from llava.eval import table
-from llava.eval.catalog import ENTRIES, get_entry
 from llava.eval.reports import paper_tables
 from llava.eval.reports.paper_tables import COLUMNS, TABLES, retained_percent
 from llava.eval.reports.published import COLLECTED, PAPER, REPOSITORY, ROWS, published_rows
 from llava.eval.reports.runs import COMPLETE, MISSING, PARTIAL, UNSCORED, count_questions, discover, find_run
+from llava.eval.tasks.catalog import ENTRIES, get_entry
 from tests.eval.helpers import ROOT, TINY_MODEL, answer, fails_with_one_line, read_json, write_json, write_jsonl
 from tests.eval.small_data import write_all
 

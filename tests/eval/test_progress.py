@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from llava.eval import progress
-from llava.eval.progress import Progress
+from llava.eval.answering import progress
+from llava.eval.answering.progress import Progress
 
 
 class Terminal(io.StringIO):

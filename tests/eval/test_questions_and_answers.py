@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from llava.eval.answers import AnswerFile
-from llava.eval.questions import chunk, read_questions
+from llava.eval.answering.answer_file import AnswerFile
+from llava.eval.common.questions import chunk, read_questions
 from llava.utils import UserError
 from tests.eval.helpers import read_jsonl, write_jsonl
 

@@ -12,8 +12,8 @@ import time
 
 import pytest
 
+from llava.eval.answering.answerer import Answerer
 from llava.eval.model_vqa_loader import main
-from llava.eval.runner import Answerer
 from tests.eval.helpers import read_json, read_jsonl, write_jsonl
 from tests.eval.processes import Child, needs_fork
 from tests.eval.test_waiting import launch

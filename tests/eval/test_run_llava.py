@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from llava.eval.chat import choose_conv_mode, load_image, with_image_tokens
+from llava.eval.answering.chat import choose_conv_mode, load_image, with_image_tokens
 from llava.eval.run_llava import eval_model, main
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
@@ -242,7 +242,9 @@ def test_an_image_of_any_mode(tmp_path):
 
 
 def test_wrong_input_costs_one_line(argv, data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("llava.eval.answering.load_model", lambda args: pytest.fail("found before the model is loaded"))
+    monkeypatch.setattr(
+        "llava.eval.answering.command.load_model", lambda args: pytest.fail("found before the model is loaded")
+    )
     image = data / "images" / "0.png"
     (tmp_path / "broken.png").write_bytes(image.read_bytes()[:60])
     base = ("--conv-mode", "llava_v0")  # what the name gives: no warning beside the error

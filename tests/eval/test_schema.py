@@ -5,7 +5,7 @@ import json
 import pytest
 
 from llava import jsonfiles
-from llava.eval.jsonio import read_records, write_json
+from llava.eval.common.jsonio import read_records, write_json
 from llava.schema import (
     FLAG,
     ID,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval.catalog import ENTRIES, get_entry
+from llava.eval.tasks.catalog import ENTRIES, get_entry
 from tests.eval.conftest import VOCABULARY
 from tests.eval.helpers import ROOT, TINY_DATA, read_json, read_jsonl, write_json, write_jsonl
 from tests.eval.small_data import write_all

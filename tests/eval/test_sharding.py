@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava.eval import sharding
+from llava.eval.answering import parallel as sharding
+from llava.eval.answering.answerer import Answerer
+from llava.eval.answering.parallel import World, crop_counter, deal, question_costs
+from llava.eval.common.questions import Question
 from llava.eval.model_vqa_loader import main
-from llava.eval.questions import Question
-from llava.eval.runner import Answerer
-from llava.eval.sharding import World, crop_counter, deal, question_costs
 from llava.mm_utils import get_anyres_image_grid_shape
 from llava.utils import UserError
 from tests.eval.helpers import ROOT, read_json, read_jsonl, write_jsonl

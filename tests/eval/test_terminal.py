@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from llava.eval import model_vqa_loader
-from llava.eval.progress import Progress
+from llava.eval.answering.progress import Progress
 from llava.eval.run_llava import main as run_llava
 from llava.serve.cli import main as cli
 from llava.utils import UserError, cli_main, visible
@@ -139,20 +139,24 @@ BAD = os.fsdecode(b"caf\xe9")
 )
 @pytest.mark.parametrize("joined", [False, True])
 def test_what_can_be_no_name_is_found_before_loading(argv, capsys, monkeypatch, flag, value, part, joined):
-    monkeypatch.setattr("llava.eval.answering.load_model", lambda args: pytest.fail("found before the model is loaded"))
+    monkeypatch.setattr(
+        "llava.eval.answering.command.load_model", lambda args: pytest.fail("found before the model is loaded")
+    )
     given = [f"{flag}={value}"] if joined else [flag, value]
     fails_with_one_line(model_vqa_loader.main, [*argv(), *given], capsys, flag, part)
 
 
 def test_queries_and_names_of_images(checkpoint, capsys, monkeypatch):
-    monkeypatch.setattr("llava.eval.answering.load_model", lambda args: pytest.fail("found before the model is loaded"))
+    monkeypatch.setattr(
+        "llava.eval.answering.command.load_model", lambda args: pytest.fail("found before the model is loaded")
+    )
     base = flags(checkpoint, "--conv-mode", "llava_v0")
     fails_with_one_line(run_llava, [*base, "--query", BAD], capsys, "--query", "not UTF-8")
     fails_with_one_line(run_llava, [*base, "--query", "?", "--image-file", BAD], capsys, "--image-file", "not UTF-8")
     fails_with_one_line(run_llava, [*base, "--query", "?", "--image-file", ""], capsys, "--image-file", "empty")
     fails_with_one_line(run_llava, [*base, "--query", "<image>"], capsys, "1 image placeholder(s)")
     mistral = flags(checkpoint, "--conv-mode", "mistral_instruct", "--query", "")
-    monkeypatch.setattr("llava.eval.chat.infer_conv_mode", lambda name: "mistral_instruct")
+    monkeypatch.setattr("llava.eval.answering.chat.infer_conv_mode", lambda name: "mistral_instruct")
     fails_with_one_line(run_llava, mistral, capsys, "must not be empty")
 
 

@@ -10,14 +10,15 @@ import time
 import numpy as np
 import pytest
 
-from llava.eval import locking, records
-from llava.eval.answers import AnswerFile
+from llava.eval.answering import records
+from llava.eval.answering.answer_file import AnswerFile
+from llava.eval.answering.answerer import Answerer
+from llava.eval.answering.records import RecordFile, doubled, whole_lines
+from llava.eval.common import locking
+from llava.eval.common.locking import FileLock
 from llava.eval.common.paths import former_meta_path, meta_path, parts_folder
-from llava.eval.locking import FileLock
+from llava.eval.common.questions import Question
 from llava.eval.model_vqa_loader import main
-from llava.eval.questions import Question
-from llava.eval.records import RecordFile, doubled, whole_lines
-from llava.eval.runner import Answerer
 from llava.utils import UserError
 from tests.eval.helpers import fails_with_one_line, read_json, read_jsonl, write_jsonl
 from tests.eval.processes import Child, needs_fork, wait_until

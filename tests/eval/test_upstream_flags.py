@@ -5,7 +5,7 @@ import runpy
 
 import pytest
 
-from llava.eval.arguments import Parser
+from llava.eval.common.arguments import Parser
 from tests.eval.helpers import ROOT
 
 _COMMON = "--model-path M --model-base B --image-folder I --question-file Q --answers-file A --conv-mode vicuna_v1"

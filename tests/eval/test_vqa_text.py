@@ -2,7 +2,7 @@
 
 import pytest
 
-from llava.eval.vqa_text import normalize_answer, soft_accuracy
+from llava.eval.tasks.vqa_text import normalize_answer, soft_accuracy
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,12 @@ import time
 
 import pytest
 
-from llava.eval import peers, sharding
+from llava.eval.answering import parallel as sharding
+from llava.eval.answering import peers
+from llava.eval.answering.answerer import Answerer
+from llava.eval.answering.parallel import World
+from llava.eval.answering.peers import Peers
 from llava.eval.model_vqa_loader import main
-from llava.eval.peers import Peers
-from llava.eval.runner import Answerer
-from llava.eval.sharding import World
 from llava.utils import UserError
 from tests.eval.helpers import read_json, read_jsonl, write_jsonl
 from tests.eval.processes import Child, needs_fork, wait_until
@@ -106,7 +107,7 @@ def test_a_process_gives_up_when_its_peer_is_gone(argv, many, preloaded, waiting
         begin = sharding._sees_plan
         monkeypatch.undo()
         monkeypatch.setattr(peers, "SILENCE_SECONDS", 1.5)
-        monkeypatch.setattr("llava.eval.answering.load_model", None)
+        monkeypatch.setattr("llava.eval.answering.command.load_model", None)
 
         def die(*args):
             if os.environ["RANK"] == "1":

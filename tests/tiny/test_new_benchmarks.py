@@ -9,10 +9,10 @@ from collections import Counter
 import pytest
 
 from llava.eval import convert, eval_mmbench, eval_mmvet, eval_science_qa
-from llava.eval.mmbench_data import ROTATION
+from llava.eval.common.questions import read_questions
 from llava.eval.model_vqa_mmbench import read_rows
 from llava.eval.model_vqa_science import read_conversations
-from llava.eval.questions import read_questions
+from llava.eval.tasks.mmbench_data import ROTATION
 from playground.tiny.build import benchmarks as mb
 from playground.tiny.build.items import Build, Item
 from playground.tiny.measure.grade_mmvet import grade, grade_all

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava.eval.jsonio import read_text, write_text_atomic
+from llava.eval.common.jsonio import read_text, write_text_atomic
 from llava.utils import UserError
 
 

@@ -14,21 +14,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llava.eval.answering import load_model, max_visual_tokens
-from llava.eval.arguments import GenerationOptions, Parser, add_model_arguments, check_budget, check_range, split_names
-from llava.eval.benchmarks import COMPARED, Asked, spread
+from llava.eval.answering.command import load_model, max_visual_tokens
+from llava.eval.answering.loop import INCOMPLETE_STATUS
+from llava.eval.answering.metadata import checkpoint_fingerprint
+from llava.eval.common.arguments import (
+    GenerationOptions,
+    Parser,
+    add_model_arguments,
+    check_budget,
+    check_range,
+    split_names,
+)
+from llava.eval.common.interrupts import Interrupts
+from llava.eval.common.jsonio import read_json, require_folder, write_json, write_text_atomic
 from llava.eval.common.outputs import PICTURE, TABLE_MARKDOWN, JsonObject, OutputFolder, Text
-from llava.eval.evaluation import INCOMPLETE_STATUS
-from llava.eval.interrupts import Interrupts
-from llava.eval.jsonio import read_json, require_folder, write_json, write_text_atomic
-from llava.eval.questions import read_questions
+from llava.eval.common.questions import read_questions
 from llava.eval.reports.bootstrap import LEVEL, MAX_RESAMPLES, RESAMPLES
 from llava.eval.reports.comparison_tables import csv_table, markdown_report
 from llava.eval.reports.defaults import DEFAULT_BUDGETS, MAX_NEW_TOKENS, RESULTS, TINY, parse_budgets
 from llava.eval.reports.differences import credits_path
 from llava.eval.reports.results import collect, credits_csv, make_rows
 from llava.eval.reports.settings import Setting, Variant, ablation_variants, make_settings, read_variants
-from llava.eval.run_metadata import checkpoint_fingerprint
+from llava.eval.tasks.benchmarks import COMPARED, Asked, spread
 from llava.utils import UserError
 
 OUTPUT = OutputFolder(
@@ -96,8 +103,8 @@ def run(args: argparse.Namespace) -> int:
     settings = available_settings(args)
     sets = chosen_sets(args)
 
+    from llava.eval.answering.answerer import check_conv_mode
     from llava.eval.reports.experiment import Experiment
-    from llava.eval.runner import check_conv_mode
     from llava.mm_utils import get_model_name_from_path
 
     check_conv_mode(args.conv_mode)
@@ -215,7 +222,7 @@ def chosen_sets(args: argparse.Namespace) -> list[Any]:
 
 def answer_missing(args: argparse.Namespace, experiment: Any) -> int:
     """Loads the model and answers what the experiment lacks; returns the number of questions left out."""
-    from llava.eval.answerers import VariedAnswerer
+    from llava.eval.answering.varied import VariedAnswerer
     from llava.eval.reports.experiment import describe_conditions
 
     # One input for all settings: tiles are joined as pruning wants them, for dense too.

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llava.eval.common import tables
-from llava.eval.jsonio import read_json
+from llava.eval.common.jsonio import read_json
 from llava.eval.reports.bootstrap import MAX_RESAMPLES
 from llava.eval.reports.differences import Difference, credits_path, differences, read_credits
 from llava.schema import FLAG, NUMBER, SCALAR, TEXT, WHOLE, Fields, ListOf, MapOf, at_least, between, check, optional

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llava.eval.arguments import split_names
+from llava.eval.common.arguments import split_names
 from llava.utils import UserError
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -15,17 +15,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llava.eval.answering import load_model, max_visual_tokens
-from llava.eval.arguments import DTYPE_HELP, DTYPES, GenerationOptions, Parser, check_budget, check_range, find_method
-from llava.eval.benchmarks import BENCHMARKS, spread
+from llava.eval.answering.command import load_model, max_visual_tokens
+from llava.eval.common.arguments import (
+    DTYPE_HELP,
+    DTYPES,
+    GenerationOptions,
+    Parser,
+    check_budget,
+    check_range,
+    find_method,
+)
+from llava.eval.common.jsonio import read_json, require_folder, write_json, write_text_atomic
 from llava.eval.common.outputs import PICTURE, TABLE_MARKDOWN, JsonObject, OutputFolder
+from llava.eval.common.questions import read_questions
 from llava.eval.common.tables import markdown_table as pipe_table
-from llava.eval.jsonio import read_json, require_folder, write_json, write_text_atomic
-from llava.eval.questions import read_questions
 from llava.eval.reports.defaults import DEFAULT_BUDGETS, MAX_NEW_TOKENS, RESULTS, TINY, parse_budgets
 from llava.eval.reports.paper_tables import retained_percent
 from llava.eval.reports.results import collect, costs
 from llava.eval.reports.settings import Variant, make_settings
+from llava.eval.tasks.benchmarks import BENCHMARKS, spread
 from llava.schema import NUMBER, SCALAR, TEXT, Fields, ListOf, MapOf, check
 from llava.utils import UserError
 
@@ -69,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     title = getattr(find_method(args.method, "--method"), "__name__", args.method)
     settings = make_settings([Variant(title, args.method)], budgets, flag="--method")
 
-    from llava.eval.answerers import VariedAnswerer
+    from llava.eval.answering.varied import VariedAnswerer
     from llava.eval.reports.experiment import Experiment, QuestionSet, describe_conditions
     from llava.eval.reports.sample_plots import Example, plot_retention_curves, plot_survivors
 

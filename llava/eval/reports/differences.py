@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from llava.eval.common.jsonio import read_text
 from llava.eval.common.tables import csv_table
-from llava.eval.jsonio import read_text
 from llava.eval.reports.bootstrap import Estimate, estimates, resampled_means
 from llava.utils import UserError
 

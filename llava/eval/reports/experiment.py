@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava.eval.answers import AnswerFile
-from llava.eval.evaluation import token_summary
-from llava.eval.progress import Progress
-from llava.eval.questions import Question
+from llava.eval.answering.answer_file import AnswerFile
+from llava.eval.answering.answerer import Answered, Answerer, Encoded, Sample, SampleError
+from llava.eval.answering.loop import token_summary
+from llava.eval.answering.progress import Progress
+from llava.eval.common.questions import Question
 from llava.eval.reports.memory import PeakMemory
 from llava.eval.reports.settings import Setting
-from llava.eval.runner import Answered, Answerer, Encoded, Sample, SampleError
 from llava.pruning.engine.missed import missed_budgets
 from llava.utils import UserError
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from llava.eval.arguments import Parser, parse_count, split_names
+from llava.eval.common.arguments import Parser, parse_count, split_names
+from llava.eval.common.jsonio import write_json
 from llava.eval.common.outputs import JsonObject
+from llava.eval.common.questions import Question, read_questions
 from llava.eval.common.tables import markdown_table
-from llava.eval.jsonio import write_json
-from llava.eval.questions import Question, read_questions
 from llava.eval.reports.published import PAPER, published_rows
 from llava.utils import UserError
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from llava.eval.catalog import get_entry
 from llava.eval.common.tables import csv_table, markdown_table
 from llava.eval.reports.published import COLLECTED, published_rows
 from llava.eval.reports.runs import COMPLETE, COSTS, PARTIAL, Run, count_questions, find_run, result_path
+from llava.eval.tasks.catalog import get_entry
 from llava.schema import NUMBER, check
 
 METHOD_NAMES = {"autoprune": "AutoPrune", "dense": "dense", "fastv": "FastV", "divprune": "DivPrune"}

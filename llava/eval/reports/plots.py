@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llava.eval.jsonio import replacing
+from llava.eval.common.jsonio import replacing
 from llava.utils import UserError
 
 DPI = 130

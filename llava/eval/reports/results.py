@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from llava.eval.answers import TOKENS
-from llava.eval.jsonio import iter_jsonl
-from llava.eval.questions import Question
+from llava.eval.answering.answer_file import TOKENS
+from llava.eval.common.jsonio import iter_jsonl
+from llava.eval.common.questions import Question
 from llava.eval.reports.bootstrap import Estimate, estimates, resampled_means, retained
 from llava.eval.reports.differences import credits_table
 from llava.schema import ID, NUMBER, TEXT, Fields, above, at_least, check, optional

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava.eval.catalog import Entry, run_name
 from llava.eval.check_data import load_questions
+from llava.eval.common.jsonio import parse_line, read_json
 from llava.eval.common.paths import meta_path
-from llava.eval.jsonio import parse_line, read_json
+from llava.eval.tasks.catalog import Entry, run_name
 from llava.schema import ANYTHING, NUMBER, Fields, MapOf, at_least, check, optional
 from llava.utils import UserError
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava.eval.arguments import find_method, with_options
-from llava.eval.jsonio import read_json, read_text
+from llava.eval.common.arguments import find_method, with_options
+from llava.eval.common.jsonio import read_json, read_text
 from llava.utils import UserError
 
 DENSE = "dense"

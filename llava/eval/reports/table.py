@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from llava.eval.arguments import DEFAULT_METHOD, Parser, parse_count, split_names
-from llava.eval.catalog import ENTRIES, get_entry
 from llava.eval.check_data import DEFAULT_DATA_DIR
+from llava.eval.common.arguments import DEFAULT_METHOD, Parser, parse_count, split_names
+from llava.eval.common.jsonio import write_json, write_text_atomic
 from llava.eval.common.outputs import DOCUMENT, TABLE_MARKDOWN, JsonObject, Text
 from llava.eval.common.tables import print_or_insert
-from llava.eval.jsonio import write_json, write_text_atomic
 from llava.eval.reports import demo, paper_tables
 from llava.eval.reports.runs import COMPLETE, discover
+from llava.eval.tasks.catalog import ENTRIES, get_entry
 from llava.utils import UserError
 
 

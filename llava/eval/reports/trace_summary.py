@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from llava.eval.arguments import Parser, check_range
+from llava.eval.common.arguments import Parser, check_range
+from llava.eval.common.jsonio import iter_jsonl, write_json
 from llava.eval.common.outputs import PICTURE, JsonObject
-from llava.eval.jsonio import iter_jsonl, write_json
 from llava.schema import NUMBER, Fields, ListOf, at_least, between, check, optional
 from llava.utils import UserError
 

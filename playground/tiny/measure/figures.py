@@ -20,10 +20,10 @@ from functools import lru_cache
 from pathlib import Path
 
 from llava.eval import convert, eval_mmbench, eval_mmvet, eval_science_qa, eval_vqa
-from llava.eval.arguments import Parser
-from llava.eval.benchmarks import BENCHMARKS as SCORERS
+from llava.eval.common.arguments import Parser
+from llava.eval.common.jsonio import read_json, write_json
 from llava.eval.common.outputs import JsonObject
-from llava.eval.jsonio import read_json, write_json
+from llava.eval.tasks.benchmarks import BENCHMARKS as SCORERS
 from llava.utils import UserError, cli_main
 from playground.tiny.build.benchmarks import ARENA, BUILDERS, DATA, DATA_WIDE, build_all, build_wide
 from playground.tiny.build.ensure import ensure

@@ -14,9 +14,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.eval.arguments import Parser
+from llava.eval.common.arguments import Parser
+from llava.eval.common.jsonio import read_json, write_json
 from llava.eval.common.outputs import JsonObject
-from llava.eval.jsonio import read_json, write_json
 from llava.utils import UserError, cli_main
 
 GRADER = "rule"

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import llava
-from llava.eval.answers import TokenTotals, first_difference
+from llava.eval.answering.answer_file import TokenTotals, first_difference
+from llava.eval.common.jsonio import read_json, write_json
 from llava.eval.common.paths import former_meta_path, meta_path
-from llava.eval.jsonio import read_json, write_json
 from llava.schema import ANYTHING, NUMBER, TEXT, Fields, MapOf, at_least, check, optional
 from llava.utils import UserError
 

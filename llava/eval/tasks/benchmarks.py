@@ -17,11 +17,11 @@ from llava.eval import (
     eval_pope,
     eval_science_qa,
     eval_textvqa,
-    graders,
     model_vqa_mmbench,
     model_vqa_science,
 )
-from llava.eval.questions import Question, read_questions
+from llava.eval.common.questions import Question, read_questions
+from llava.eval.tasks import graders
 from llava.utils import UserError
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from llava.eval.answers import question_hashes
+from llava.eval.answering.answer_file import question_hashes
+from llava.eval.answering.records import RecordFile
 from llava.eval.common.outputs import TRACES
-from llava.eval.questions import Question
-from llava.eval.records import RecordFile
+from llava.eval.common.questions import Question
 
 
 class TraceFile:

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava.eval import sharding
-from llava.eval.evaluation import INCOMPLETE_STATUS, Evaluation
-from llava.eval.questions import Question
-from llava.eval.run_metadata import RunMetadata, describe_run
-from llava.eval.sharding import Share, World
+from llava.eval.answering import parallel as sharding
+from llava.eval.answering.loop import INCOMPLETE_STATUS, Evaluation
+from llava.eval.answering.metadata import RunMetadata, describe_run
+from llava.eval.answering.parallel import Share, World
+from llava.eval.common.questions import Question
 
 
 class Whole:

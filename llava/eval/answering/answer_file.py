@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import shortuuid
 
+from llava.eval.answering.records import RecordFile, doubled, key_hash, match
+from llava.eval.common.jsonio import require_keys
 from llava.eval.common.outputs import ANSWERS
-from llava.eval.jsonio import require_keys
-from llava.eval.questions import Question, Selected
-from llava.eval.records import RecordFile, doubled, key_hash, match
+from llava.eval.common.questions import Question, Selected
 from llava.schema import NUMBER, Fields, at_least, check
 from llava.utils import UserError
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from llava.eval.arguments import MAX_IMAGE_PIXELS
+from llava.eval.common.arguments import MAX_IMAGE_PIXELS
 from llava.mm_utils import to_rgb
 
 

@@ -17,9 +17,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from llava.eval.common.jsonio import iter_jsonl, replacing, write_lines_atomic
+from llava.eval.common.locking import FileLock
 from llava.eval.common.outputs import Kind, require_plain
-from llava.eval.jsonio import iter_jsonl, replacing, write_lines_atomic
-from llava.eval.locking import FileLock
 from llava.utils import UserError
 
 _PIECE = 1 << 16

@@ -14,7 +14,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llava.eval.arguments import (
+from llava.eval.answering.parallel import World, existing_parts
+from llava.eval.answering.whole import Whole
+from llava.eval.common.arguments import (
     MAX_IMAGE_PIXELS,
     MAX_WORKERS,
     GenerationOptions,
@@ -23,12 +25,10 @@ from llava.eval.arguments import (
     merge_type_from_args,
     method_from_args,
 )
+from llava.eval.common.interrupts import Interrupts
+from llava.eval.common.jsonio import iter_jsonl, require_folder
 from llava.eval.common.outputs import TRACES
-from llava.eval.interrupts import Interrupts
-from llava.eval.jsonio import iter_jsonl, require_folder
-from llava.eval.questions import Question
-from llava.eval.sharding import World, existing_parts
-from llava.eval.whole import Whole
+from llava.eval.common.questions import Question
 from llava.utils import UserError, visible
 
 ZERO, KEEP = PADDING_ATTENTION = ("zero", "keep")
@@ -133,7 +133,7 @@ def run_questions(
     if most_images:
         require_folder(image_folder, "image folder")
 
-    from llava.eval.runner import Answerer, check_conv_mode, question_problem
+    from llava.eval.answering.answerer import Answerer, check_conv_mode, question_problem
     from llava.mm_utils import get_model_name_from_path
 
     check_conv_mode(args.conv_mode)

@@ -19,8 +19,8 @@ from llava.eval import (
     eval_textvqa,
     eval_vqa,
 )
-from llava.eval.jsonio import read_records
-from llava.eval.vqa_text import soft_accuracy
+from llava.eval.common.jsonio import read_records
+from llava.eval.tasks.vqa_text import soft_accuracy
 from llava.schema import ID, TEXT, Fields
 
 Grader = Callable[[Mapping[str, Any]], float | None]

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from PIL import Image
 
-from llava.eval.images import decode_image
-from llava.eval.questions import Question
-from llava.eval.runner import Answerer
+from llava.eval.answering.answerer import Answerer
+from llava.eval.answering.images import decode_image
+from llava.eval.common.questions import Question
 
 
 def _text_of(question: Question) -> str:

@@ -13,12 +13,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from llava.eval.answers import AnswerFile
-from llava.eval.interrupts import Interrupts
-from llava.eval.progress import Progress
-from llava.eval.questions import Question, Selected
-from llava.eval.run_metadata import RunMetadata, describe_run, make_room, read_metadata
-from llava.eval.traces import TraceFile
+from llava.eval.answering.answer_file import AnswerFile
+from llava.eval.answering.metadata import RunMetadata, describe_run, make_room, read_metadata
+from llava.eval.answering.progress import Progress
+from llava.eval.answering.traces import TraceFile
+from llava.eval.common.interrupts import Interrupts
+from llava.eval.common.questions import Question, Selected
 from llava.utils import INCOMPLETE_STATUS, UserError, visible
 
 METADATA_INTERVAL = 30.0  # seconds between updates of the metadata while a run lasts
@@ -43,7 +43,7 @@ class Evaluation:
         process: tuple[int, int] = (0, 1),
         extra: Mapping[str, Any] | None = None,
     ) -> None:
-        from llava.eval.runner import Statistics
+        from llava.eval.answering.answerer import Statistics
 
         self.args, self.questions, self.process = args, questions, process
         self.statistics = Statistics()
@@ -100,9 +100,9 @@ class Evaluation:
 
     def run(self, answerer: Any, method: Any, interrupts: Interrupts) -> None:
         """Answers what is pending."""
-        from llava.eval.batching import BatchSize
-        from llava.eval.input_pipeline import default_workers
-        from llava.eval.runner import answer_questions
+        from llava.eval.answering.answerer import answer_questions
+        from llava.eval.answering.batching import BatchSize
+        from llava.eval.answering.workers import default_workers
 
         args, model = self.args, answerer.model
         self.metadata.set_model(

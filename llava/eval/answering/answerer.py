@@ -19,12 +19,12 @@ from transformers import LogitsProcessorList
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import build_prompt, conv_templates
-from llava.eval.arguments import MAX_IMAGE_PIXELS, GenerationOptions
-from llava.eval.batching import Batcher, BatchSize, is_out_of_memory
-from llava.eval.images import SampleError, decode_image, image_path, open_image
-from llava.eval.input_pipeline import prepared
-from llava.eval.numerics import FiniteWatch
-from llava.eval.questions import Question
+from llava.eval.answering.batching import Batcher, BatchSize, is_out_of_memory
+from llava.eval.answering.images import SampleError, decode_image, image_path, open_image
+from llava.eval.answering.numerics import FiniteWatch
+from llava.eval.answering.workers import prepared
+from llava.eval.common.arguments import MAX_IMAGE_PIXELS, GenerationOptions
+from llava.eval.common.questions import Question
 from llava.mm_utils import ImageTooLarge, process_images, tokenizer_image_token
 from llava.utils import UserError
 

@@ -21,17 +21,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from llava.eval.answers import AnswerFile, question_hashes
+from llava.eval.answering.answer_file import AnswerFile, question_hashes
+from llava.eval.answering.loop import other_chunk
+from llava.eval.answering.metadata import make_room, read_metadata
+from llava.eval.answering.peers import Peers
+from llava.eval.answering.records import RecordFile, match, read_hashes
+from llava.eval.common.jsonio import read_json, write_json, write_lines_atomic
+from llava.eval.common.locking import FileLock
 from llava.eval.common.outputs import TRACES
 from llava.eval.common.paths import meta_path, part_path, parts_folder
-from llava.eval.evaluation import other_chunk
-from llava.eval.jsonio import read_json, write_json, write_lines_atomic
-from llava.eval.locking import FileLock
+from llava.eval.common.questions import Question, Selected
 from llava.eval.merge_answers import check_same_run, merge, read_part
-from llava.eval.peers import Peers
-from llava.eval.questions import Question, Selected
-from llava.eval.records import RecordFile, match, read_hashes
-from llava.eval.run_metadata import make_room, read_metadata
 from llava.utils import UserError
 
 _LEAVING = 5.0  # seconds that process 0 waits for the others to have heard the result
@@ -142,7 +142,7 @@ def question_costs(
     """
     from PIL import Image
 
-    from llava.eval.images import SampleError, image_path
+    from llava.eval.answering.images import SampleError, image_path
 
     last: tuple[tuple[str, ...], int] = ((), 0)
     costs = np.empty(len(questions))

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from llava.eval.arguments import AUTO
-from llava.eval.images import SampleError
-from llava.eval.numerics import where_not_finite
+from llava.eval.answering.images import SampleError
+from llava.eval.answering.numerics import where_not_finite
+from llava.eval.common.arguments import AUTO
 from llava.utils import UserError, is_user_error
 
 MAX_AUTO = 64

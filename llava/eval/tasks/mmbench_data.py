@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from llava.eval.jsonio import require_file, write_lines_atomic
+from llava.eval.common.jsonio import require_file, write_lines_atomic
 from llava.utils import UserError
 
 OPTIONS = ("A", "B", "C", "D")

@@ -1,0 +1,1 @@
+"""What each benchmark is: its files, questions, prompt, score and place in the tables."""
