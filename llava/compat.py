@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
@@ -27,6 +28,8 @@ __all__ = [
     "AttentionWatch",
     "BaseModelOutputWithPast",
     "Decoder",
+    "TowerWatch",
+    "answer_length",
     "cached_keys",
     "cached_length",
     "causal_mask",
@@ -34,8 +37,10 @@ __all__ = [
     "execution_device",
     "find_decoder",
     "new_cache",
+    "has_axes",
     "one_token_masks",
     "rotary_is_static",
+    "rotary_tables",
     "visible_tokens",
 ]
 
@@ -125,6 +130,21 @@ def rotary_is_static(rotary: nn.Module) -> bool:
     return getattr(rotary, "rope_type", None) in ("default", "linear", "llama3", "yarn")
 
 
+def has_axes(decoder: Any) -> bool:
+    """Whether the decoder counts positions along several axes (time, height, width: M-RoPE)."""
+    rope = getattr(decoder.config, "rope_parameters", None) or {}
+    return hasattr(decoder.rotary_emb, "mrope_section") or "mrope_section" in rope
+
+
+def rotary_tables(decoder: Any, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines ``[B, N, D]`` of positions ``[B, N]``, or ``[B, N, axes]`` where they have several axes."""
+    if positions.ndim == 3:
+        positions = positions.movedim(-1, 0)
+    elif has_axes(decoder):
+        positions = positions[None].expand(3, -1, -1)
+    return cast(tuple[Tensor, Tensor], decoder.rotary_emb(hidden, positions))
+
+
 def visible_tokens(attention_mask, batch: int, width: int) -> tuple[int, ...]:
     """Real tokens per row of a prefill, of a mask in any form that transformers takes.
 
@@ -168,7 +188,24 @@ def cached_keys(cache: Cache, layer: int) -> Tensor:
 
 def cached_length(cache: Cache | None, layer: int = 0) -> int:
     """Tokens in one cache layer, padding included."""
-    return 0 if cache is None else cache.get_seq_length(layer)
+    # Asked of the layer: the cache itself may answer with the length of the prompt, see `answer_length`.
+    layers = getattr(cache, "layers", None)
+    if layers is None:
+        return 0 if cache is None else cache.get_seq_length(layer)
+    return layers[layer].get_seq_length() if layer < len(layers) else 0
+
+
+def answer_length(cache: Cache, dropped: int) -> None:
+    """Let a cache whose first layer lacks ``dropped`` tokens answer with what was read.
+
+    ``generate`` asks it so, without a layer, for how much of a conversation is new, and counts positions from it; masks
+    are made by the lengths of layers.
+    """
+    cache.get_seq_length = partial(_length_read, cache, dropped)  # type: ignore[method-assign]
+
+
+def _length_read(cache: Cache, dropped: int, layer_idx: int | None = None) -> int:
+    return cached_length(cache) + dropped if layer_idx is None else cached_length(cache, layer_idx)
 
 
 class AttentionWatch:
@@ -226,3 +263,53 @@ def _shown_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
 
 
 AttentionInterface.register(_SHOWN, _shown_attention)
+
+
+class TowerWatch:
+    """Context in which attention modules of a vision tower show what they attend with, in every call.
+
+    ``see(module, query_NHTD, key_NHTD, attention_mask)`` gets queries and keys as the attention function does, behind
+    norms and rotary embedding. What the modules compute does not change.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], see: Callable[[nn.Module, Tensor, Tensor, Any], None]) -> None:
+        self.see = see
+        self._own = {module: module.config for module in modules}
+
+    def __enter__(self) -> TowerWatch:
+        for module, own in self._own.items():
+            shown = copy.copy(own)
+            shown.__dict__.update(_attn_implementation_internal=_WATCHED, _tower_watch=self)
+            module.config = shown
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for module, own in self._own.items():
+            module.config = own  # type: ignore[assignment]
+
+    def own_config(self, module: nn.Module) -> Any:
+        """The module's real configuration."""
+        return self._own[module]
+
+
+_WATCHED = "llava_watched_tower"
+
+
+def _watched_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+):
+    shown = module.config
+    watch = shown._tower_watch
+    module.config = watch.own_config(module)
+    try:
+        names = vars(sys.modules[type(module).__module__])
+        own = names["ALL_ATTENTION_FUNCTIONS"].get_interface(
+            module.config._attn_implementation, names["eager_attention_forward"]
+        )
+        watch.see(module, query, key, attention_mask)
+        return own(module, query, key, value, attention_mask, **kwargs)
+    finally:
+        module.config = shown
+
+
+AttentionInterface.register(_WATCHED, _watched_attention)

@@ -102,16 +102,25 @@ def keep_and_recycle(
     clusters = [step.merged for step in steps]
     if max(clusters) == 1:
         merged, source = merge_all(tokens, recycled), candidates[:, :1]
+        assignment = torch.zeros_like(candidates)
     else:
         peaks = density_peaks(tokens, clusters, recycled)
-        merged = merge_clusters(tokens, peaks.assignment_BM, max(clusters), recycled)
+        assignment = peaks.assignment_BM
+        merged = merge_clusters(tokens, assignment, max(clusters), recycled)
         source = candidates.gather(1, peaks.centers_BK)
     if min(clusters) < max(clusters):
         source = source.masked_fill(~counts_to_mask(clusters, max(clusters), view.device), order_BV.shape[1])
     for row, step in enumerate(steps):
         compared = step.recycled if step.merged > 1 else 0  # a single cluster is not searched for
         costs[row] += (compared + step.merged) * step.recycled * tokens.shape[2]
-    return Selection(kept, keep, merged, tuple(clusters), source)
+
+    def weights() -> Tensor:
+        # The cluster means of unit vectors.
+        members = counts_to_mask(recycled, candidates.shape[1], view.device)[:, :, None]
+        unit = torch.nn.functional.one_hot(candidates.clamp_max(order_BV.shape[1] - 1), order_BV.shape[1]).float()
+        return merge_clusters(unit * members, assignment, max(clusters), recycled)
+
+    return Selection(kept, keep, merged, tuple(clusters), source, weights)
 
 
 def _behind(order_BV: Tensor, keep: tuple[int, ...], width: int) -> Tensor:

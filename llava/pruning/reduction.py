@@ -123,6 +123,17 @@ class ReducedPrompt:
     lengths: tuple[int, ...]
     rows: list[ReducedRow]
 
+    def follow(self, values_BN: Tensor, lengths: Sequence[int]) -> Tensor:
+        """What belongs to each token of the prompt before, ``[B, N, ...]``: of the tokens that are left, or of those
+        whose place they took. ``lengths`` are those before.
+        """
+        width = values_BN.shape[1]
+        rows = [
+            values_BN[row, width - length :][left.positions.to(values_BN.device)]
+            for row, (left, length) in enumerate(zip(self.rows, lengths, strict=True))
+        ]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
+
 
 def reduce_prompt(
     method: Method,

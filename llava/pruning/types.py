@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -44,6 +45,8 @@ class Selection:
         merged: merged tokens per row.
         source_BM: for every merged token the index of the visual token whose position it takes in position mode
             ``original``.
+        weights: gives float ``[B, M, V]``, how much of each visual token is in each merged one. Asked only where more
+            than hidden states travels with the tokens (deepstack features); None: all of the source.
     """
 
     keep_BK: Tensor
@@ -51,3 +54,4 @@ class Selection:
     merged_BMC: Tensor | None = None
     merged: tuple[int, ...] | None = None
     source_BM: Tensor | None = None
+    weights: Callable[[], Tensor] | None = None

@@ -221,12 +221,14 @@ def test_threads_answer_what_one_thread_answers(model, name):
 
 
 @torch.no_grad()
-def test_labels_are_refused_where_tokens_are_dropped(model):
+def test_labels_follow_the_tokens_that_are_left(model):
     ids = torch.tensor([[1, 5, I, 7, 8, 9]])
     text = ids.clamp_min(3)
     expected = model(text, labels=text).loss
     with AutoPrune(target_tokens=4).attach(model):
         assert torch.equal(model(text, labels=text).loss, expected)
-        with pytest.raises(ValueError, match="labels= cannot be used"):
-            model(ids, images=tiny_images(1), labels=ids)
-        model(ids, images=tiny_images(1))
+        output = model(ids, images=tiny_images(1), labels=ids)
+        # Behind the image stand 7, 8, 9; what precedes it is one token and its label.
+        logits = torch.cat((output.logits[0, :1], output.logits[0, -4:-1]))
+        expected = torch.nn.functional.cross_entropy(logits, torch.tensor([5, 7, 8, 9]))
+        torch.testing.assert_close(output.loss, expected)

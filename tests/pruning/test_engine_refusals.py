@@ -120,7 +120,7 @@ def test_a_layout_is_used_up_by_a_prefill_that_fails():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (lambda n: {"position_ids": torch.arange(n).expand(3, 1, -1)}, r"position_ids .*M-RoPE"),
+        (lambda n: {"position_ids": torch.arange(n).expand(3, 1, -1)}, r"position_ids .*one axis"),
         (lambda n: {"position_ids": torch.arange(n)}, "position_ids must be"),
         (lambda n: {"attention_mask": {"full_attention": None}}, "attention_mask is a dictionary"),
         (lambda n: {"attention_mask": torch.ones(1, 1, n, n, dtype=torch.bool).tril()}, "attention_mask must be"),
@@ -187,7 +187,7 @@ def test_dense_takes_masks_of_every_form():
             assert [trace.text_tokens for trace in run.traces] == [11, 18]
 
 
-def test_labels_are_refused_where_tokens_are_dropped():
+def test_labels_follow_the_tokens_that_are_left():
     model = random_llama()
     batch = Batch(model)
     inputs, text = batch.alone(0), torch.arange(12)[None]
@@ -197,13 +197,18 @@ def test_labels_are_refused_where_tokens_are_dropped():
             with method.attach(model) as run:
                 run.set_visual(VisualLayout.from_spans([[]]))
                 assert torch.equal(model(input_ids=text, labels=text).loss, expected)  # nothing to drop
-                for call in ({"labels": torch.ones(1, 59, dtype=torch.long)}, {}):
+                for call in ({"labels": torch.tensor([[7] * 4 + [1] * 48 + [7] * 7])}, {}):
                     run.set_visual(inputs["layout"], inputs["cls"])
+                    output = model(inputs_embeds=inputs["embeds"], **call)
                     if call and method is METHOD:
-                        with pytest.raises(UnsupportedError, match="labels= .*fewer tokens"):
-                            model(inputs_embeds=inputs["embeds"], **call)
-                    else:
-                        model(inputs_embeds=inputs["embeds"], **call)
+                        ((start, end),) = batch.spans[0]
+                        kept = run.traces[-1].kept[-1]
+                        labels = [7] * start + [1 if i >= 0 else -100 for i in kept.tolist()] + [7] * (59 - end)
+                        expected_loss = torch.nn.functional.cross_entropy(
+                            output.logits[0, :-1], torch.tensor(labels[1:])
+                        )
+                        torch.testing.assert_close(output.loss, expected_loss)
+                        assert output.logits.shape[1] == len(labels) < 59
     assert not model._forward_pre_hooks
 
 

@@ -40,8 +40,11 @@ class CacheRecord:
     next_positions_LB: Tensor
     tables: dict[tuple[Any, ...], Tensor | None] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def attach_to(self, cache: Any) -> None:
+    def attach_to(self, cache: Any, width: int) -> None:
+        """Let the record travel with the cache of a prompt of ``width`` tokens, padding included."""
         setattr(cache, _ATTRIBUTE, self)
+        if self.widths[0] != width:
+            compat.answer_length(cache, width - self.widths[0])
 
     @staticmethod
     def of(cache: Any) -> CacheRecord | None:

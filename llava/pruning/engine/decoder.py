@@ -39,11 +39,14 @@ class Prompt:
     Attributes:
         hidden_BNC: embeddings, left padded.
         lengths: real tokens per row.
-        positions_BN: rotary positions, ``[1 or B, N]``; None numbers the tokens of each row from 0.
+        positions_BN: rotary positions, ``[1 or B, N]`` or ``[B, N, axes]``; None numbers the tokens of each row from 0.
         layout: where the visual tokens are.
         facts: what the vision tower said, by name, per original visual index ``[B, N, ...]``, padded at the end.
         samples: running number of each sample within the run.
         reduced: per row what a reduction in front of the decoder left behind; None if there was none.
+        added_BNF: what the first layers add to their outputs, side by side ``[B, N, layers * C]`` (deepstack).
+        index_BN: number of each token in the sequence that the decoder was given; to be followed through the layers.
+        width: length of that sequence; default: that of ``hidden_BNC``.
     """
 
     hidden_BNC: Tensor
@@ -53,15 +56,21 @@ class Prompt:
     facts: Mapping[str, Tensor]
     samples: SampleIds
     reduced: Sequence[ReducedRow] | None = None
+    added_BNF: Tensor | None = None
+    index_BN: Tensor | None = None
+    width: int | None = None
 
 
 @dataclass(frozen=True)
 class Prefill:
-    """Result of a pruned prefill: final hidden states, one trace per row, and optionally the states between layers."""
+    """Result of a pruned prefill: final hidden states, one trace per row, optionally the states between layers and
+    which tokens are left.
+    """
 
     hidden_BNC: Tensor
     traces: list[Trace]
     hidden_states: tuple[Tensor, ...] | None
+    index_BN: Tensor | None = None
 
 
 def prefill(
@@ -93,6 +102,7 @@ def prefill(
         compact,
         None if prompt.reduced is None else [row.origins for row in prompt.reduced],
     )
+    sequences.added_BNF, sequences.index_BN = prompt.added_BNF, prompt.index_BN
     recorder = _Recorder(decoder, sequences, prompt)
     parts = [_Part(part, part.stages(num_layers)) for part in method.parts]
     query_rows = _text_rows(sequences, prompt.layout)
@@ -140,7 +150,7 @@ def prefill(
                 past_key_values=cache,
                 use_cache=True,
             )
-            sequences = sequences.advance(hidden)
+            sequences = sequences.advance(hidden).with_addition()
             if active:
                 with timer():
                     attention = scores.take()
@@ -158,9 +168,9 @@ def prefill(
 
     # What decoding must remember travels with the cache; what happened becomes one trace per row.
     hidden = decoder.norm(sequences.hidden_BNC)
-    recorder.cache_record(compact, prompt).attach_to(cache)
+    recorder.cache_record(compact, prompt).attach_to(cache, prompt.width or prompt.hidden_BNC.shape[1])
     traces = recorder.traces(_joined([part.memory.report for part in parts]), method)
-    return Prefill(hidden, traces, (*states, hidden) if keep_states else None)
+    return Prefill(hidden, traces, (*states, hidden) if keep_states else None, sequences.index_BN)
 
 
 def decode(
@@ -180,7 +190,7 @@ def decode(
     batch, new_tokens = hidden_BQC.shape[:2]
     decoded = compat.cached_length(cache) - record.widths[0]
     positions = record.positions(decoded, new_tokens, batch, hidden_BQC.device)
-    tables = decoder.rotary_emb(hidden_BQC, positions.flatten(0, 1))
+    tables = compat.rotary_tables(decoder, hidden_BQC, positions.flatten(0, 1))
     cos, sin = (table.unflatten(0, positions.shape[:2]).unbind() for table in tables)
 
     mask_of = record.masks(decoder.config, hidden_BQC, cache, decoded)

@@ -65,7 +65,7 @@ class LayerInputsOf:
         if alike and self._first is not None:
             return self._first.prefix(sequences.width)
         mask = compat.causal_mask(self.decoder.config, sequences.hidden_BNC, padding)
-        frame = LayerInputs(mask, self.decoder.rotary_emb(sequences.hidden_BNC, sequences.positions_BN))
+        frame = LayerInputs(mask, compat.rotary_tables(self.decoder, sequences.hidden_BNC, sequences.positions_BN))
         if alike and (mask is None or (isinstance(mask, Tensor) and mask.ndim == 4)):
             self._first = frame
         return frame

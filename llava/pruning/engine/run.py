@@ -6,8 +6,10 @@ traces. On exit the decoder has its own forward again.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -20,8 +22,10 @@ from torch import Tensor, nn
 from llava import compat
 from llava.pruning.engine.cache import CacheRecord
 from llava.pruning.engine.decoder import Prompt, decode, dense_traces, prefill
+from llava.pruning.engine.labels import follow_labels
 from llava.pruning.engine.layout import VisualLayout
 from llava.pruning.engine.missed import MissedBudgets
+from llava.pruning.engine.prompts import reader_of
 from llava.pruning.engine.protocol import Method
 from llava.pruning.engine.rows import check_lengths, repeated, row_lengths
 from llava.pruning.engine.sequence import Numbering
@@ -30,8 +34,10 @@ from llava.pruning.engine.support import check_arguments, check_decoder, check_p
 from llava.pruning.engine.trace import Trace
 from llava.pruning.engine.view import SampleIds
 from llava.pruning.reduction import reduce_prompt
-from llava.pruning.types import UnsupportedError
+from llava.pruning.types import OptionError, UnsupportedError
 from llava.pruning.vision import CLS_ATTENTION, ReducedRow, TowerValue, VisionFact
+
+_LOGGER = logging.getLogger(__name__)
 
 _ANY_DEPTH = 24  # names of facts do not depend on the depth of the tower
 _RUN_ATTRIBUTE = "pruning_run"
@@ -57,15 +63,18 @@ class PruningRun:
     While the run is attached the model can be neither copied nor pickled: the copy would keep pruning forever.
 
     Attributes:
-        method: the attached method.
+        method: the attached method, with the position mode that it has in this decoder.
+        reader: what finds the visual tokens in the prompts of the model; None if somebody has to say where they are.
         traces: one :class:`Trace` per sample per prefill, in order; may be cleared at any time.
         samples_seen: running number of the next sample; set it to continue an earlier run (seeded methods use it).
         time_selection: measure :attr:`selection_seconds` too; off by default.
     """
 
     def __init__(self, method: Method, model: nn.Module) -> None:
-        self.method = method
+        self.reader = reader_of(model)
         self.decoder: Any = compat.find_decoder(model)
+        self._axes = compat.has_axes(self.decoder)
+        self.method = _with_original_positions(method) if self._axes else method
         self.traces: list[Trace] = []
         self._stages = method.stages(len(self.decoder.layers))
         self._told = threading.local()
@@ -85,6 +94,8 @@ class PruningRun:
         if getattr(self.decoder, _RUN_ATTRIBUTE, None) is not None:
             raise RuntimeError("a pruning run is already attached to this model; leave its context first")
         if self._prunes:
+            if self.reader is not None:
+                self.reader.check(self)
             check_decoder(self.decoder, set(self._stages.values()))
             config = getattr(self._model, "generation_config", None)
             if getattr(config, "prefill_chunk_size", None):
@@ -105,6 +116,10 @@ class PruningRun:
             if self._prunes and self._model is not self.decoder:
                 hook = self._model.register_forward_pre_hook(self._see_labels, with_kwargs=True)
                 undo.callback(hook.remove)
+                if hasattr(self._model, "loss_function"):
+                    self._replace(undo, self._model, "_loss_function", self._loss(self._model.loss_function))
+            if self.reader is not None:
+                self.reader.enter(self, undo)
             self._undo = undo.pop_all()
         return self
 
@@ -129,12 +144,22 @@ class PruningRun:
         return self._turn
 
     def _see_labels(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note whether this call of the model has labels: the decoder, which sees none, must not shorten the prompt."""
+        """Note whether this call of the model has labels: then the decoder must say which tokens are left."""
         labels = kwargs.get("labels")
         if labels is None and len(args) > 1:
             names = list(inspect.signature(model.forward).parameters)
             labels = dict(zip(names, args, strict=False)).get("labels")
-        self._told.labels = labels is not None
+        self._told.labels, self._told.left = labels is not None, None
+
+    def _loss(self, own: Any) -> Any:
+        """The model's loss, with labels only of tokens that are still there."""
+
+        @functools.wraps(own)
+        def loss(*args: Any, **kwargs: Any) -> Any:
+            left = getattr(self._told, "left", None)
+            return own(*args, **kwargs) if left is None else own(*args, **follow_labels(own, args, kwargs, left))
+
+        return loss
 
     @property
     def selects(self) -> bool:
@@ -289,22 +314,27 @@ class PruningRun:
             batch, width = given.shape[:2]
             if continues:
                 self._refuse(kwargs)
-                check_step_form(attention_mask, position_ids, batch, width)
+                check_step_form(attention_mask, position_ids, batch, width, self._axes)
                 embeds = self._embeds(input_ids, inputs_embeds)
                 last, states = decode(self.decoder, embeds, past_key_values, self._keeps_states(kwargs))
                 return self._output(last, past_key_values, states, kwargs)
 
+            added = self._added(kwargs, given)
             told = self._take_told()
             layout, repeats = repeated(told.layout, batch)
             prunes = self._prunes and any(layout.counts)
             if self._prunes:
-                self._refuse(kwargs)
+                taken = () if added is None else ("deepstack_visual_embeds", "visual_pos_masks")
+                self._refuse({name: value for name, value in kwargs.items() if name not in taken})
             if prunes:
-                check_prompt_form(attention_mask, position_ids, batch, width)
-                if getattr(self._told, "labels", False):
+                check_prompt_form(attention_mask, position_ids, batch, width, self._axes)
+                if position_ids is not None and position_ids.ndim == 3:
+                    position_ids = position_ids[-3:].permute(1, 2, 0)
+                labeled = getattr(self._told, "labels", False)
+                if labeled and not hasattr(self._model, "loss_function"):
                     raise UnsupportedError(
-                        "labels= cannot be used while a method prunes: the decoder returns fewer tokens than there are "
-                        "labels; compute the loss outside of the run's context"
+                        "labels= cannot be used while a method prunes this model: the decoder returns fewer tokens "
+                        "than there are labels; compute the loss from the logits"
                     )
                 lengths = layout.lengths or row_lengths(attention_mask, batch, width)
                 check_lengths(lengths, attention_mask)
@@ -318,10 +348,10 @@ class PruningRun:
                     cache = compat.new_cache() if past_key_values is None else past_key_values
                     compat.check_cache(cache)
                     embeds = self._embeds(input_ids, inputs_embeds)
-                    prompt = self._prompt(embeds, lengths, position_ids, layout, told, repeats)
+                    prompt = self._prompt(embeds, lengths, position_ids, layout, told, repeats, added, labeled)
                     timer = functools.partial(self.selection_timer, given.device)
                     pruned = prefill(self.decoder, self.method, prompt, cache, self._keeps_states(kwargs), timer)
-                    traces = pruned.traces
+                    traces, self._told.left = pruned.traces, pruned.index_BN
                     if use_cache is None:
                         use_cache = getattr(self.decoder.config, "use_cache", True)
                     cached = cache if use_cache or past_key_values is not None else None
@@ -348,8 +378,27 @@ class PruningRun:
             raise UnsupportedError("visual token pruning is for inference: call model.eval() first")
         check_arguments(self.decoder.config, kwargs)
 
+    def _added(self, kwargs: dict[str, Any], given: Tensor) -> Tensor | None:
+        """Features that are to be added behind the first layers, taken out of the arguments where the loop does it."""
+        if not self._prunes or not hasattr(self.decoder, "_deepstack_process"):
+            return None
+        features, places = kwargs.get("deepstack_visual_embeds"), kwargs.get("visual_pos_masks")
+        if features is None or places is None:
+            return None
+        stacked = torch.cat(list(features), dim=-1)
+        added = stacked.new_zeros(*given.shape[:2], stacked.shape[-1])
+        added[places.to(added.device)] = stacked
+        return added
+
+    @property
+    def told(self) -> bool:
+        """Whether this thread has said where the visual tokens of the next prompts are."""
+        return getattr(self._told, "prompts", None) is not None
+
     def _take_told(self) -> _Told:
         """What was said about this prompt. It holds for one prefill: the next prompt has its image elsewhere."""
+        if self.reader is not None and not self.told:
+            self.reader.tell(self)
         told: _Told | None = getattr(self._told, "prompts", None)
         self._told.prompts = None
         if told is None:
@@ -369,6 +418,8 @@ class PruningRun:
         layout: VisualLayout,
         told: _Told,
         repeats: int,
+        added: Tensor | None,
+        labeled: bool,
     ) -> Prompt:
         facts = {name: [v for v in rows for _ in range(repeats)] for name, rows in told.facts.items()}
         reduced = None if told.reduced is None else [row for row in told.reduced for _ in range(repeats)]
@@ -377,12 +428,20 @@ class PruningRun:
                 f"method '{self.method.name}' merges inside the vision tower, but the prompt was prepared without it: "
                 "encode the images while the method is attached"
             )
-        numbering = None
+        numbering, width, index = None, hidden.shape[1], None
+        if labeled:
+            index = torch.arange(width, device=hidden.device).expand(len(hidden), -1)
         if self.method.reduces_vision and reduced is None:
             if positions is not None:
                 numbering = Numbering(positions, lengths)
             with self.selection_timer(hidden.device):
                 short = reduce_prompt(self.method.parts[0], hidden, lengths, layout, facts)
+            added = None if added is None else short.follow(added, lengths)
+            if index is not None:
+                index = short.follow(index, lengths)
+                for row, left, spans in zip(index, short.rows, short.layout.spans, strict=True):
+                    slots = [slot for first, last in spans for slot in range(first, last)]
+                    row[slots] = row[slots].masked_fill(left.origins.to(row.device) < 0, -1)
             hidden, lengths, layout, reduced = short.hidden_BNC, short.lengths, short.layout, short.rows
         if reduced is not None and self.method.positions == "original":
             # Positions that the tokens would have without the reduction.
@@ -396,7 +455,8 @@ class PruningRun:
             name: nn.utils.rnn.pad_sequence([vector.to(hidden.device) for vector in rows], batch_first=True)
             for name, rows in facts.items()
         }
-        return Prompt(hidden, lengths, positions, layout, padded, self._ids(told, repeats), reduced)
+        ids = self._ids(told, repeats)
+        return Prompt(hidden, lengths, positions, layout, padded, ids, reduced, added, index, width)
 
     def _ids(self, told: _Told, repeats: int) -> SampleIds:
         if told.sample_ids is not None:
@@ -412,6 +472,31 @@ class PruningRun:
         if as_dict is None:
             as_dict = getattr(self.decoder.config, "return_dict", True)
         return output.to_tuple() if as_dict is False else output
+
+
+def _with_original_positions(method: Method) -> Method:
+    """The method where positions have several axes: renumbering has no meaning there.
+
+    Raises:
+        OptionError: it was asked for.
+    """
+    if method.positions != "compact":
+        return method
+    options: Mapping[str, Any] = getattr(type(method.parts[-1]), "options", dict)()
+    if options.get("positions") != "compact":
+        raise OptionError(
+            "positions=compact has no meaning in a decoder whose positions have several axes (M-RoPE): use original"
+        )
+    _say_original(method.name)
+    own = copy.copy(method)
+    object.__setattr__(own, "positions", "original")  # methods are frozen
+    return own
+
+
+@functools.lru_cache
+def _say_original(name: str) -> None:
+    # Cached: once per program.
+    _LOGGER.warning("%s: positions=original, because this decoder's positions have several axes (M-RoPE)", name)
 
 
 def _refuse_copy(*_: object) -> NoReturn:

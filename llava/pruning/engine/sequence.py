@@ -32,13 +32,17 @@ class Sequences:
         lengths: tokens per row, padding excluded.
         origins: which patch each visual token was. Another object after every selection, so it also tells whether the
             tokens are still the same.
-        positions_BN: rotary positions, ``[1, N]`` where they are the same in every row.
+        positions_BN: rotary positions, ``[1, N]`` where they are the same in every row; ``[B, N, axes]`` where a
+            position has several axes (M-RoPE).
         counts: visual tokens per row.
         compact: renumber the positions after each selection.
         numbering: what compact positions are taken from; None: 0, 1, 2, ...
         tails: tokens behind the last visual token of each row, if the visual tokens of every row stand side by side
             (dropping and merging keeps them so): then their places are known to the host. Otherwise None.
         scattered_BV: the places of the visual tokens where ``tails`` is None, see :attr:`slots_BV`.
+        added_BNF: what the next layers add to their outputs, side by side (deepstack features of the visual tokens,
+            zero for text); it travels with the tokens.
+        index_BN: number of each token in the prompt, -1 for merged ones; None if nobody asks.
     """
 
     hidden_BNC: Tensor
@@ -50,6 +54,8 @@ class Sequences:
     numbering: Numbering | None
     tails: tuple[int, ...] | None
     scattered_BV: Tensor | None
+    added_BNF: Tensor | None = None
+    index_BN: Tensor | None = None
 
     @classmethod
     def start(
@@ -97,7 +103,7 @@ class Sequences:
             hidden_BNC,
             lengths,
             PatchIds(known),
-            positions_BN if compact else positions_BN.expand(batch, -1),
+            positions_BN if compact else positions_BN.expand(batch, *positions_BN.shape[1:]),
             counts,
             compact,
             numbering,
@@ -141,7 +147,18 @@ class Sequences:
             hidden_BNC=hidden_BNC,
             positions_BN=self.positions_BN.to(device),
             scattered_BV=None if self.scattered_BV is None else self.scattered_BV.to(device),
+            added_BNF=None if self.added_BNF is None else self.added_BNF.to(device),
+            index_BN=None if self.index_BN is None else self.index_BN.to(device),
         )
+
+    def with_addition(self) -> Sequences:
+        """What the layer that has just run adds to its output, if there is any, added."""
+        if self.added_BNF is None:
+            return self
+        width = self.hidden_BNC.shape[2]
+        later = self.advance(self.hidden_BNC + self.added_BNF[..., :width].to(self.hidden_BNC.dtype))
+        later.added_BNF = self.added_BNF[..., width:] if self.added_BNF.shape[2] > width else None
+        return later
 
     def padding_mask(self) -> Tensor | None:
         """Bool ``[B, N]``, True for real tokens; None if no row is padded (then kernels need no mask)."""
@@ -208,17 +225,37 @@ class Sequences:
         if new:
             hidden.append(_given(selection.merged_BMC)[:, :new].to(self.hidden_BNC.dtype))
         if not self.compact:
-            inside = [self.positions_BN[:, block].gather(1, keep_BK)]
+            inside = [_gather_tokens(self.positions_BN[:, block], keep_BK)]
             if new:
-                inside.append(self.positions_BN[:, block].gather(1, _given(selection.source_BM)[:, :new]))
+                inside.append(_gather_tokens(self.positions_BN[:, block], _given(selection.source_BM)[:, :new]))
             positions = around(self.positions_BN, *inside)
         elif min(lengths) == width:
             positions = self.positions_BN[:, padding : padding + width]  # the first ones already
         else:
             positions = self._first_positions(lengths, width)
+        added, index = self.added_BNF, self.index_BN
+        if added is not None:
+            merged_BMF = [self._merged_addition(selection)[:, :new]] if new else []
+            added = around(added, _gather_tokens(added[:, block], keep_BK), *merged_BMF)
+        if index is not None:
+            index = around(index, _gather_tokens(index[:, block], keep_BK), keep_BK.new_full((len(counts), new), -1))
         return replace(
-            self, hidden_BNC=around(self.hidden_BNC, *hidden), lengths=lengths, positions_BN=positions, counts=counts
+            self,
+            hidden_BNC=around(self.hidden_BNC, *hidden),
+            lengths=lengths,
+            positions_BN=positions,
+            counts=counts,
+            added_BNF=added,
+            index_BN=index,
         )
+
+    def _merged_addition(self, selection: Selection) -> Tensor:
+        """What is added to merged tokens: of their members what they are of their members, ``[B, M, F]``."""
+        added = _given(self.added_BNF)
+        visual = _gather_tokens(added, self.slots_BV.clamp_max(self.width - 1))
+        if selection.weights is None:
+            return _gather_tokens(visual, _given(selection.source_BM).clamp_max(visual.shape[1] - 1))
+        return (selection.weights().float() @ visual.float()).to(added.dtype)
 
     def _first_positions(self, lengths: tuple[int, ...], width: int) -> Tensor:
         """Compact positions: the i-th token of a row takes the i-th position that the prompt had."""
@@ -245,6 +282,7 @@ class Sequences:
         # 3. Keys: twice the slot for what stays, -1 for what goes.
         key = torch.where(kept | text[:, :width], 2 * torch.arange(width, device=device), -1)
         hidden, positions = self.hidden_BNC, self.positions_BN
+        added, index = self.added_BNF, self.index_BN
 
         most = max(merged)
         if most:
@@ -257,7 +295,11 @@ class Sequences:
             hidden = torch.cat((hidden, _given(selection.merged_BMC).to(hidden.dtype)), dim=1)
             if not self.compact:
                 source = slots.gather(1, _given(selection.source_BM)).clamp_max(width - 1)
-                positions = torch.cat((positions, positions.gather(1, source)), dim=1)
+                positions = torch.cat((positions, _gather_tokens(positions, source)), dim=1)
+            if added is not None:
+                added = torch.cat((added, self._merged_addition(selection)), dim=1)
+            if index is not None:
+                index = torch.nn.functional.pad(index, (0, most), value=-1)
 
         # 5. The largest keys, in order: survivors, right-aligned. What goes lies in front, where it is cut off.
         new_width = max(lengths)
@@ -265,7 +307,7 @@ class Sequences:
         if self.compact:
             positions = self._first_positions(lengths, new_width)
         else:
-            positions = positions.gather(1, order)
+            positions = _gather_tokens(positions, order)
         # 6. Where the visual tokens stand now, unless the host knows it.
         scattered = None
         if self.tails is None:
@@ -278,12 +320,16 @@ class Sequences:
             positions_BN=positions,
             counts=counts,
             scattered_BV=scattered,
+            added_BNF=None if added is None else _gather_tokens(added, order),
+            index_BN=None if index is None else index.gather(1, order),
         )
 
 
 @dataclass(frozen=True)
 class Numbering:
-    """Positions that were given for a prompt, ``[1 or B, N]``, left padded, and the real tokens of each row."""
+    """Positions that were given for a prompt, ``[1 or B, N]`` or ``[B, N, axes]``, left padded, and the real tokens of
+    each row.
+    """
 
     positions_BN: Tensor
     lengths: tuple[int, ...]
@@ -295,16 +341,21 @@ class Numbering:
 
     def following(self, lengths: Sequence[tuple[int, ...]]) -> Tensor:
         """Position of the next token after the first ``lengths[l][i]`` of each row, ``[L, B]``."""
-        return self.at(on_device(lengths, self.positions_BN.device).T).T
+        next_BL = self.at(on_device(lengths, self.positions_BN.device).T)
+        return (next_BL if next_BL.ndim == 2 else next_BL[..., 0]).T  # a text token stands at one number on all axes
 
     def at(self, tokens_BK: Tensor) -> Tensor:
         """Positions of the tokens with these numbers, counted from the first real one of each row; behind the last one
-        they go on in steps of 1.
+        they go on in steps of 1, with several axes from the largest number on any of them.
         """
         device, width = tokens_BK.device, self.positions_BN.shape[1]
         places = tokens_BK + on_device([width - length for length in self.lengths], device)[:, None]
-        given = self.positions_BN.to(device).expand(len(self.lengths), -1)
-        return given.gather(1, places.clamp_max(width - 1)) + (places - width + 1).clamp_min(0)
+        given = self.positions_BN.to(device).expand(len(self.lengths), *self.positions_BN.shape[1:])
+        found, behind = _gather_tokens(given, places.clamp_max(width - 1)), (places - width + 1).clamp_min(0)
+        if given.ndim == 2:
+            return found + behind
+        largest = given.flatten(1).amax(1)[:, None] + behind
+        return torch.where((behind > 0)[..., None], largest[..., None], found)
 
 
 def padding_mask(lengths: tuple[int, ...], width: int, device: torch.device) -> Tensor:
@@ -326,7 +377,10 @@ def _given(values: Tensor | None) -> Tensor:
     return values
 
 
-def _gather_tokens(values_BNC: Tensor, index_BK: Tensor) -> Tensor:
+def _gather_tokens(values_BN: Tensor, index_BK: Tensor) -> Tensor:
+    """``[B, K, ...]`` of ``[B, N, ...]``."""
     if len(index_BK) == 1:
-        return values_BNC.index_select(1, index_BK[0])
-    return values_BNC.gather(1, index_BK[:, :, None].expand(-1, -1, values_BNC.shape[2]))
+        return values_BN.index_select(1, index_BK[0])
+    if values_BN.ndim == 2:
+        return values_BN.gather(1, index_BK)
+    return values_BN.gather(1, index_BK[:, :, None].expand(-1, -1, values_BN.shape[2]))

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from llava import compat
 from llava.pruning.types import Rows, UnsupportedError
 
 CHECKED_DECODERS = {
@@ -35,7 +36,10 @@ CHECKED_DECODERS = {
     "OlmoModel",
     "Phi3Model",
     "Qwen2Model",
+    "Qwen2VLTextModel",
+    "Qwen2_5_VLTextModel",
     "Qwen3Model",
+    "Qwen3VLTextModel",
     "SeedOssModel",
     "SmolLM3Model",
     "StableLmModel",
@@ -50,7 +54,10 @@ NEXT_LAYER_DECODERS = {
     "MinistralModel",
     "MistralModel",
     "Qwen2Model",
+    "Qwen2VLTextModel",
+    "Qwen2_5_VLTextModel",
     "Qwen3Model",
+    "Qwen3VLTextModel",
     "SeedOssModel",
     "Starcoder2Model",
 }
@@ -58,8 +65,9 @@ NEXT_LAYER_DECODERS = {
 queries and keys, perhaps a norm per head, rotary embedding of the whole head in halves.
 """
 
-# `cache_position` says again what the length of the cache says.
-_KNOWN = ("output_hidden_states", "output_attentions", "return_dict", "cache_position")
+# `cache_position` says again what the length of the cache says; `logits_to_keep` is the head's, which cuts what the
+# decoder returns (LLaVA-OneVision hands it down all the same).
+_KNOWN = ("output_hidden_states", "output_attentions", "return_dict", "cache_position", "logits_to_keep")
 
 
 def check_decoder(decoder: nn.Module, rows: Collection[Rows]) -> None:
@@ -80,7 +88,7 @@ def check_decoder(decoder: nn.Module, rows: Collection[Rows]) -> None:
     if not getattr(config, "layer_types", None) and window is not None and getattr(config, "use_sliding_window", True):
         kinds = ["sliding_attention"]
     reason = None
-    if "mrope_section" in rope or hasattr(decoder.rotary_emb, "mrope_section") or "VLText" in name:
+    if compat.has_axes(decoder) and name not in CHECKED_DECODERS:
         reason = "positions of several axes (M-RoPE)"
     elif any(isinstance(value, Mapping) for value in rope.values()):
         reason = "a rotary table per type of layer"
@@ -132,8 +140,8 @@ def _is_off(name: str, value: Any) -> bool:
     return value is None or (value is False and name.startswith("output_"))
 
 
-def check_prompt_form(attention_mask: Any, position_ids: Any, batch: int, width: int) -> None:
-    """Refuse masks and positions of a prefill that are not one number per token.
+def check_prompt_form(attention_mask: Any, position_ids: Any, batch: int, width: int, axes: bool = False) -> None:
+    """Refuse masks and positions of a prefill that are not one number per token, or one per axis (``axes``).
 
     Raises:
         UnsupportedError: the message says which form was given.
@@ -147,15 +155,17 @@ def check_prompt_form(attention_mask: Any, position_ids: Any, batch: int, width:
         if value is None:
             continue
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        if axes and name == "position_ids" and shape in ((3, batch, width), (4, batch, width)):
+            continue  # 4: text positions in front, which only packed prompts need
         rows = (batch,) if name == "attention_mask" else (1, batch)
         if not isinstance(value, Tensor) or value.ndim != 2 or shape[1] != width or shape[0] not in rows:
             raise UnsupportedError(
                 f"{name} must be [{batch}, {width}] for a prefill that is pruned, got {shape}"
-                + (" (positions of several axes, M-RoPE, are not supported)" if name == "position_ids" else "")
+                + (" (this decoder's positions have one axis)" if name == "position_ids" else "")
             )
 
 
-def check_step_form(attention_mask: Any, position_ids: Any, batch: int, new_tokens: int) -> None:
+def check_step_form(attention_mask: Any, position_ids: Any, batch: int, new_tokens: int, axes: bool = False) -> None:
     """The same for new tokens on a pruned cache, whose mask and positions follow from the prefill.
 
     Raises:
@@ -164,6 +174,8 @@ def check_step_form(attention_mask: Any, position_ids: Any, batch: int, new_toke
     if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2):
         raise UnsupportedError(f"attention_mask must be [{batch}, tokens so far] or None on a pruned cache")
     if position_ids is not None and (
-        not isinstance(position_ids, Tensor) or position_ids.ndim != 2 or position_ids.shape[1] != new_tokens
+        not isinstance(position_ids, Tensor)
+        or position_ids.ndim not in (2, 2 + axes)
+        or position_ids.shape[-1] != new_tokens
     ):
         raise UnsupportedError(f"position_ids must be [{batch}, {new_tokens}] or None on a pruned cache")

@@ -1,0 +1,357 @@
+"""Every family with every promise, on random tiny models of transformers' own classes.
+
+The truth is the dense model, or an oracle that keeps every token and masks the dropped ones, without a cache, with the
+positions and deepstack features that transformers itself makes.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llava.families import family_of, list_families
+from llava.pruning import BEFORE_DECODER, AutoPrune, Dense, OptionError, UnsupportedError, get_method
+from tests.families.models import FAMILIES, IMAGE, VIDEO, Tiny
+
+FILMS = [name for name, tiny in FAMILIES.items() if tiny.film is not None]
+AXES = [name for name, tiny in FAMILIES.items() if tiny.axes]
+ONE = (4, ("image", 0), 7)
+TWO = (3, ("image", 1), 2, ("image", 2), 9)
+TEXT = (11,)
+EVERYTHING = 10_000
+
+every_family = pytest.mark.parametrize("name", FAMILIES)
+
+
+@torch.no_grad()
+def generated(model, inputs, tokens=5, **kwargs):
+    """New tokens ``[B, new]`` and their logits."""
+    kwargs = {"do_sample": False, **kwargs}
+    output = model.generate(**inputs, max_new_tokens=tokens, output_logits=True, return_dict_in_generate=True, **kwargs)
+    return output.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(output.logits, 1)
+
+
+def half(tiny: Tiny, *prompt) -> int:
+    ids = tiny.prompt(*prompt)[0]
+    return (ids.count(IMAGE) + ids.count(VIDEO)) // 2
+
+
+def test_every_family_is_in_the_table():
+    assert sorted(FAMILIES) == list_families()
+    for name, tiny in FAMILIES.items():
+        assert family_of(tiny.model()).name == family_of(tiny.model().model).name == name
+
+
+@every_family
+@pytest.mark.parametrize("method", ["autoprune", "fastv", "visionzip", "fastervlm"])
+def test_with_every_token_kept_it_is_dense(name, method):
+    tiny = FAMILIES[name]
+    model, inputs = tiny.model(), tiny.batch(ONE, TWO, TEXT)
+    tokens, logits = generated(model, dict(inputs))
+    assert logits.std() > 0.1
+    with get_method(method)(target_tokens=EVERYTHING).attach(model) as run:
+        own_tokens, own_logits = generated(model, dict(inputs))
+    assert torch.equal(own_tokens, tokens)
+    torch.testing.assert_close(own_logits, logits, atol=1e-4, rtol=1e-4)
+    counts = [(row == IMAGE).sum().item() for row in inputs["input_ids"]]
+    seen = [trace.visual_tokens + trace.structure_tokens for trace in run.traces]
+    assert seen == counts and counts[2] == 0
+
+
+class Watched:
+    """What transformers gives its decoder in a dense run: embeddings, positions, deepstack features."""
+
+    def __init__(self, model):
+        self.calls = []
+        self.hook = model.get_decoder().register_forward_pre_hook(self.see, with_kwargs=True)
+
+    def see(self, module, args, kwargs):
+        self.calls.append(kwargs)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.hook.remove()
+
+    def positions(self):
+        """Positions of the prompt and of every token that was decoded, ``[B, N]`` or ``[axes, B, N]``."""
+        own = [call["position_ids"] for call in self.calls]
+        return torch.cat([ids if ids.ndim == 2 else ids[-3:] for ids in own], dim=-1)
+
+
+@torch.no_grad()
+def masked(model, watched: Watched, visual, kept, before, new_tokens):
+    """Greedy decoding of one sample that recomputes everything and masks the dropped tokens from their layer on."""
+    decoder = model.get_decoder()
+    first = watched.calls[0]
+    sequence, positions = first["inputs_embeds"], watched.positions()
+    deep = first.get("deepstack_visual_embeds") or []
+    tokens, logits = [], []
+    for _ in range(new_tokens):
+        length = sequence.shape[1]
+        rotary = decoder.rotary_emb(sequence, positions[..., :length])
+        causal = torch.ones(length, length, dtype=torch.bool).tril()
+        hidden, alive = sequence, torch.ones(length, dtype=torch.bool)
+        for index, layer in enumerate(decoder.layers):
+            survivors = before if index == 0 else kept[index - 1]
+            alive = torch.ones(length, dtype=torch.bool)
+            alive[visual] = False
+            alive[visual[survivors]] = True
+            allowed = causal & alive | torch.eye(length, dtype=torch.bool)
+            mask = torch.zeros(length, length).masked_fill(~allowed, torch.finfo(torch.float32).min)
+            hidden = layer(hidden, attention_mask=mask[None, None], position_embeddings=rotary)
+            if index < len(deep):
+                hidden = hidden.clone()
+                hidden[0, torch.nonzero(first["visual_pos_masks"][0]).flatten()] += deep[index]
+        step = model.lm_head(decoder.norm(hidden)[:, -1])
+        logits.append(step[0])
+        tokens.append(int(step.argmax()))
+        sequence = torch.cat((sequence, decoder.embed_tokens(step.argmax(-1))[:, None]), dim=1)
+    return tokens, torch.stack(logits)
+
+
+def compare_with_oracle(tiny: Tiny, prompt, method):
+    model, inputs = tiny.model(), tiny.batch(prompt)
+    with Watched(model) as watched:
+        generated(model, dict(inputs))
+    with method.attach(model) as run:
+        tokens, logits = generated(model, dict(inputs))
+    (trace,) = run.traces
+    visual = torch.nonzero((inputs["input_ids"][0] == IMAGE) | (inputs["input_ids"][0] == VIDEO)).flatten()
+    if trace.structure_tokens:  # newlines are no candidates
+        with torch.no_grad():
+            embeds, newline = watched.calls[0]["inputs_embeds"][0], model.model.image_newline
+        visual = visual[(embeds[visual] != newline).any(-1)]
+    assert len(visual) == trace.visual_tokens and trace.tokens_out[-1] < len(visual)
+    before = torch.arange(len(visual))
+    if method.reduces_vision or BEFORE_DECODER in method.stages(4):
+        before = trace.kept[0]
+    own_tokens, own_logits = masked(model, watched, visual, trace.kept, before, 5)
+    assert tokens[0].tolist() == own_tokens
+    torch.testing.assert_close(logits[0], own_logits, atol=1e-4, rtol=1e-4)
+
+
+METHODS = {
+    "autoprune": {"recycle_fraction": 0.0, "positions": "original"},
+    "fastv": {},
+    "hiprune": {"positions": "original"},
+    "pdrop": {"positions": "original"},
+}
+
+
+@every_family
+@pytest.mark.parametrize("method", METHODS)
+def test_half_kept_is_the_masking_oracle(name, method):
+    tiny = FAMILIES[name]
+    options = METHODS[method]
+    compare_with_oracle(tiny, TWO, get_method(method)(target_tokens=half(tiny, *TWO), **options))
+
+
+@pytest.mark.parametrize("name", FILMS)
+def test_a_video_is_the_masking_oracle(name):
+    tiny, prompt = FAMILIES[name], (3, ("video", 5), 4, ("image", 1), 6)
+    for method in ("autoprune", "hiprune"):
+        compare_with_oracle(tiny, prompt, get_method(method)(target_tokens=half(tiny, *prompt), **METHODS[method]))
+
+
+@every_family
+def test_a_row_of_a_batch_is_the_row_alone(name):
+    tiny = FAMILIES[name]
+    model, prompts = tiny.model(), [ONE, TEXT, TWO]
+    for method in ("autoprune", "visionzip"):
+        with get_method(method)(target_tokens=half(tiny, *ONE)).attach(model) as run:
+            tokens, logits = generated(model, tiny.batch(*prompts))
+            together = list(run.traces)
+            for row, prompt in enumerate(prompts):
+                own_tokens, own_logits = generated(model, tiny.batch(prompt))
+                assert torch.equal(tokens[row : row + 1], own_tokens), (method, row)
+                torch.testing.assert_close(logits[row : row + 1], own_logits, atol=1e-4, rtol=1e-4)
+                assert run.traces[-1].tokens_out == together[row].tokens_out
+
+
+@every_family
+def test_a_loop_reads_every_prompt_anew(name):
+    """Images at different places, a text-only prompt between: each as in a context of its own."""
+    tiny = FAMILIES[name]
+    model, method = tiny.model(), AutoPrune(target_tokens=8)
+    prompts = [ONE, TEXT, TWO, (9, ("image", 2), 3), TEXT]
+    alone = []
+    for prompt in prompts:
+        with method.attach(model):
+            alone.append(generated(model, tiny.batch(prompt))[1])
+    with method.attach(model) as run:
+        for prompt, expected in zip(prompts, alone, strict=True):
+            assert torch.equal(generated(model, tiny.batch(prompt))[1], expected)
+    assert [trace.visual_tokens > 0 for trace in run.traces] == [True, False, True, True, False]
+    assert torch.equal(alone[1], generated(model, tiny.batch(TEXT))[1])
+
+
+@every_family
+def test_beams_and_samples(name):
+    tiny = FAMILIES[name]
+    model, method = tiny.model(), AutoPrune(target_tokens=8)
+    single, both = tiny.batch(TWO), tiny.batch(ONE, TWO)
+    with method.attach(model) as run, torch.no_grad():
+        beams = model.generate(**both, max_new_tokens=5, num_beams=3, do_sample=False)
+        assert len(run.traces) == 2
+        alone = model.generate(**single, max_new_tokens=5, num_beams=3, do_sample=False)
+        assert torch.equal(beams[1, -5:], alone[0, -5:])
+        torch.manual_seed(3)
+        several = model.generate(**single, max_new_tokens=5, num_return_sequences=2, do_sample=True)
+        torch.manual_seed(3)
+        again = model.generate(**single, max_new_tokens=5, num_return_sequences=2, do_sample=True)
+        assert torch.equal(several, again) and len(several) == 2
+
+
+@every_family
+def test_prompt_lookup_decoding_is_greedy_decoding(name):
+    tiny = FAMILIES[name]
+    model, inputs = tiny.model(), tiny.batch(TWO)
+    for method in (AutoPrune(target_tokens=8), get_method("visionzip")(target_tokens=8)):
+        with method.attach(model):
+            greedy, _ = generated(model, dict(inputs), tokens=8)
+            looked, _ = generated(model, dict(inputs), tokens=8, prompt_lookup_num_tokens=3)
+        assert torch.equal(greedy, looked), method.name
+
+
+@every_family
+def test_afterwards_the_model_is_as_before(name):
+    tiny = FAMILIES[name]
+    model, inputs = tiny.model(), tiny.batch(ONE, TWO)
+    before = generated(model, dict(inputs))[1]
+    attributes = {key: dict(module.__dict__) for key, module in model.named_modules()}
+    with Dense().attach(model):
+        assert torch.equal(generated(model, dict(inputs))[1], before)
+    with AutoPrune(target_tokens=8).attach(model):
+        assert not torch.equal(generated(model, dict(inputs))[1], before)
+    assert torch.equal(generated(model, dict(inputs))[1], before)
+    for key, module in model.named_modules():
+        assert module.__dict__.keys() - {"rope_deltas"} == attributes[key].keys() - {"rope_deltas"}, key
+
+
+@every_family
+def test_forward_without_generate(name):
+    tiny = FAMILIES[name]
+    model, inputs = tiny.model(), tiny.batch(TWO)
+    with torch.no_grad(), AutoPrune(target_tokens=8).attach(model) as run:
+        logits = model(**inputs).logits
+        first = generated(model, dict(inputs))[1][:, 0]
+    torch.testing.assert_close(logits[:, -1], first, atol=1e-4, rtol=1e-4)
+    assert logits.shape[1] == run.traces[0].text_tokens + run.traces[0].tokens_out[-1]
+
+
+@every_family
+@pytest.mark.parametrize("method", ["autoprune", "visionzip"])
+def test_labels(name, method):
+    """The loss is that of the logits over the text tokens, each predicted from what stands before it now."""
+    tiny = FAMILIES[name]
+    model, inputs = tiny.model(), tiny.batch(TWO)
+    ids = inputs["input_ids"]
+    labels = ids.masked_fill((ids == IMAGE) | (ids == VIDEO), -100)
+    with torch.no_grad():
+        dense = model(**inputs, labels=labels).loss
+        with get_method(method)(target_tokens=EVERYTHING).attach(model):
+            torch.testing.assert_close(model(**inputs, labels=labels).loss, dense)
+        with get_method(method)(target_tokens=9).attach(model) as run:
+            output = model(**inputs, labels=labels)
+    trace = run.traces[0]
+    text = ids[0][(ids[0] != IMAGE) & (ids[0] != VIDEO)]
+    # Text behind the images: as many logits as tokens at the end.
+    tail = len(tiny.prompt(9)[0]) + 1
+    expected = torch.nn.functional.cross_entropy(output.logits[0, -tail - 1 : -1], text[-tail:])
+    only_tail = labels.clone()
+    only_tail[:, :-tail] = -100
+    with torch.no_grad(), get_method(method)(target_tokens=9).attach(model):
+        torch.testing.assert_close(model(**inputs, labels=only_tail).loss, expected)
+    assert output.logits.shape[1] < ids.shape[1] and trace.tokens_out[-1] < trace.visual_tokens
+    assert not torch.isclose(output.loss, dense)
+
+
+@every_family
+@pytest.mark.parametrize("method", ["autoprune", "visionzip"])
+def test_a_later_turn_on_the_pruned_cache(name, method):
+    """The next turn's text: as if it had been generated, so as one step after another on the same cache."""
+    tiny = FAMILIES[name]
+    model, inputs = tiny.model(), tiny.batch(TWO)
+    more = torch.randint(3, 80, (1, 6), generator=torch.Generator().manual_seed(9))
+    with torch.no_grad(), get_method(method)(target_tokens=8).attach(model):
+        first = model.generate(**inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+        whole = torch.cat((first.sequences, more), dim=1)
+        ids = {"input_ids": whole, "attention_mask": torch.ones_like(whole)}
+        second = model.generate(
+            **ids, past_key_values=first.past_key_values, max_new_tokens=3, do_sample=False, output_logits=True,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        # The same tokens one by one.
+        cache = model(**inputs, use_cache=True).past_key_values
+        for token in whole[0, inputs["input_ids"].shape[1] :]:
+            logits = model(input_ids=token[None, None], past_key_values=cache).logits
+    torch.testing.assert_close(second.logits[0], logits[:, -1], atol=1e-4, rtol=1e-4)
+
+
+@every_family
+def test_an_image_on_a_pruned_cache_is_refused(name):
+    tiny = FAMILIES[name]
+    model = tiny.model()
+    with torch.no_grad(), AutoPrune(target_tokens=8).attach(model):
+        cache = model(**tiny.batch(ONE), use_cache=True).past_key_values
+        with pytest.raises(UnsupportedError, match=f"{name}.*later turn"):
+            model(**tiny.batch(ONE), past_key_values=cache)
+
+
+@every_family
+def test_what_a_family_cannot_do_is_refused_by_name(name):
+    tiny = FAMILIES[name]
+    model = tiny.model()
+    with pytest.raises(UnsupportedError, match=f"'tome'.*{name}"), get_method("tome")(target_tokens=8).attach(model):
+        pass
+    with AutoPrune(target_tokens=8).attach(model), pytest.raises(UnsupportedError, match="output_attentions"):
+        model(**tiny.batch(ONE), output_attentions=True)
+    features = tiny.batch(ONE)
+    outside = generated_features(model, features)
+    if outside is not None:
+        with AutoPrune(target_tokens=8).attach(model), pytest.raises(UnsupportedError, match=f"outside.*{name}"):
+            model(input_ids=features["input_ids"], mm_encoder_outputs={"image": outside})
+
+
+def generated_features(model, inputs):
+    import inspect
+
+    names = inspect.signature(model.model.get_image_features).parameters
+    with torch.no_grad():
+        return model.model.get_image_features(
+            **{key: value for key, value in inputs.items() if key in names}, return_dict=True
+        )
+
+
+@pytest.mark.parametrize("name", AXES)
+def test_renumbering_has_no_meaning_with_several_axes(name, caplog):
+    model = FAMILIES[name].model()
+    with pytest.raises(OptionError, match="compact.*M-RoPE"):
+        get_method("fastv")(target_tokens=8, positions="compact").attach(model)
+    run = AutoPrune(target_tokens=8).attach(model)
+    assert run.method.positions == "original"
+
+
+def test_refused_families():
+    import transformers
+
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "head_dim": 16,
+    }
+    tower = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    gemma = transformers.Gemma3Config(text_config={**text, "vocab_size": 99}, vision_config=tower, image_token_id=9)
+    pali = transformers.PaliGemmaConfig(
+        text_config={**text, "model_type": "gemma", "vocab_size": 99},
+        vision_config={**tower, "model_type": "siglip_vision_model"},
+        projection_dim=32,
+    )
+    for kind, config in (("Gemma3", gemma), ("PaliGemma", pali)):
+        model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
+        with pytest.raises(UnsupportedError, match=f"{kind.lower()} .*cannot be pruned"):
+            AutoPrune(target_tokens=8).attach(model)
