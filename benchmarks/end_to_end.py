@@ -25,8 +25,9 @@ from benchmarks.parts import Parts, replaced, selection_apart
 from llava import compat
 from llava.eval.common.arguments import GenerationOptions, Parser
 from llava.eval.common.jsonio import require_folder
+from llava.eval.common.questions import spread
 from llava.eval.reports.defaults import MAX_NEW_TOKENS, ROOT
-from llava.eval.tasks.benchmarks import BENCHMARKS, spread
+from llava.eval.tasks.registry import DEMO
 from llava.pruning import get_method
 from llava.utils import UserError, cli_main
 
@@ -116,14 +117,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     rows: list[dict[str, Any]] = []
     with torch.inference_mode():
-        for benchmark in BENCHMARKS:
-            questions = spread(benchmark.ask(data_dir).questions, args.limit)
+        for task in DEMO:
+            questions = spread(task.ask(data_dir).questions, args.limit)
             answerer = Answerer(
-                tokenizer, model, processor, data_dir / benchmark.image_folder,
+                tokenizer, model, processor, task.images_path(data_dir),
                 generation=GenerationOptions(max_new_tokens=MAX_NEW_TOKENS), image_cache=0,
             )  # fmt: skip
             found = measure(answerer, list(batches(questions, args.batch_size)), methods, device)
-            rows += [{"benchmark": benchmark.name, **row} for row in found]
+            rows += [{"benchmark": task.title, **row} for row in found]
     label = f"{Path(args.model_path).name} batch {args.batch_size} {str(dtype).removeprefix('torch.')}"
     deliver("end_to_end", label, rows, ("benchmark", *COLUMNS), args, device)
 

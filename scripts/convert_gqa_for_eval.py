@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 from llava.eval.common.arguments import Parser
 from llava.eval.common.outputs import JsonList
-from llava.eval.convert import gqa_predictions, join, write_upload
-from llava.eval.tasks.scoring import load_answers, shorten, warn
+from llava.eval.tasks.gqa import gqa_predictions
+from llava.eval.tasks.join import load_answers, shorten, warn
+from llava.eval.tasks.upload import join, write_upload
 from llava.utils import UserError, cli_main
 
 

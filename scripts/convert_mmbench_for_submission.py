@@ -13,9 +13,10 @@ from pathlib import Path
 
 from llava.eval.common.arguments import Parser
 from llava.eval.common.outputs import WORKBOOK, OutputFolder
-from llava.eval.convert import first_round_texts, join, load_whole_answers, mmbench_sheet, report_bad_lines
+from llava.eval.tasks.join import warn
+from llava.eval.tasks.mmbench import first_round_texts, mmbench_sheet
 from llava.eval.tasks.mmbench_data import NOT_UPLOADED, read_table, row_index, write_workbook
-from llava.eval.tasks.scoring import warn
+from llava.eval.tasks.upload import join, load_whole_answers, report_bad_lines
 from llava.utils import UserError, cli_main
 
 

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 from llava.eval.common.arguments import Parser
 from llava.eval.common.outputs import JsonObject
-from llava.eval.convert import join, mmvet_answers, write_upload
-from llava.eval.tasks.scoring import load_answers
+from llava.eval.tasks.join import load_answers
+from llava.eval.tasks.mmvet import mmvet_answers
+from llava.eval.tasks.upload import join, write_upload
 from llava.utils import UserError, cli_main
 
 

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from llava.eval.common.arguments import Parser
 from llava.eval.common.jsonio import write_json, write_text_atomic
 from llava.eval.common.outputs import SCORES, JsonLines
-from llava.eval.convert import join, load_seed, require_all, seed_accuracy, seed_upload
-from llava.eval.tasks.scoring import load_answers
+from llava.eval.tasks.join import load_answers
+from llava.eval.tasks.seed import load_seed, seed_accuracy, seed_upload
+from llava.eval.tasks.upload import join, require_all
 from llava.utils import cli_main
 
 

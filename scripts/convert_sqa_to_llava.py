@@ -19,9 +19,9 @@ from pathlib import Path
 from llava.eval.common.arguments import Parser
 from llava.eval.common.jsonio import write_text_atomic
 from llava.eval.common.outputs import JsonLines, JsonList, Kind
-from llava.eval.convert import write_upload
-from llava.eval.eval_science_qa import load_problems
 from llava.eval.tasks.science_prompts import check_format, conversation, instruction
+from llava.eval.tasks.science_qa import load_problems
+from llava.eval.tasks.upload import write_upload
 from llava.utils import cli_main
 
 CONVERSATIONS = JsonList("LLaVA's conversations", ("id", "conversations"), only=False)

@@ -9,15 +9,15 @@ from collections.abc import Sequence
 
 from llava.eval.common.arguments import Parser
 from llava.eval.common.outputs import JsonList
-from llava.eval.convert import (
+from llava.eval.tasks.upload import (
     join,
     load_questions,
     load_whole_answers,
     report_bad_lines,
     require_all,
-    vizwiz_upload,
     write_upload,
 )
+from llava.eval.tasks.vqa import vizwiz_upload
 from llava.utils import cli_main
 
 

@@ -14,15 +14,9 @@ from pathlib import Path
 
 from llava.eval.common.arguments import Parser
 from llava.eval.common.outputs import Below, JsonList
-from llava.eval.convert import (
-    join,
-    load_questions,
-    load_whole_answers,
-    report_bad_lines,
-    vqav2_upload,
-    write_upload,
-)
-from llava.eval.tasks.scoring import shorten, warn
+from llava.eval.tasks.join import shorten, warn
+from llava.eval.tasks.upload import join, load_questions, load_whole_answers, report_bad_lines, write_upload
+from llava.eval.tasks.vqa import vqav2_upload
 from llava.utils import INCOMPLETE_STATUS, UserError, cli_main
 
 UPLOAD = JsonList("an upload for VQAv2", ("question_id", "answer"))

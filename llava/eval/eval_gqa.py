@@ -1,103 +1,21 @@
 """GQA accuracy (overall, binary, open, by type) of a LLaVA answer file or of converted predictions.
 
-    python -m llava.eval.eval_gqa --annotation-file testdev_balanced_questions.json \\
-        --result-file answers.jsonl
+    python -m llava.eval.eval_gqa --annotation-file testdev_balanced_questions.json --result-file answers.jsonl
 
-Knows GQA's question file and exact-match scoring; does not compute consistency, validity or grounding, which
-need files LLaVA's evaluation does not use.
+Consistency, validity and grounding need files that LLaVA's evaluation does not use, and are not computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 from llava.eval.common.arguments import Parser
-from llava.eval.common.jsonio import read_json, require_file, write_json
 from llava.eval.common.outputs import SCORES
-from llava.eval.tasks.scoring import check_same_questions, join_answers, load_answers
-from llava.schema import FLAG, ID, SCALAR, TEXT, Fields, ListOf, MapOf, check, optional
-from llava.utils import UserError, cli_main, visible
+from llava.eval.tasks.gqa import flat_result, gqa_accuracy, load_questions, print_scores, score_files, to_prediction
+from llava.eval.tasks.join import conclude
+from llava.utils import cli_main
 
-_TYPES = Fields({"structural?": optional(TEXT), "semantic?": optional(TEXT)})
-_QUESTION = {"answer": TEXT, "question?": optional(TEXT), "isBalanced?": FLAG, "types?": optional(_TYPES)}
-_PREDICTION = Fields({"questionId": ID, "prediction": SCALAR})
-
-
-def to_prediction(text: str) -> str:
-    """LLaVA's conversion of an answer to a GQA prediction: trailing periods off, lower case, nothing else."""
-    return text.rstrip(".").lower()
-
-
-def gqa_accuracy(questions: Mapping[str, dict[str, Any]], answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Exact-match accuracy in percent over the answered balanced questions.
-
-    questions: id -> `answer`, `types` and `isBalanced`; answers: `question_id` and `text`, where `text` is
-    already a prediction (`to_prediction`). Open questions are those of structural type "query".
-    """
-    balanced = {key: question for key, question in questions.items() if question.get("isBalanced", True)}
-    known = dict.fromkeys(questions)
-    found, coverage = join_answers(
-        balanced,
-        # Answers to unbalanced questions are legitimate, they just do not count.
-        [a for a in answers if str(a["question_id"]) in balanced or str(a["question_id"]) not in known],
-        lambda item: str(item["question_id"]),
-    )
-    groups: dict[str, list[bool]] = {"accuracy": [], "binary": [], "open": []}
-    by_type: dict[str, dict[str, list[bool]]] = {"structural": {}, "semantic": {}}
-    for key, prediction in found.items():
-        question = balanced[key]
-        correct = prediction == question["answer"]
-        types = question.get("types") or {}
-        groups["accuracy"].append(correct)
-        groups["open" if types.get("structural") == "query" else "binary"].append(correct)
-        for kind, table in by_type.items():
-            if types.get(kind):
-                table.setdefault(types[kind], []).append(correct)
-
-    def percent(values: list[bool]) -> float:
-        return 100.0 * sum(values) / len(values) if values else 0.0
-
-    return {
-        **{name: percent(values) for name, values in groups.items()},
-        "types": {kind: {k: (percent(v), len(v)) for k, v in sorted(table.items())} for kind, table in by_type.items()},
-        "samples": len(found),
-        "coverage": coverage,
-    }
-
-
-def load_questions(path: str) -> dict[str, dict[str, Any]]:
-    """`testdev_balanced_questions.json`: an object keyed by question id."""
-    content = read_json(path, "annotation file", unique_keys=True)
-    if not isinstance(content, dict) or not content:
-        raise UserError(f"{path}: not a GQA question file (needs an object keyed by question id)")
-    return check(content, MapOf(Fields(_QUESTION)), path)
-
-
-def load_predictions(path: str) -> list[dict[str, Any]]:
-    """Entries with `question_id` and the prediction as `text`, from an answer file (JSON lines) or from
-    converted predictions (one JSON list of `questionId` and `prediction`).
-    """
-    file = require_file(path, "result file")
-    with open(file, "rb") as stream:
-        start = stream.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not start.startswith(b"["):
-        return [{**answer, "text": to_prediction(answer["text"])} for answer in load_answers(path, keep_torn=True)]
-    entries = check(read_json(path, "prediction file"), ListOf(_PREDICTION), path)
-    # Converted predictions are compared as they are: a second conversion could hide a broken first one.
-    return [{"question_id": entry["questionId"], "text": str(entry["prediction"])} for entry in entries]
-
-
-def score_files(annotation_file: str, result_file: str) -> dict[str, Any]:
-    """`gqa_accuracy` on files; raises `UserError` when no answer belongs to a question."""
-    questions, answers = load_questions(annotation_file), load_predictions(result_file)
-    texts = {key: str(question.get("question") or "") for key, question in questions.items()}
-    check_same_questions(result_file, texts, answers)
-    result = gqa_accuracy(questions, answers)
-    if result["samples"] == 0:
-        raise UserError(f"{result_file}: no answer belongs to a question of {Path(annotation_file).name}")
-    return result
+__all__ = ["gqa_accuracy", "load_questions", "main", "score_files", "to_prediction"]
 
 
 @cli_main
@@ -108,18 +26,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=SCORES, metavar="PATH", help="write the result as JSON (percent)")
     args = parser.parse_args(argv)
     result = score_files(args.annotation_file, args.result_file)
-    coverage, types = result.pop("coverage"), result.pop("types")
-    print(f"Binary: {result['binary']:.2f}%")
-    print(f"Open: {result['open']:.2f}%")
-    print(f"Accuracy: {result['accuracy']:.2f}%")
-    for kind, table in types.items():
-        print(f"\nAccuracy / {kind} type:")
-        for name, (percent, count) in table.items():
-            print(f"  {visible(name)}: {percent:.2f}% ({count} questions)")
-    coverage.report()
-    if args.json:
-        flat = {f"{kind}_{name}": percent for kind, table in types.items() for name, (percent, _) in table.items()}
-        write_json(args.json, {**result, **flat, **coverage.to_dict()})
+    print_scores(result)
+    conclude(result["coverage"], flat_result(result), args.json)
 
 
 if __name__ == "__main__":

@@ -2,211 +2,31 @@
 
     python -m llava.eval.eval_mmbench --annotation-file mmbench_dev_20230712.tsv --result-file answers.jsonl
 
-Reads LLaVA answer files and the upload workbook. Reads answers by rule; the server's reading by ChatGPT of what
-the rules do not understand is not imitated: such answers are wrong and counted.
+Reads LLaVA answer files and the upload workbook, by rule; the server's reading by ChatGPT of what the rules do not
+understand is not imitated: such answers are wrong and counted.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from llava.eval.common.arguments import Parser
-from llava.eval.common.jsonio import write_json
 from llava.eval.common.outputs import SCORES
-from llava.eval.tasks.mmbench_data import (
-    OPTIONS,
-    ROTATION,
-    is_empty,
-    is_workbook,
-    read_table,
-    read_workbook,
-    row_index,
+from llava.eval.tasks.join import conclude
+from llava.eval.tasks.mmbench import (
+    MISSING,
+    evaluate_mmbench,
+    flat_result,
+    load_rows,
+    print_scores,
+    read_answer,
+    read_choice,
+    score_files,
+    warn_unread,
 )
-from llava.eval.tasks.scoring import check_same_questions, join_answers, load_answers, warn
-from llava.utils import UserError, cli_main, visible
+from llava.utils import cli_main
 
-# The wide marks are those of Chinese text.
-_LETTER = re.compile(r"[(（]([A-Z])[)）]|([A-Z])(?:[.:)．：）、](?![A-Za-z0-9])|$)")
-_CATEGORIES = {"category": "category", "l2": "l2-category"}  # key prefix -> column of the tsv
-
-
-def read_choice(text: str, options: Mapping[str, str]) -> str | None:
-    """The option letter that an answer names, or None.
-
-    Read are, with blanks around ignored: a letter of `options` alone; with a period, colon or parenthesis
-    behind it (`A.`, `A. text`, `A) text`; not `A.M.`); in parentheses (`(A) text`); else the text of exactly one
-    option, whatever the case and with or without a period at the end.
-    """
-    text = text.strip()
-    match = _LETTER.match(text)
-    if match:
-        letter = match.group(1) or match.group(2)
-        if letter in options:
-            return letter
-    wanted = _plain(text)
-    matching = [letter for letter, option in options.items() if wanted and _plain(option) == wanted]
-    return matching[0] if len(matching) == 1 else None
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.split()).rstrip(".").casefold()
-
-
-def read_answer(answer: Mapping[str, Any], row: Mapping[str, str]) -> str | None:
-    """The letter, in terms of the row, that an answer of a LLaVA answer file chooses; None if it names none.
-
-    An answer given with `--all-rounds` saw the options of its row rotated: its fields `options` (texts in
-    the order shown, as A, B, ...) and `option_char` (their letters in the row) tell how.
-    """
-    shown, letters = answer.get("options"), answer.get("option_char")
-    if not (isinstance(shown, list) and isinstance(letters, list) and len(shown) == len(letters)):
-        return read_choice(answer["text"], _choices(row))
-    choice = read_choice(answer["text"], dict(zip(OPTIONS, map(str, shown), strict=False)))
-    return None if choice is None else str(letters[OPTIONS.index(choice)])
-
-
-def evaluate_mmbench(rows: Mapping[int, Mapping[str, str]], answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Accuracies in percent over the rows that have an `answer`; rows without a prediction count as wrong.
-
-    rows: index -> row of the tsv; answers: `question_id` (the index), `text`, and from `--all-rounds` runs
-    `round_id`, `options`, `option_char`. circular: questions (rows of the same index modulo 1,000,000) with
-    every rotation and every round right; single_pass: rows with index below 1,000,000, first round;
-    per_row: all rows, each of its rounds counted.
-    """
-    scored = {index: row for index, row in rows.items() if not is_empty(row.get("answer"))}
-    # Answers to rows without ground truth are legitimate, they just do not count.
-    relevant = [answer for answer in answers if answer["question_id"] in scored or answer["question_id"] not in rows]
-    found, coverage = join_answers(
-        [_place(answer) for answer in relevant if answer["question_id"] in scored],
-        [{**answer, "text": read_answer(answer, scored.get(answer["question_id"], {})) or ""} for answer in relevant],
-        _place,
-    )
-    rounds: dict[int, dict[int, bool]] = {}
-    for (index, number), choice in found.items():
-        rounds.setdefault(index, {})[number] = choice == scored[index]["answer"].strip()
-    coverage.missing = [str(index) for index in scored if index not in rounds]
-    coverage.expected, coverage.scored = len(scored), len(rounds)
-    unread = [str(index) for (index, _), choice in found.items() if not choice]
-
-    questions: dict[int, list[bool]] = {}
-    base: dict[int, bool] = {}
-    every: list[bool] = []
-    for index in scored:
-        results = rounds.get(index, {0: False})
-        questions.setdefault(index % ROTATION, []).extend(results.values())
-        every.extend(results.values())
-        if index < ROTATION:
-            base[index] = results.get(0, False)
-    circular = {index: all(results) for index, results in questions.items()}
-    return {
-        "circular": _percent(circular.values()),
-        "single_pass": _percent(base.values()),
-        "per_row": _percent(every),
-        "questions": len(circular),
-        "rows": len(scored),
-        "groups": {prefix: _by_group(circular, scored, column) for prefix, column in _CATEGORIES.items()},
-        "unread": unread,
-        "coverage": coverage,
-    }
-
-
-def _place(answer: Mapping[str, Any]) -> tuple[Any, int]:
-    return answer["question_id"], answer.get("round_id") or 0
-
-
-def _choices(row: Mapping[str, str]) -> dict[str, str]:
-    # Not `row_options`: its prompt leaves out an option that reads "None", which can still be the right one.
-    return {letter: row[letter] for letter in OPTIONS if row.get(letter, "").strip()}
-
-
-def _percent(values: Any) -> float:
-    values = list(values)
-    return 100.0 * sum(values) / len(values) if values else 0.0
-
-
-def _by_group(
-    circular: Mapping[int, bool], rows: Mapping[int, Mapping[str, str]], column: str
-) -> dict[str, tuple[float, int]]:
-    """Group -> (circular accuracy, number of questions), by the value of `column` in a question's first row."""
-    names: dict[int, str] = {}
-    for index in sorted(rows):
-        if not is_empty(rows[index].get(column)):
-            names.setdefault(index % ROTATION, rows[index][column].strip())
-    groups: dict[str, list[bool]] = {}
-    for index, name in names.items():
-        groups.setdefault(name, []).append(circular[index])
-    return {name: (_percent(values), len(values)) for name, values in sorted(groups.items())}
-
-
-def load_rows(path: str) -> dict[int, dict[str, str]]:
-    """index -> row of the tsv, without the images; an index must not repeat, and some rows must have answers."""
-    rows: dict[int, dict[str, str]] = {}
-    for number, row in read_table(path, required=("index", "A", "B"), drop=("image",)):
-        where = f"{path}:{number}"
-        index = row_index(row["index"], where)
-        if index in rows:
-            raise UserError(f"{where}: index {index} occurs twice")
-        answer = row["answer"] = row.get("answer", "").strip()
-        if not is_empty(answer) and answer not in _choices(row):
-            raise UserError(f"{where}: answer {answer[:40]!r} is none of the row's options")
-        rows[index] = row
-    if not any(not is_empty(row.get("answer")) for row in rows.values()):
-        raise UserError(f"{path}: no row has an answer (a test split?); upload the workbook to the server instead")
-    return rows
-
-
-def load_results(path: str) -> list[dict[str, Any]]:
-    """Answers with `question_id` as a number and `text`, from a LLaVA answer file or an upload workbook."""
-    if not is_workbook(path):
-        answers = load_answers(path, keep_torn=True)
-        for answer in answers:
-            answer["question_id"] = _index_or_text(answer["question_id"])
-            if not isinstance(answer.get("round_id") or 0, int):
-                raise UserError(f"{path}: question {answer['question_id']}: round_id must be a whole number")
-        return answers
-    answers = []
-    for number, row in enumerate(read_workbook(path), start=2):
-        for column in ("index", "prediction"):
-            if column not in row:
-                raise UserError(f"{path}: column {column!r} is missing; it has: {', '.join(map(str, row))}")
-        if row["prediction"] is not None:  # an empty cell is a question without an answer
-            index = row_index(row["index"], f"{path}: row {number}")
-            answers.append({"question_id": index, "text": _cell_text(row["prediction"])})
-    return answers
-
-
-def _cell_text(value: Any) -> str:
-    # Spreadsheets keep whole numbers as floats.
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
-def _index_or_text(value: Any) -> Any:
-    # An id that is no index belongs to another benchmark: reported as unmatched.
-    try:
-        return row_index(value, "")
-    except UserError:
-        return str(value)
-
-
-def score_files(annotation_file: str, result_file: str) -> dict[str, Any]:
-    """`evaluate_mmbench` on files; raises `UserError` when no answer belongs to a row."""
-    rows, answers = load_rows(annotation_file), load_results(result_file)
-    texts = {str(index): row.get("question", "") for index, row in rows.items()}
-    check_same_questions(result_file, texts, answers)
-    result = evaluate_mmbench(rows, answers)
-    if result["coverage"].scored == 0:
-        raise UserError(f"{result_file}: no answer belongs to a row of {annotation_file} that has an answer")
-    return result
-
-
-def flat_result(result: dict[str, Any]) -> dict[str, Any]:
-    """Flat keys: circular, single_pass, per_row, category_<name>, l2_<name> (percent, circular); counts."""
-    flat = {name: result[name] for name in ("circular", "single_pass", "per_row", "questions", "rows")}
-    for prefix, groups in result["groups"].items():
-        flat |= {f"{prefix}_{name}": percent for name, (percent, _) in groups.items()}
-    return {**flat, "unread": len(result["unread"]), **result["coverage"].to_dict()}
+__all__ = ["evaluate_mmbench", "load_rows", "main", "read_answer", "read_choice", "score_files"]
 
 
 @cli_main
@@ -217,19 +37,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=SCORES, metavar="PATH", help="write the result as JSON (percent)")
     args = parser.parse_args(argv)
     result = score_files(args.annotation_file, args.result_file)
-    print(f"Circular: {result['circular']:.2f}% ({result['questions']} questions)")
-    print(f"Single pass: {result['single_pass']:.2f}%")
-    print(f"Per row: {result['per_row']:.2f}% ({result['rows']} rows)")
-    for groups in result["groups"].values():
-        if groups:
-            print()
-        for name, (percent, count) in groups.items():
-            print(f"  {visible(name)}: {percent:.2f}% ({count} questions)")
-    result["coverage"].report("of {expected} rows have no answer and count as wrong")
-    if result["unread"]:
-        warn(f"{len(result['unread'])} answers name no option and count as wrong")
-    if args.json:
-        write_json(args.json, flat_result(result))
+    print_scores(result)
+    conclude(result["coverage"], flat_result(result), args.json, MISSING)
+    warn_unread(result)
 
 
 if __name__ == "__main__":

@@ -9,28 +9,13 @@ it is; files and exit statuses are the same.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
-from llava.eval import model_vqa_loader
-from llava.eval.answering.command import KEEP
+from llava.eval.answering.tools import answer_open_ended as eval_model
+from llava.eval.answering.tools import open_ended_parser as build_parser
 from llava.utils import cli_main
 
-MAX_NEW_TOKENS = 1024
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """All flags of the tool."""
-    parser = model_vqa_loader.build_parser(KEEP)
-    parser.prog = "python -m llava.eval.model_vqa"
-    parser.description = "Answer open questions with LLaVA under a visual-token pruning method."
-    parser.set_defaults(max_new_tokens=MAX_NEW_TOKENS)
-    return parser
-
-
-def eval_model(args: argparse.Namespace) -> int:
-    """Runs what the flags say; returns the exit status."""
-    return model_vqa_loader.eval_model(args, KEEP)
+__all__ = ["build_parser", "eval_model", "main"]
 
 
 @cli_main

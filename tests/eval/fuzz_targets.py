@@ -23,14 +23,13 @@ from llava.eval import (
 from llava.eval.answering.answer_file import AnswerFile
 from llava.eval.answering.metadata import RunMetadata, read_metadata
 from llava.eval.answering.parallel import crop_counter
-from llava.eval.check_data import load_questions
 from llava.eval.common.questions import read_questions
-from llava.eval.model_vqa_mmbench import read_rows
-from llava.eval.model_vqa_science import read_conversations
 from llava.eval.reports.results import align, collect, costs
 from llava.eval.reports.settings import make_settings, read_variants
-from llava.eval.tasks.catalog import get_entry
 from llava.eval.tasks.mmbench_data import write_workbook
+from llava.eval.tasks.mmbench_rows import read_rows
+from llava.eval.tasks.registry import get_task
+from llava.eval.tasks.science_conversations import read_conversations
 from tests.eval.helpers import ROOT, answer, write_json, write_jsonl
 from tests.eval.small_data import write_all
 from tests.fuzzing import Target
@@ -175,8 +174,8 @@ def benchmark(name: str, folder_name: str, main, flags: str, files: str) -> Targ
 
     def build(folder):
         write_all(folder)
-        entry = get_entry(name)
-        questions = load_questions(entry, folder / folder_name / entry.question_file)
+        entry = get_task(name)
+        questions = entry.read_questions(folder / folder_name / entry.question_file)
         write_jsonl(folder / folder_name / "answers.jsonl", [answer(q.id, "Yes", q.text) for q in questions])
         argv = [flag.replace("@", f"{folder / folder_name}/") for flag in flags.split()]
         return [f"{folder_name}/{file}" for file in files.split()], lambda: main(argv)

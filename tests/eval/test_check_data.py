@@ -5,7 +5,8 @@ import shutil
 import pytest
 
 from llava.eval import check_data
-from llava.eval.tasks.catalog import ENTRIES, get_entry
+from llava.eval.tasks import data_check as data_check_task
+from llava.eval.tasks.registry import TASKS, get_task
 from llava.utils import UserError
 from tests.eval.helpers import SHARED, TINY_DATA, needs_shared, read_json, read_jsonl, write_json, write_jsonl
 from tests.eval.small_data import write_all
@@ -17,12 +18,12 @@ def data(tmp_path):
 
 
 def problems(name, data, **flags):
-    return check_data.check_benchmark(get_entry(name), data, **flags).problems
+    return data_check_task.check_benchmark(get_task(name), data, **flags).problems
 
 
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", TASKS, ids=lambda entry: entry.name)
 def test_complete_data_and_every_single_file_missing(entry, data, tmp_path):
-    report = check_data.check_benchmark(entry, data)
+    report = data_check_task.check_benchmark(entry, data)
     assert (report.problems, report.warnings) == ([], []) and len(report.found) >= 1
     folder = data / entry.folder
     for name in filter(None, {entry.question_file, *entry.truth, entry.image_folder}):
@@ -51,11 +52,11 @@ def test_misplaced_files_are_found(data):
 
 def test_images_sampled_or_all(data, monkeypatch):
     (data / "vqav2" / "test2015" / "1.jpg").unlink()
-    report = check_data.check_benchmark(get_entry("vqav2"), data)
+    report = data_check_task.check_benchmark(get_task("vqav2"), data)
     assert report.problems == [] and "1 of 3 images are missing: 1.jpg" in report.warnings[0]
-    monkeypatch.setattr(check_data, "SAMPLED_IMAGES", 1)
-    assert check_data.check_benchmark(get_entry("vqav2"), data).warnings == []
-    assert "1 of 3" in check_data.check_benchmark(get_entry("vqav2"), data, all_images=True).warnings[0]
+    monkeypatch.setattr("llava.eval.tasks.data_check.SAMPLED_IMAGES", 1)
+    assert data_check_task.check_benchmark(get_task("vqav2"), data).warnings == []
+    assert "1 of 3" in data_check_task.check_benchmark(get_task("vqav2"), data, all_images=True).warnings[0]
     for path in (data / "vqav2" / "test2015").iterdir():
         path.unlink()
     (problem,) = problems("vqav2", data)
@@ -92,7 +93,7 @@ def test_broken_files_are_named_with_the_line(data):
 def test_command_line(data, capsys):
     assert check_data.main(["all", "--data-dir", str(data)]) == 0
     printed = capsys.readouterr()
-    assert printed.out.count(": complete") == len(ENTRIES) and printed.err == ""
+    assert printed.out.count(": complete") == len(TASKS) and printed.err == ""
     (data / "gqa" / "llava_gqa_testdev_balanced.jsonl").unlink()
     with pytest.raises(SystemExit) as exit_info:
         check_data.main(["GQA", "POPE", "--quiet", "--data-dir", str(data)])
@@ -102,22 +103,22 @@ def test_command_line(data, capsys):
 
 
 def test_names_of_benchmarks():
-    assert get_entry("MM-Vet") is get_entry("mmvet") is get_entry("mmvet.sh")
-    assert get_entry("scienceqa") is get_entry("sqa") and get_entry("MME").folder == "MME"
+    assert get_task("MM-Vet") is get_task("mmvet") is get_task("mmvet.sh")
+    assert get_task("scienceqa") is get_task("sqa") and get_task("MME").folder == "MME"
     with pytest.raises(UserError, match="known: vqav2, gqa"):
-        get_entry("nosuch")
+        get_task("nosuch")
 
 
 def test_miniature_data_are_complete():
-    for entry in ENTRIES:
+    for entry in TASKS:
         if (TINY_DATA / entry.folder).is_dir():
-            assert check_data.check_benchmark(entry, TINY_DATA).problems == [], entry.name
+            assert data_check_task.check_benchmark(entry, TINY_DATA).problems == [], entry.name
 
 
 @needs_shared
 def test_published_files_fit_together():
     """The real question files and their truth join; only the images are not there."""
     for name, folder in (("textvqa", "train_images"), ("pope", "val2014"), ("mme", "MME_Benchmark_release_version")):
-        report = check_data.check_benchmark(get_entry(name), SHARED)
+        report = data_check_task.check_benchmark(get_task(name), SHARED)
         assert len(report.problems) == 1 and folder in report.problems[0], report.problems
         assert len(report.found) == 2

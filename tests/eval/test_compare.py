@@ -15,7 +15,9 @@ from llava.eval.reports import results
 from llava.eval.reports import settings as variants
 from llava.eval.reports.bootstrap import estimates, resampled_means, retained
 from llava.eval.reports.memory import PeakMemory, resident_bytes
-from llava.eval.tasks.benchmarks import BENCHMARKS, COMPARED
+from llava.eval.tasks import vqa as vqa_task
+from llava.eval.tasks.registry import COMPARED
+from llava.eval.tasks.registry import DEMO as BENCHMARKS
 from llava.utils import UserError
 from tests.eval.helpers import TINY_DATA, fails_with_one_line, read_json, read_jsonl, write_json, write_jsonl
 from tests.eval.test_demo import perfect_answers
@@ -57,10 +59,10 @@ def test_retained_leaves_out_what_dense_cannot_do():
     assert np.isnan(retained({"c": means["c"]})).all()
 
 
-@pytest.mark.parametrize("benchmark", BENCHMARKS, ids=lambda b: b.name)
+@pytest.mark.parametrize("benchmark", BENCHMARKS, ids=lambda task: task.title)
 def test_the_mean_credit_is_the_scorers_accuracy(benchmark):
     """On answers of which some are wrong, some unreadable and some almost right."""
-    answers = perfect_answers()[benchmark.name]
+    answers = perfect_answers()[benchmark.title]
     for number, answer in enumerate(answers):
         if number % 3 == 0:
             answer["text"] = ("No", "Yes", "a red circle", "")[number // 3 % 4]
@@ -73,10 +75,9 @@ def test_the_mean_credit_is_the_scorers_accuracy(benchmark):
 
 @pytest.mark.parametrize("key", ["vqav2", "vizwiz"])
 def test_vqa_credits_are_those_of_its_own_scorer(key, tmp_path):
-    from llava.eval import eval_vqa
 
     benchmark = next(b for b in COMPARED if b.key == key)
-    questions = read_jsonl(TINY_DATA / benchmark.question_file)
+    questions = read_jsonl(benchmark.questions_path(TINY_DATA))
     truth = {"vqav2": "vqav2/v2_mscoco_test-dev2015_annotations.json", "vizwiz": "vizwiz/test.json"}[key]
     texts = [("yes", "2", "red", "unanswerable", "circle")[i % 5] for i in range(len(questions))]
     answers = [
@@ -84,7 +85,7 @@ def test_vqa_credits_are_those_of_its_own_scorer(key, tmp_path):
         for q, text in zip(questions, texts, strict=True)
     ]
     path = write_jsonl(tmp_path / "answers.jsonl", answers)
-    own = eval_vqa.score_files(str(TINY_DATA / truth), str(path), str(TINY_DATA / benchmark.question_file))
+    own = vqa_task.score_files(str(TINY_DATA / truth), str(path), str(benchmark.questions_path(TINY_DATA)))
     grade = benchmark.grader(TINY_DATA)
     credits = [grade(answer) for answer in answers]
     assert 100 * np.mean(credits) == pytest.approx(own["accuracy"]) and own["accuracy"] > 3
@@ -116,7 +117,7 @@ def test_multiple_choice_is_asked_and_graded_as_its_own_tools_do(key, tmp_path):
     if key == "scienceqa":
         science_folder(tmp_path)
     else:
-        mmbench_table(tmp_path / benchmark.question_file)
+        mmbench_table(benchmark.questions_path(tmp_path))
     asked = benchmark.ask(tmp_path)
     assert len(asked.questions) == 6
     prompt = asked.answerer["prompt_text"](asked.questions[0])

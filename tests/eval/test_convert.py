@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from llava.eval import eval_gqa, eval_mmbench
+from llava.eval.tasks import gqa as gqa_task
+from llava.eval.tasks import mmbench as mmbench_task
 from llava.eval.tasks.mmbench_data import read_workbook
 from llava.eval.tasks.science_prompts import prompt_and_answer
 from tests.eval.helpers import ROOT, answer, fails_with_one_line, read_json, read_jsonl, write_json, write_jsonl
@@ -126,7 +127,7 @@ def test_gqa_predictions_and_their_score(tmp_path, capsys):
     assert "1 answers repeat a question; all are written: 1" in capsys.readouterr().err
     truth = {key: {"answer": text, "types": {"structural": "query"}} for key, text in (("1", "no"), ("2", "man"))}
     annotation = write_json(tmp_path / "q.json", truth)
-    from_answers, from_predictions = (eval_gqa.score_files(str(annotation), str(file)) for file in (src, dst))
+    from_answers, from_predictions = (gqa_task.score_files(str(annotation), str(file)) for file in (src, dst))
     assert from_answers["accuracy"] == from_predictions["accuracy"] == 50.0
 
 
@@ -179,7 +180,7 @@ def test_mmbench_workbook(tmp_path, capsys):
     assert list(rows[0].values()) == [7, "Two\nlines?", "cat", "=1+1", None, None, "B", "B", "dev"]
     assert list(rows[1].values()) == [1000007, "Two\nlines?", "=1+1", "cat", None, None, "=1+1", "A", "dev"]
     assert list(rows[2].values()) == [8, "Which?", "a", "b", "c", "d", None, "D", "dev"]
-    scores = eval_mmbench.score_files(str(tmp_path / "dev.tsv"), str(tmp_path / "upload" / "run.xlsx"))
+    scores = mmbench_task.score_files(str(tmp_path / "dev.tsv"), str(tmp_path / "upload" / "run.xlsx"))
     assert (scores["circular"], scores["single_pass"]) == (50.0, 50.0)
 
 
@@ -286,7 +287,7 @@ def test_science_problems_become_conversations(tmp_path, capsys):
                            {"from": "gpt", "value": "The answer is B."}]},
     ]  # fmt: skip
     # The answering tool reads it, and it fits the problems.
-    from llava.eval.model_vqa_science import read_conversations
+    from llava.eval.tasks.science_conversations import read_conversations
 
     assert [q.image for q in read_conversations(str(target))] == [None, "4/image.png"]
     main(["--base-dir", str(tmp_path)])

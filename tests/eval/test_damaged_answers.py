@@ -15,8 +15,7 @@ from llava.eval import (
     eval_textvqa,
     eval_vqa,
 )
-from llava.eval.check_data import load_questions
-from llava.eval.tasks.catalog import get_entry
+from llava.eval.tasks.registry import get_task
 from tests.eval.helpers import fails_with_one_line, read_json, write_jsonl
 from tests.eval.small_data import write_all
 
@@ -56,8 +55,8 @@ def data(tmp_path_factory):
 def scorer(request, data, tmp_path, capsys):
     """`score(bytes)` -> (figure, counts, warnings); `score.records`: good answers, `score.fails(bytes, ...)`."""
     module, flags, figure, texts = SCORERS[request.param]
-    entry = get_entry(request.param)
-    questions = load_questions(entry, data / entry.folder / entry.question_file)
+    entry = get_task(request.param)
+    questions = entry.read_questions(entry.questions_path(data))
     argv = [x for key, value in flags.items() for x in (f"--{key}", str(data / entry.folder / value))]
     path = tmp_path / "answers.jsonl"
     argv += ["--result-file", str(path)]
@@ -184,10 +183,10 @@ def test_answers_of_another_benchmark_are_refused(scorer, data):
     """Either no id is known, or none of the prompts holds the question of the same id."""
     refused = 0
     for name in SCORERS:
-        entry = get_entry(name)
+        entry = get_task(name)
         if name == scorer.name:
             continue
-        questions = load_questions(entry, data / entry.folder / entry.question_file)
+        questions = entry.read_questions(entry.questions_path(data))
         records = [{"question_id": q.id, "prompt": q.text, "text": "Yes"} for q in questions]
         # As in the real benchmarks, there are more of them than of ours.
         records += [{"question_id": f"more/{i}", "prompt": "What?", "text": "x"} for i in range(50)]
@@ -207,8 +206,8 @@ def test_other_prompts_with_the_right_ids_are_scored(data, tmp_path, capsys):
 
 
 def test_a_few_strange_prompts_are_told(data, tmp_path, capsys):
-    entry = get_entry("pope")
-    questions = load_questions(entry, data / entry.folder / entry.question_file)
+    entry = get_task("pope")
+    questions = entry.read_questions(entry.questions_path(data))
     records = [{"question_id": q.id, "prompt": q.text, "text": "Yes"} for q in questions]
     records[0]["prompt"] = "Is there a cat?"
     path = write_jsonl(tmp_path / "a.jsonl", records)

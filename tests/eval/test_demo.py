@@ -9,10 +9,15 @@ import torch
 from PIL import Image
 
 from llava.eval import demo, table
-from llava.eval.common.questions import Question
+from llava.eval.common.questions import Question, spread
 from llava.eval.common.tables import replace_between
 from llava.eval.reports import sample_plots as demo_plots
-from llava.eval.tasks.benchmarks import BENCHMARKS, Score, spread
+from llava.eval.tasks import gqa as gqa_task
+from llava.eval.tasks import mme as mme_task
+from llava.eval.tasks import pope as pope_task
+from llava.eval.tasks import textvqa as textvqa_task
+from llava.eval.tasks.registry import DEMO as BENCHMARKS
+from llava.eval.tasks.task import Score
 from llava.utils import UserError
 from tests.eval.helpers import TINY_DATA, fails_with_one_line, read_json
 
@@ -38,11 +43,11 @@ def test_each_benchmark_scores_its_own_truth():
     truth = perfect_answers()
     full = {"TextVQA": 100.0, "POPE": 100.0, "GQA": 100.0}
     for benchmark in BENCHMARKS:
-        score = benchmark.score(TINY_DATA, truth[benchmark.name])
+        score = benchmark.score(TINY_DATA, truth[benchmark.title])
         assert isinstance(score, Score) and score.samples >= 500
         assert score.accuracy == pytest.approx(100.0)
-        assert score.score == pytest.approx(full.get(benchmark.name, score.score))
-        if benchmark.name == "MME":
+        assert score.score == pytest.approx(full.get(benchmark.title, score.score))
+        if benchmark.title == "MME":
             subtasks = len(
                 [path for path in (TINY_DATA / "MME/MME_Benchmark_release_version").iterdir() if path.is_dir()]
             )
@@ -50,27 +55,26 @@ def test_each_benchmark_scores_its_own_truth():
 
 
 def perfect_answers():
-    from llava.eval import eval_gqa, eval_mme, eval_pope, eval_textvqa
     from llava.eval.common.questions import read_questions
 
-    asked = {b.name: read_questions(TINY_DATA / b.question_file) for b in BENCHMARKS}
+    asked = {task.title: read_questions(task.questions_path(TINY_DATA)) for task in BENCHMARKS}
     words = {
         # Ten people do not all agree; what most of them say gets full marks.
         (a["image_id"], a["question"].lower()): Counter(a["answers"]).most_common(1)[0][0]
-        for a in eval_textvqa.load_annotations(str(TINY_DATA / "textvqa/TextVQA_0.5.1_val.json"))
+        for a in textvqa_task.load_annotations(str(TINY_DATA / "textvqa/TextVQA_0.5.1_val.json"))
     }
-    labels = eval_pope.load_labels(str(TINY_DATA / "pope/coco"))
+    labels = pope_task.load_labels(str(TINY_DATA / "pope/coco"))
     # Label files are joined by position within the category.
     by_category = {c: [entry["label"] for entry in entries] for c, entries in labels.items()}
-    categories = [q["category"] for q in eval_pope.load_questions(str(TINY_DATA / "pope/llava_pope_test.jsonl"))]
+    categories = [q["category"] for q in pope_task.load_questions(str(TINY_DATA / "pope/llava_pope_test.jsonl"))]
     pope = [by_category[category].pop(0).capitalize() for category in categories]
-    gqa = eval_gqa.load_questions(str(TINY_DATA / "gqa/data/testdev_balanced_questions.json"))
-    mme = eval_mme.load_truth(str(TINY_DATA / "MME/MME_Benchmark_release_version"))
+    gqa = gqa_task.load_questions(str(TINY_DATA / "gqa/data/testdev_balanced_questions.json"))
+    mme = mme_task.load_truth(str(TINY_DATA / "MME/MME_Benchmark_release_version"))
     texts = {
-        "TextVQA": [words[str(q.id), eval_textvqa.question_of_prompt(q.text)] for q in asked["TextVQA"]],
+        "TextVQA": [words[str(q.id), textvqa_task.question_of_prompt(q.text)] for q in asked["TextVQA"]],
         "POPE": pope,
         "GQA": [gqa[str(q.id)]["answer"].capitalize() for q in asked["GQA"]],
-        "MME": [mme[eval_mme.question_key(str(q.id), q.text)] for q in asked["MME"]],
+        "MME": [mme[mme_task.question_key(str(q.id), q.text)] for q in asked["MME"]],
     }
     return {
         name: [
@@ -114,7 +118,7 @@ def test_examples_are_hard_medium_and_easy_from_different_benchmarks():
     chosen = demo_plots.pick_examples(examples)
     values = [demo_plots.information(example) for example in chosen]
     assert values == sorted(values) and values[0] < 0.1 and 0.4 < values[1] < 0.6 and values[2] > 0.9
-    assert len({example.benchmark.name for example in chosen}) == 3
+    assert len({example.benchmark.title for example in chosen}) == 3
 
 
 def test_demo_end_to_end(checkpoint, tmp_path, capsys):
@@ -139,7 +143,7 @@ def test_demo_end_to_end(checkpoint, tmp_path, capsys):
     assert dense["tokens_nominal"] == dense["tokens_processed"] == 16
     assert four["tokens_nominal"] < eight["tokens_nominal"] < 16
     assert four["tokens_processed"] > four["tokens_nominal"] and four["flops_ratio"] < eight["flops_ratio"] < 1
-    assert all(row["scores"][b.name]["samples"] >= 5 for row in result["rows"] for b in BENCHMARKS)
+    assert all(row["scores"][task.title]["samples"] >= 5 for row in result["rows"] for task in BENCHMARKS)
     assert "| AutoPrune 4 |" in printed and "6 of 520" in printed
     assert (tmp_path / "out" / "demo.md").read_text().strip() in printed
     for name in ("survivors.png", "retention.png"):

@@ -6,7 +6,7 @@ import pytest
 from llava.eval import compare, compare_report
 from llava.eval.reports.bootstrap import Estimate, estimates
 from llava.eval.reports.differences import Difference, credits_path, credits_table, differences, read_credits
-from llava.eval.tasks.benchmarks import COMPARED
+from llava.eval.tasks.registry import COMPARED
 from tests.eval.helpers import TINY_DATA, fails_with_one_line, read_json, read_jsonl, write_json, write_jsonl
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from llava.eval import eval_gqa
+from llava.eval.tasks import gqa as gqa_task
 from tests.eval.helpers import answer, fails_with_one_line, write_json, write_jsonl
 
 
@@ -53,14 +54,14 @@ def test_scores_by_hand(tmp_path, capsys):
     [("Yes.", "yes"), ("No...", "no"), (" Yes", " yes"), ("U.S.", "u.s"), ("a, b", "a, b")],
 )
 def test_conversion_strips_trailing_periods_and_lowers_and_nothing_else(text, prediction):
-    assert eval_gqa.to_prediction(text) == prediction
+    assert gqa_task.to_prediction(text) == prediction
 
 
 def test_converted_predictions_are_taken_as_they_are(tmp_path):
     annotation = write_json(tmp_path / "q.json", QUESTIONS)
     entries = [{"questionId": "11", "prediction": "Yes."}, {"questionId": "13", "prediction": "cat"}]
     predictions = write_json(tmp_path / "p.json", entries)
-    result = eval_gqa.score_files(str(annotation), str(predictions))
+    result = gqa_task.score_files(str(annotation), str(predictions))
     assert (result["accuracy"], result["binary"], result["open"]) == (50.0, 0.0, 100.0)
     assert result["coverage"].to_dict()["missing"] == 2
 

@@ -5,6 +5,7 @@ import csv
 import pytest
 
 from llava.eval import eval_mmbench
+from llava.eval.tasks import mmbench as mmbench_task
 from llava.eval.tasks.mmbench_data import write_workbook
 from tests.eval.helpers import fails_with_one_line, read_json, write_jsonl
 
@@ -69,11 +70,11 @@ def answers(predictions):
     ],
 )
 def test_reading(text, letter):
-    assert eval_mmbench.read_choice(text, OPTIONS) == letter
+    assert mmbench_task.read_choice(text, OPTIONS) == letter
 
 
 def test_text_of_two_options_is_no_choice():
-    assert eval_mmbench.read_choice("red", {"A": "red", "B": "Red."}) is None
+    assert mmbench_task.read_choice("red", {"A": "red", "B": "Red."}) is None
 
 
 def check(result_file, tsv, tmp_path, capsys):
@@ -115,7 +116,7 @@ def test_missing_predictions_are_wrong(tsv, tmp_path, capsys):
     """An empty cell of a workbook and an absent line are the same: wrong, and told."""
     kept = {index: text for index, text in PREDICTIONS.items() if index != 1 + 2 * M}
     result_file = write_jsonl(tmp_path / "a.jsonl", answers(kept))
-    result = eval_mmbench.score_files(str(tsv), str(result_file))
+    result = mmbench_task.score_files(str(tsv), str(result_file))
     assert (result["circular"], result["single_pass"]) == (25.0, 75.0)
     assert result["per_row"] == pytest.approx(400 / 7)
     eval_mmbench.main(["--annotation-file", str(tsv), "--result-file", str(result_file)])
@@ -123,13 +124,13 @@ def test_missing_predictions_are_wrong(tsv, tmp_path, capsys):
     pytest.importorskip("openpyxl")
     book = tmp_path / "w.xlsx"
     write_workbook(book, ["index", "prediction"], [[r[0], kept.get(r[0])] for r in ROWS])
-    again = eval_mmbench.score_files(str(tsv), str(book))
+    again = mmbench_task.score_files(str(tsv), str(book))
     assert (again["circular"], again["coverage"].missing) == (25.0, ["2000001"])
 
 
 def test_rounds_are_rotations_of_a_row(tsv):
     """Letters of a round are those shown; `option_char` leads back to the row's."""
-    rows = {1: eval_mmbench.load_rows(str(tsv))[1]}
+    rows = {1: mmbench_task.load_rows(str(tsv))[1]}
     texts, letters = ["cat", "dog", "cow"], ["A", "B", "C"]
 
     def result(*said):
@@ -143,7 +144,7 @@ def test_rounds_are_rotations_of_a_row(tsv):
             }
             for n, text in enumerate(said)
         ]
-        scores = eval_mmbench.evaluate_mmbench(rows, records)
+        scores = mmbench_task.evaluate_mmbench(rows, records)
         return scores["circular"], scores["single_pass"], round(scores["per_row"], 2), len(scores["unread"])
 
     assert result("B", "A", "C. dog") == (100.0, 100.0, 100.0, 0)
@@ -153,8 +154,8 @@ def test_rounds_are_rotations_of_a_row(tsv):
 
 def test_an_option_none_can_be_right(tmp_path):
     tsv = write_tsv(tmp_path / "t.tsv", [[1, "q", "", "x", "None", "", "", "B", "c", "", "", "dev"]])
-    rows = eval_mmbench.load_rows(str(tsv))
-    assert eval_mmbench.evaluate_mmbench(rows, answers({1: "B"}))["circular"] == 100.0
+    rows = mmbench_task.load_rows(str(tsv))
+    assert mmbench_task.evaluate_mmbench(rows, answers({1: "B"}))["circular"] == 100.0
 
 
 def test_bad_input(tsv, tmp_path, capsys):

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from llava.eval import eval_mme
-from llava.eval.eval_mme import Row
+from llava.eval.tasks import mme as mme_task
+from llava.eval.tasks.mme import Row
 from tests.eval.helpers import SHARED, answer, fails_with_one_line, needs_shared, read_json, write_jsonl
 
 LLAVA_13B = {
@@ -44,10 +45,10 @@ def test_published_answers_give_the_published_digits(tmp_path, capsys):
 @needs_shared
 def test_free_text_answers_of_the_official_tool():
     rows = {
-        path.stem: eval_mme.read_tool_rows(path.read_text(encoding="utf-8").splitlines(), path.name)
+        path.stem: mme_task.read_tool_rows(path.read_text(encoding="utf-8").splitlines(), path.name)
         for path in (SHARED / "MME" / "eval_tool" / "LaVIN").glob("*.txt")
     }
-    result = eval_mme.mme_scores(rows)
+    result = mme_task.mme_scores(rows)
     assert result["perception"] == pytest.approx(963.6114445778312, abs=1e-6)
     assert result["cognition"] == pytest.approx(249.64285714285714, abs=1e-6)
     for name, value in LAVIN.items():
@@ -60,7 +61,7 @@ def test_free_text_answers_of_the_official_tool():
      ("  yes", "other"), ("Church", "other"), ("", "other"), ("The answer is yes", "other")],
 )  # fmt: skip
 def test_reading_of_answers(text, read):
-    assert eval_mme.read_answer(text) == read
+    assert mme_task.read_answer(text) == read
 
 
 def test_subtask_score_by_hand():
@@ -69,7 +70,7 @@ def test_subtask_score_by_hand():
         Row("a", "Yes", "yes"), Row("a", "No", "No."), Row("b", "Yes", "Yes"), Row("b", "No", "Yes"),
         Row("c", "Yes", "Portrait"), Row("c", "No", "no"),
     ]  # fmt: skip
-    scores = eval_mme.subtask_score(rows)
+    scores = mme_task.subtask_score(rows)
     assert scores["score"] == pytest.approx(100 * 4 / 6 + 100 / 3)
     assert scores["other"] == 1
 
@@ -112,7 +113,7 @@ def test_questions_join_across_instructions_and_folders(tmp_path):
         answer(q["question_id"], text, q["text"]) for q, text in zip(questions, "Yes No Yes Yes".split(), strict=True)
     ]
     argv, _ = make_files(tmp_path, answers)
-    result = eval_mme.score_files(*map(str, argv[1::2]))
+    result = mme_task.score_files(*map(str, argv[1::2]))
     assert result["subtasks"]["color"]["score"] == 200.0
     assert result["subtasks"]["artwork"]["score"] == 50.0
     assert (result["perception"], result["cognition"]) == (250.0, 0) and result["coverage"].complete
@@ -121,7 +122,7 @@ def test_questions_join_across_instructions_and_folders(tmp_path):
 def test_half_answered_image_counts_in_accuracy_only(tmp_path, capsys):
     _, questions = make_files(tmp_path, [])
     argv, _ = make_files(tmp_path, [answer(q["question_id"], "Yes", q["text"]) for q in questions[:3]])
-    result = eval_mme.score_files(*map(str, argv[1::2]))
+    result = mme_task.score_files(*map(str, argv[1::2]))
     assert result["subtasks"]["artwork"]["score"] == 100.0
     result["coverage"].report()
     assert "1 of 4 questions have no answer" in capsys.readouterr().err
@@ -135,7 +136,7 @@ def test_bad_input(tmp_path, capsys):
     (tmp_path / "release" / "color" / "1.txt").write_text("Is it red?\tMaybe\n")
     fails_with_one_line(eval_mme.main, argv, capsys, "1.txt:1")
     with pytest.raises(ValueError, match="consecutive"):
-        eval_mme.read_tool_rows(["a.jpg\tq\tYes\tyes", "b.jpg\tq\tNo\tno"])
+        mme_task.read_tool_rows(["a.jpg\tq\tYes\tyes", "b.jpg\tq\tNo\tno"])
 
 
 def test_input_files_of_the_official_tool(tmp_path, capsys):
@@ -151,8 +152,8 @@ def test_input_files_of_the_official_tool(tmp_path, capsys):
         "1.txt\tIs it blue? Please answer yes or no.\tNo\tYes\n"
     )
     scores = read_json(tmp_path / "s.json")
-    rows = {p.stem: eval_mme.read_tool_rows(p.read_text().splitlines()) for p in folder.iterdir()}
-    again = eval_mme.mme_scores(rows)
+    rows = {p.stem: mme_task.read_tool_rows(p.read_text().splitlines()) for p in folder.iterdir()}
+    again = mme_task.mme_scores(rows)
     assert again["subtasks"]["color"]["score"] == scores["color"] == 50.0
     assert again["subtasks"]["artwork"]["score"] == scores["artwork"] == 200.0
     # An image with one answer would shift the pairs of the tool.
@@ -171,17 +172,17 @@ def test_the_official_tool_reads_an_answer_as_the_score_does(text):
     release = {key[0]: ("One?", "Yes"), key[1]: ("Two?", "No")}
     questions = [{"question_id": "color/a.png", "text": name} for _, _, name in key]
     answers = [{**question, "prompt": question["text"], "text": text} for question in questions]
-    content, left_out = eval_mme.tool_files(release, questions, answers)
+    content, left_out = mme_task.tool_files(release, questions, answers)
     lines = content["color"].splitlines(keepends=True)
     assert left_out == 0 and len(lines) == 2
     for line in lines:
         _, _, _, prediction = line.split("\t")
-        assert eval_mme.read_answer(prediction) == eval_mme.read_answer(text)
+        assert mme_task.read_answer(prediction) == mme_task.read_answer(text)
 
 
 def test_a_question_is_found_by_its_own_text_at_the_start():
     """Whatever instruction follows, and however its line break is written; other questions stay unknown."""
-    lookup = eval_mme.Lookup([("color", "a", "Is it red?"), ("color", "a", "Is it"), ("color", "b", "Is it blue?")])
+    lookup = mme_task.Lookup([("color", "a", "Is it red?"), ("color", "a", "Is it"), ("color", "b", "Is it blue?")])
     instruction = "Answer the question using a single word or phrase."
     for rest in (f"\\n{instruction}", " Please answer yes or no.\\n", "\nYes or no?", ""):
         assert lookup.find("color/a.png", "Is it red?" + rest) == ("color", "a", "Is it red?")
@@ -194,14 +195,14 @@ def test_official_input_of_published_answers(tmp_path):
     """Questions and truth line by line as in the official template; scores as from the answer file."""
     folder = SHARED / "MME"
     release, questions = str(folder / "MME_Benchmark_release_version"), str(folder / "llava_mme.jsonl")
-    eval_mme.write_tool_files(str(tmp_path), release, questions, str(folder / "answers" / "llava-v1.5-13b.jsonl"))
+    mme_task.write_tool_files(str(tmp_path), release, questions, str(folder / "answers" / "llava-v1.5-13b.jsonl"))
     rows = {}
     for path in sorted(tmp_path.iterdir()):
         lines = path.read_text(encoding="utf-8").splitlines()
-        rows[path.stem] = eval_mme.read_tool_rows(lines)
+        rows[path.stem] = mme_task.read_tool_rows(lines)
         template = (folder / "eval_tool" / "Your_Results" / path.name).read_text(encoding="utf-8").splitlines()
         cut = {(Path(a).stem, b, c) for a, b, c in (line.split("\t")[:3] for line in lines)}
         assert cut == {(Path(a).stem, b, c) for a, b, c in (line.split("\t")[:3] for line in template if line)}
-    scores = eval_mme.mme_scores(rows)
+    scores = mme_task.mme_scores(rows)
     assert scores["perception"] == pytest.approx(1531.3187274909965, abs=1e-6)
     assert scores["cognition"] == pytest.approx(295.3571428571429, abs=1e-6)

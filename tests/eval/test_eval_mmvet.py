@@ -3,6 +3,7 @@
 import pytest
 
 from llava.eval import eval_mmvet
+from llava.eval.tasks import mmvet as mmvet_task
 from tests.eval.helpers import fails_with_one_line, read_json, write_json
 
 QUESTIONS = {
@@ -47,7 +48,7 @@ def test_runs_are_averaged(annotation, tmp_path, capsys):
 
 def test_plain_scores(annotation, tmp_path, capsys):
     plain = {key: sum(s) / 2 for key, s in SCORES.items()} | {"v1_3": "0.0"}
-    result = eval_mmvet.score_files(str(write_json(tmp_path / "g.json", plain)), str(annotation))
+    result = mmvet_task.score_files(str(write_json(tmp_path / "g.json", plain)), str(annotation))
     assert {key: result[key] for key in EXPECTED} == pytest.approx(EXPECTED)
 
 
@@ -69,7 +70,7 @@ def test_full_precision_in_json_one_decimal_on_screen(annotation, tmp_path, caps
     graded = write_json(tmp_path / "g.json", grades(scores))
     eval_mmvet.main(["--result-file", str(graded), "--annotation-file", str(annotation)])
     assert capsys.readouterr().out.splitlines()[1].endswith("\t43.3")
-    result = eval_mmvet.score_files(str(graded), str(annotation))
+    result = mmvet_task.score_files(str(graded), str(annotation))
     assert result["total"] == pytest.approx(130 / 3, abs=1e-9)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from llava.eval import eval_pope
+from llava.eval.tasks import pope as pope_task
 from tests.eval.helpers import SHARED, answer, fails_with_one_line, needs_shared, write_jsonl
 
 
@@ -45,16 +46,16 @@ def test_published_answers_give_the_published_digits(tmp_path, capsys):
     ],
 )  # fmt: skip
 def test_reading_of_answers(text, no):
-    assert eval_pope.says_no(text) is no
+    assert pope_task.says_no(text) is no
 
 
 def test_scores_by_hand():
-    scores = eval_pope.pope_scores([True, True, True, False, False], ["Yes", "Yes", "No", "Yes", "No"])
+    scores = pope_task.pope_scores([True, True, True, False, False], ["Yes", "Yes", "No", "Yes", "No"])
     assert (scores["tp"], scores["fp"], scores["tn"], scores["fn"]) == (2, 1, 1, 1)
     assert scores["accuracy"] == pytest.approx(0.6)
     assert scores["precision"] == scores["recall"] == scores["f1"] == pytest.approx(2 / 3)
     assert scores["yes_ratio"] == pytest.approx(0.6)
-    assert eval_pope.pope_scores([False], ["no"])["f1"] == 0.0
+    assert pope_task.pope_scores([False], ["no"])["f1"] == 0.0
 
 
 def make_files(folder, answers):
@@ -91,7 +92,7 @@ ANSWERS = [answer(1, "Yes"), answer(2, "No"), answer(10_000_001, "No"), answer(1
 
 def test_answers_join_by_id_whatever_their_order(tmp_path):
     argv = make_files(tmp_path, ANSWERS[::-1])
-    result = eval_pope.score_files(*map(str, argv[1::2]))
+    result = pope_task.score_files(*map(str, argv[1::2]))
     assert result["categories"]["adversarial"]["f1"] == 1.0
     assert result["categories"]["random"]["f1"] == 0.0
     assert result["f1_mean"] == 0.5 and result["coverage"].complete

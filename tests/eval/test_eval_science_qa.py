@@ -5,6 +5,7 @@ import json
 import pytest
 
 from llava.eval import eval_science_qa as sqa
+from llava.eval.tasks import science_qa as science_qa_task
 from tests.eval.helpers import answer, fails_with_one_line, read_json, write_json, write_jsonl
 
 IMAGE_PROMPT = "<image>\nContext: N/A\nWhich one?\nA. x\nB. y"
@@ -69,11 +70,11 @@ def base(tmp_path):
     ],
 )
 def test_reading(text, letter):
-    assert sqa.read_option(text) == letter
+    assert science_qa_task.read_option(text) == letter
 
 
 def test_a_letter_beyond_the_choices_is_no_choice():
-    assert [sqa.option_index(letter, 3) for letter in "ABCDZ"] == [0, 1, 2, -1, -1]
+    assert [science_qa_task.option_index(letter, 3) for letter in "ABCDZ"] == [0, 1, 2, -1, -1]
 
 
 def test_scores_and_files_by_hand(base, tmp_path, capsys):
@@ -114,7 +115,7 @@ def test_scores_and_files_by_hand(base, tmp_path, capsys):
 
 def test_image_accuracy_is_over_answered_problems_only(base, tmp_path):
     """The image problem without an answer (3) lowers the accuracy, not the image accuracy."""
-    result = sqa.score_files(str(base), str(write_jsonl(tmp_path / "a.jsonl", ANSWERS[:2])))
+    result = science_qa_task.score_files(str(base), str(write_jsonl(tmp_path / "a.jsonl", ANSWERS[:2])))
     assert (result["img_accuracy"], result["img_total"]) == (100.0, 1)
     assert result["accuracy"] == pytest.approx(100 * 2 / 6)
 
@@ -122,7 +123,7 @@ def test_image_accuracy_is_over_answered_problems_only(base, tmp_path):
 def test_crlf_and_byte_order_mark(base, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(json.dumps(a) for a in ANSWERS).encode())
-    assert sqa.score_files(str(base), str(path))["correct"] == 3
+    assert science_qa_task.score_files(str(base), str(path))["correct"] == 3
 
 
 def test_other_split_and_options(base, tmp_path, capsys):

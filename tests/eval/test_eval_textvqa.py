@@ -5,6 +5,7 @@ import json
 import pytest
 
 from llava.eval import eval_textvqa
+from llava.eval.tasks import textvqa as textvqa_task
 from tests.eval.helpers import SHARED, answer, fails_with_one_line, needs_shared, write_json, write_jsonl
 
 
@@ -33,7 +34,7 @@ def test_published_answers_give_the_published_digits(tmp_path, capsys):
     ],
 )
 def test_prompt_layouts(prompt):
-    assert eval_textvqa.question_of_prompt(prompt) == "what is it?"
+    assert textvqa_task.question_of_prompt(prompt) == "what is it?"
 
 
 ANNOTATIONS = [
@@ -44,14 +45,14 @@ ANNOTATIONS = [
 
 def test_two_questions_of_an_image_are_told_apart():
     answers = [answer("x", "Red", "What color?\nAnswer"), answer("x", "Stop", "What word?\nAnswer")]
-    result = eval_textvqa.textvqa_accuracy(ANNOTATIONS, answers)
+    result = textvqa_task.textvqa_accuracy(ANNOTATIONS, answers)
     assert result["accuracy"] == pytest.approx(95.0)  # (0.9 + 1) / 2
     assert result["coverage"].complete
 
 
 def test_unmatched_and_missing_are_counted():
     answers = [answer("x", "stop", "What word?\nAnswer"), answer("y", "stop", "What word?\nAnswer")]
-    coverage = eval_textvqa.textvqa_accuracy(ANNOTATIONS, answers)["coverage"]
+    coverage = textvqa_task.textvqa_accuracy(ANNOTATIONS, answers)["coverage"]
     assert coverage.to_dict() == {"expected": 2, "scored": 1, "missing": 1, "duplicate": 0, "unmatched": 1}
 
 
@@ -67,7 +68,7 @@ def test_a_literal_backslash_n_behind_the_question(tmp_path):
     annotations = [{"image_id": "x", "question": text, "answers": ["stop"] * 10} for text in ("what", "what word?")]
     annotations.append({"image_id": "y", "question": "what word is it?", "answers": ["go"] * 10})
     prompt = "What word?\\nReference OCR token: what, stop\\nAnswer the question"
-    result = eval_textvqa.textvqa_accuracy(annotations, [answer("x", "stop", prompt), answer("y", "go", prompt)])
+    result = textvqa_task.textvqa_accuracy(annotations, [answer("x", "stop", prompt), answer("y", "go", prompt)])
     assert (result["samples"], result["accuracy"]) == (1, 100.0)
     assert result["coverage"].unmatched == ["y"], "another image, whose question only begins alike"
 

@@ -3,6 +3,7 @@
 import pytest
 
 from llava.eval import eval_vqa, summarize_gpt_review
+from llava.eval.tasks import vqa as vqa_task
 from tests.eval.helpers import answer, fails_with_one_line, read_json, write_json, write_jsonl
 
 
@@ -36,7 +37,7 @@ def test_vqav2_answers_and_upload(tmp_path, capsys):
     assert scores["accuracy"] == pytest.approx(75.0) and scores["type_number"] == pytest.approx(75.0)
     assert (scores["missing"], scores["duplicate"], scores["unmatched"]) == (1, 2, 1)
     upload = [{"question_id": 7, "answer": "2"}, {"question_id": 9, "answer": "dog"}]
-    again = eval_vqa.score_files(str(truth), str(write_json(tmp_path / "u.json", upload)))
+    again = vqa_task.score_files(str(truth), str(write_json(tmp_path / "u.json", upload)))
     assert again["accuracy"] == pytest.approx(75.0)
 
 
@@ -45,10 +46,10 @@ def test_vizwiz_by_image(tmp_path):
     questions = write_jsonl(tmp_path / "q.jsonl", [{"question_id": "a", "image": "a.jpg", "text": "?"}])
     result = write_jsonl(tmp_path / "a.jsonl", [answer("a", "yes")])
     # Two people: leaving the agreeing one out gives 0, the other 1/3.
-    scores = eval_vqa.score_files(str(truth), str(result), str(questions))
+    scores = vqa_task.score_files(str(truth), str(result), str(questions))
     assert scores["accuracy"] == pytest.approx(100 / 6)
     upload = write_json(tmp_path / "u.json", [{"image": "a.jpg", "answer": "yes"}])
-    assert eval_vqa.score_files(str(truth), str(upload))["accuracy"] == pytest.approx(100 / 6)
+    assert vqa_task.score_files(str(truth), str(upload))["accuracy"] == pytest.approx(100 / 6)
 
 
 def test_bad_vqa_files(tmp_path, capsys):

@@ -13,8 +13,8 @@ from PIL import Image
 
 from llava.eval.answering.answer_file import AnswerFile
 from llava.eval.answering.images import SampleError, open_image
+from llava.eval.answering.merging import choose_lines, read_part
 from llava.eval.common.questions import read_questions
-from llava.eval.merge_answers import choose_lines, read_part
 from llava.utils import UserError
 from tests.eval.fuzz_targets import TARGETS
 from tests.eval.helpers import write_jsonl

@@ -6,6 +6,7 @@ import zipfile
 import openpyxl
 import pytest
 
+from llava.eval.tasks import mmbench as mmbench_task
 from llava.eval.tasks import mmbench_data
 from llava.utils import UserError
 
@@ -132,8 +133,7 @@ def test_missing_cells_are_those_of_the_published_tool(cells, empty):
 
 
 def test_rows_that_lose_their_right_option_are_named(tmp_path, capsys):
-    from llava.eval import eval_mmbench
-    from llava.eval.model_vqa_mmbench import read_rows
+    from llava.eval.tasks.mmbench_rows import read_rows
 
     header = "index\tquestion\thint\tA\tB\tC\tD\tanswer\timage\n"
     path = table(
@@ -156,9 +156,9 @@ def test_rows_that_lose_their_right_option_are_named(tmp_path, capsys):
     for text, line, index, right, cell in zip(warnings, (2, 3), (0, 1), "AC", "AB", strict=True):
         assert f"t.tsv:{line}: the right option {right} of row {index}" in text and f"before {cell}, 'None'" in text
     # The scorer takes the table: what is right is what the row says, asked or not.
-    rows_found = eval_mmbench.load_rows(str(path))
+    rows_found = mmbench_task.load_rows(str(path))
     answers = [{"question_id": i, "text": text} for i, text in enumerate("AACC")]
-    assert eval_mmbench.evaluate_mmbench(rows_found, answers)["per_row"] == 50.0
+    assert mmbench_task.evaluate_mmbench(rows_found, answers)["per_row"] == 50.0
 
 
 def edited_workbook(path, edit, member="xl/worksheets/sheet1.xml"):

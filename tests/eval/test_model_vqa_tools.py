@@ -8,7 +8,11 @@ import json
 import pytest
 from PIL import Image
 
-from llava.eval import eval_mmbench, eval_science_qa, model_vqa, model_vqa_mmbench, model_vqa_science
+from llava.eval import model_vqa, model_vqa_mmbench, model_vqa_science
+from llava.eval.tasks import mmbench as mmbench_task
+from llava.eval.tasks import mmbench_rows as mmbench_rows_task
+from llava.eval.tasks import science_conversations as science_conversations_task
+from llava.eval.tasks import science_qa as science_qa_task
 from tests.eval.helpers import fails_with_one_line, read_jsonl, write_json
 
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -52,13 +56,16 @@ def image_text(color="red", size=(40, 30)):
 
 def test_conversations_become_questions(tmp_path):
     path = write_json(tmp_path / "q.json", CONVERSATIONS)
-    first, second = model_vqa_science.read_conversations(str(path))
+    first, second = science_conversations_task.read_conversations(str(path))
     assert (first.id, first.image, second.id, second.image) == ("7", "0.png", 8, None)
     assert first.text == "<image>\nContext: N/A\nWhich color?\nA. red\nB. blue"
     assert second.text == "Which day?\nA. one\nB. two"
-    asked = model_vqa_science.read_conversations(str(path), single_prediction=True)
+    asked = science_conversations_task.read_conversations(str(path), single_prediction=True)
     assert [q.text for q in asked] == [f"{q.text}\n{LETTER}" for q in (first, second)]
-    assert model_vqa_science.without_placeholder(asked[0]) == f"Context: N/A\nWhich color?\nA. red\nB. blue\n{LETTER}"
+    assert (
+        science_conversations_task.without_placeholder(asked[0])
+        == f"Context: N/A\nWhich color?\nA. red\nB. blue\n{LETTER}"
+    )
 
 
 def test_science_run_and_its_score(checkpoint, data, prompts, capsys):
@@ -75,7 +82,7 @@ def test_science_run_and_its_score(checkpoint, data, prompts, capsys):
     assert records[0]["metadata"]["tokens"]["visual"] == 16 and records[1]["metadata"]["tokens"]["visual"] == 0
     # The scorer takes the file as it is: one of the two problems has an image.
     problems = {key: {"choices": ["x", "y"], "answer": 0} for key in ("7", "8")}
-    result = eval_science_qa.evaluate_science_qa(problems, list(problems), records)
+    result = science_qa_task.evaluate_science_qa(problems, list(problems), records)
     assert (result["total"], result["img_total"], result["coverage"].missing) == (2, 1, [])
     # A complete run is not repeated; one with another prompt is not mixed with it.
     before = (data / "a.jsonl").read_bytes()
@@ -123,15 +130,15 @@ def write_tsv(path, rows=ROWS):
 
 def test_rows_become_prompts():
     rows = [dict(zip(COLUMNS, map(str, row), strict=True)) for row in ROWS]
-    assert model_vqa_mmbench.row_prompts(rows[0]) == [
+    assert mmbench_rows_task.row_prompts(rows[0]) == [
         ("Two\nlines?\nA. cat\nB. dog\nC. cow", ["cat", "dog", "cow"], ["A", "B", "C"])
     ]
-    assert model_vqa_mmbench.row_prompts(rows[1])[0][0] == "Look.\nWhich?\nA. x\nB. y"
-    assert model_vqa_mmbench.row_prompts(rows[2]) == [("None?\nA. x", ["x"], ["A"])], "options end at an empty cell"
+    assert mmbench_rows_task.row_prompts(rows[1])[0][0] == "Look.\nWhich?\nA. x\nB. y"
+    assert mmbench_rows_task.row_prompts(rows[2]) == [("None?\nA. x", ["x"], ["A"])], "options end at an empty cell"
 
 
 def test_rounds_rotate_the_options():
-    rounds = model_vqa_mmbench.row_prompts(dict(zip(COLUMNS, map(str, ROWS[0]), strict=True)), all_rounds=True)
+    rounds = mmbench_rows_task.row_prompts(dict(zip(COLUMNS, map(str, ROWS[0]), strict=True)), all_rounds=True)
     assert [prompt.split("\n", 2)[2] for prompt, _, _ in rounds] == [
         "A. cat\nB. dog\nC. cow",
         "A. dog\nB. cow\nC. cat",
@@ -159,7 +166,7 @@ def test_mmbench_run(checkpoint, data, prompts, capsys):
     )
     assert [r["metadata"]["tokens"]["visual"] for r in records] == [16] * 3
     assert records[0]["metadata"]["lang"] == "cn"
-    result = eval_mmbench.score_files(str(questions), str(data / "a.jsonl"))
+    result = mmbench_task.score_files(str(questions), str(data / "a.jsonl"))
     assert (result["rows"], result["questions"], result["coverage"].complete) == (3, 2, True)
     capsys.readouterr()
     fails_with_one_line(model_vqa_mmbench.main, [*argv, "--lang", "en"], capsys, "a.jsonl:1", "lang")

@@ -55,7 +55,19 @@ PATHS_THAT_ARE_READ = {
 }
 NOT_PATHS = {
     *("device", "dtype", "attn_implementation", "mm_patch_merge_type", "conv_mode", "method", "budget", "positions"),
-    *("method_args", "query", "sep", "version", "select", "ignore", "methods", "budgets", "benchmarks", "checkpoint"),
+    *(
+        "method_args",
+        "query",
+        "sep",
+        "version",
+        "select",
+        "ignore",
+        "methods",
+        "budgets",
+        "benchmark",
+        "benchmarks",
+        "checkpoint",
+    ),
     *("text_tokens", "marker", "versus", "table", "lang", "split", "experiment", "ckpt", "command", "prompt_format"),
     *("geometry", "allocator", "name", "visual_tokens", "batch_sizes", "workers", "what", "stage", "merge", "options"),
     *("ablations", "kind", "parts_of", "batch_size", "published", "x0", "help", "category", "scores", "tags", "tag"),

@@ -8,11 +8,10 @@ import subprocess
 import pytest
 
 from llava.eval import table
-from llava.eval.reports import paper_tables
-from llava.eval.reports.paper_tables import COLUMNS, TABLES, retained_percent
+from llava.eval.reports.paper_tables import TABLES, retained_percent
 from llava.eval.reports.published import COLLECTED, PAPER, REPOSITORY, ROWS, published_rows
 from llava.eval.reports.runs import COMPLETE, MISSING, PARTIAL, UNSCORED, count_questions, discover, find_run
-from llava.eval.tasks.catalog import ENTRIES, get_entry
+from llava.eval.tasks.registry import COLUMNS, TASK_OF, TASKS, get_task
 from tests.eval.helpers import ROOT, TINY_MODEL, answer, fails_with_one_line, read_json, write_json, write_jsonl
 from tests.eval.small_data import write_all
 
@@ -82,7 +81,7 @@ def test_published_rows_are_those_of_the_paper():
 
 def write_run(out, name, run, result=None, count=4, tokens=(576, 64, 82.5), meta=None):
     """Answers, and if given scores and metadata, as the scripts leave them."""
-    path = get_entry(name).answers_file(out, run)
+    path = get_task(name).answers_file(out, run)
     metadata = {"tokens": dict(zip(("visual", "nominal", "processed"), tokens, strict=True))}
     write_jsonl(path, [{**answer(i, "x"), "metadata": metadata} for i in range(count)])
     if meta is not None:
@@ -93,7 +92,7 @@ def write_run(out, name, run, result=None, count=4, tokens=(576, 64, 82.5), meta
 
 
 def test_state_of_a_run(tmp_path):
-    gqa = get_entry("gqa")
+    gqa = get_task("gqa")
 
     def status(questions=4):
         return find_run(gqa, tmp_path, "c", "autoprune", 64, questions).status
@@ -117,9 +116,9 @@ def test_state_of_a_run(tmp_path):
     run = find_run(gqa, tmp_path, "c", "autoprune", 64, 9)
     assert (run.status, run.skipped) == (COMPLETE, 5), "samples that cannot be read do not make a run endless"
     vqav2 = write_run(tmp_path, "vqav2", "c/dense")
-    assert find_run(get_entry("vqav2"), tmp_path, "c", "dense", None, 4).status == COMPLETE, "a server grades it"
+    assert find_run(get_task("vqav2"), tmp_path, "c", "dense", None, 4).status == COMPLETE, "a server grades it"
     write_json(vqav2.with_suffix(".server.json"), {"accuracy": 78.5})
-    assert find_run(get_entry("vqav2"), tmp_path, "c", "dense", None, 4).result == {"accuracy": 78.5}
+    assert find_run(get_task("vqav2"), tmp_path, "c", "dense", None, 4).result == {"accuracy": 78.5}
 
 
 def test_means_without_metadata_leave_out_questions_without_image(tmp_path):
@@ -127,13 +126,13 @@ def test_means_without_metadata_leave_out_questions_without_image(tmp_path):
     with open(path, "a") as file:
         file.write('{"question_id": 7, "metadata": {"tokens": {"visual": 0, "nominal": 0, "processed": 0}}}\n')
         file.write('{"question_id": 8, "te')
-    run = find_run(get_entry("pope"), tmp_path, "c", "fastv", 64, 4)
+    run = find_run(get_task("pope"), tmp_path, "c", "fastv", 64, 4)
     assert run.answered == 4 and run.costs == {"visual": 576, "nominal": 64, "processed": 82.5}
-    assert discover(get_entry("pope"), tmp_path, "c") == [("fastv", 64)]
+    assert discover(get_task("pope"), tmp_path, "c") == [("fastv", 64)]
     write_run(tmp_path, "gqa", "c/fastv/n_64")
     write_run(tmp_path, "gqa", "c/fastv/n_128")
     write_run(tmp_path, "gqa", "c/dense")
-    assert discover(get_entry("gqa"), tmp_path, "c") == [("dense", None), ("fastv", 128), ("fastv", 64)]
+    assert discover(get_task("gqa"), tmp_path, "c") == [("dense", None), ("fastv", 128), ("fastv", 64)]
 
 
 RESULTS = {
@@ -234,17 +233,17 @@ def test_bad_input(finished, capsys):
         (["--checkpoint", "other", *data], "no run of 'other'"),
     ):
         fails_with_one_line(table.main, argv, capsys, part)
-    get_entry("gqa").answers_file(finished, "llava-v1.5-7b/dense").with_suffix(".json").write_text("[1]")
+    get_task("gqa").answers_file(finished, "llava-v1.5-7b/dense").with_suffix(".json").write_text("[1]")
     fails_with_one_line(table.main, ["--table", "1", *data], capsys, "merge.json", "JSON object")
 
 
 def test_every_benchmark_counts_its_questions(tmp_path):
     data = write_all(tmp_path)
-    counts = {entry.name: count_questions(entry, data) for entry in ENTRIES}
+    counts = {entry.name: count_questions(entry, data) for entry in TASKS}
     assert counts == {"vqav2": 3, "gqa": 3, "vizwiz": 3, "sqa": 3, "textvqa": 3, "pope": 6, "mme": 6, "mmbench": 4,
                       "mmbench_cn": 4, "mmvet": 2, "seed": 3, "llavabench": 2}  # fmt: skip
-    assert count_questions(get_entry("pope"), data, 4) == 4
-    assert count_questions(get_entry("pope"), tmp_path / "none") is None
+    assert count_questions(get_task("pope"), data, 4) == 4
+    assert count_questions(get_task("pope"), tmp_path / "none") is None
 
 
 # -- the scripts
@@ -302,4 +301,4 @@ def test_table_without_checkpoint_is_refused(python, tmp_path):
 
 
 def test_columns_read_what_scorers_write():
-    assert set(paper_tables.COLUMNS[key].benchmark for key in paper_tables.COLUMNS) == {e.name for e in ENTRIES}
+    assert {TASK_OF[key].name for key in COLUMNS} == {task.name for task in TASKS}

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval.tasks.catalog import ENTRIES, get_entry
+from llava.eval.tasks.registry import TASKS, get_task
 from tests.eval.conftest import VOCABULARY
 from tests.eval.helpers import ROOT, TINY_DATA, read_json, read_jsonl, write_json, write_jsonl
 from tests.eval.small_data import write_all
 from tests.model.tiny import IMAGE_SIDE, tiny_model, write_original, write_tokenizer
 
 SCRIPTS = sorted(ROOT.glob("scripts/v1_*/eval/*.sh"))
-NAMES = [entry.name for entry in ENTRIES]
+NAMES = [entry.name for entry in TASKS]
 # Benchmark -> keys of its JSON result; none where a server or a GPT model grades.
 KEYS = {
     "vqav2": ["accuracy"],
@@ -73,7 +73,7 @@ def contents(folder):
     return {str(path): path.read_bytes() for path in files if not path.name.endswith(".meta.json")}
 
 
-@pytest.mark.parametrize("entry", ENTRIES, ids=NAMES)
+@pytest.mark.parametrize("entry", TASKS, ids=NAMES)
 def test_benchmark_runs_end_to_end(entry, run, place, checkpoint):
     """Answers, scores and uploads appear where upstream has them, below a folder of the checkpoint and method."""
     out = place / "end to end"
@@ -109,9 +109,7 @@ def test_benchmark_runs_end_to_end(entry, run, place, checkpoint):
 
 
 def read_questions(entry, place):
-    from llava.eval.check_data import load_questions
-
-    return load_questions(entry, place / "small data" / entry.folder / entry.question_file)
+    return entry.read_questions(entry.questions_path(place / "small data"))
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +124,7 @@ def tiled_checkpoint(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("entry", ENTRIES, ids=NAMES)
+@pytest.mark.parametrize("entry", TASKS, ids=NAMES)
 def test_tiled_model_on_miniature_data(entry, run, place, tiled_checkpoint):
     """The scripts of 1.6, on the data that ship with the repository."""
     out = place / "tiled"
@@ -172,7 +170,7 @@ def test_a_signal_reaches_every_part_and_nothing_is_merged(place, tmp_path):
 def test_scripts_run_the_tools_on_the_files_of_the_catalog(script, run, place):
     """What a script would run: the right checkpoint, template and flags; paths agree with the catalog's."""
     version, large = script.parts[-3], script.stem.endswith("_13b")
-    entry = get_entry(script.stem.removesuffix("_13b"))
+    entry = get_task(script.stem.removesuffix("_13b"))
     result = run(f"{version}/eval/{script.stem}", "64", DRY_RUN="1", CKPT="", CUDA_VISIBLE_DEVICES="0,1,2")
     assert result.returncode == 0, result.stderr
     commands = [shlex.split(line) for line in result.stdout.splitlines()]
@@ -241,7 +239,7 @@ def test_parts_over_devices_and_a_failing_part(run, place, checkpoint, python):
         settings = {"CUDA_VISIBLE_DEVICES": "0,1", "METHOD": "uniform", "OUT_DIR": place / "parts"}
         result = run(*arguments, PYTHON=broken, **settings)
         assert result.returncode == 7 and "part 1" in result.stderr and result.stdout == ""
-        entry = get_entry(name)
+        entry = get_task(name)
         merged = entry.answers_file(place / "parts", f"{checkpoint.name}/uniform/n_4")
         assert not merged.exists() and not list(merged.parent.glob("*tmp*"))
         first = merged.parent / ("n_4/2_0.jsonl" if name == "pope" else "2_0.jsonl")
@@ -258,7 +256,7 @@ def test_parts_over_devices_and_a_failing_part(run, place, checkpoint, python):
 def test_more_devices_than_questions(run, place, checkpoint):
     result = run("v1_5/eval/mmvet", "dense", CUDA_VISIBLE_DEVICES="0,1,2,3", OUT_DIR=place / "many")
     assert result.returncode == 0, result.stderr
-    answers = get_entry("mmvet").answers_file(place / "many", f"{checkpoint.name}/dense")
+    answers = get_task("mmvet").answers_file(place / "many", f"{checkpoint.name}/dense")
     assert [record["question_id"] for record in read_jsonl(answers)] == [0, 1]
 
 
@@ -267,7 +265,7 @@ def test_grades_and_reviews_left_by_graders_are_added_up(run, place, checkpoint)
     write_json(out / "mm-vet" / "results" / checkpoint.name / "dense_gpt-4-grade-1runs.json",
                {"v1_0": {"score": [0.5]}, "v1_1": {"score": [1.0]}})  # fmt: skip
     assert run("v1_5/eval/mmvet", "dense", OUT_DIR=out).returncode == 0
-    scores = read_json(get_entry("mmvet").answers_file(out, f"{checkpoint.name}/dense").with_suffix(".json"))
+    scores = read_json(get_task("mmvet").answers_file(out, f"{checkpoint.name}/dense").with_suffix(".json"))
     assert (scores["total"], scores["rec"], scores["ocr"]) == (75.0, 75.0, 100.0)
     reviews = [{"tuple": [8, 6], "category": "llava_bench_detail"}, {"tuple": [10, 3], "category": "llava_bench_conv"}]
     write_jsonl(out / "llava-bench-in-the-wild" / "reviews" / checkpoint.name / "dense.jsonl", reviews)
@@ -280,9 +278,9 @@ def test_limited_run_writes_no_upload_that_a_server_refuses(run, place, checkpoi
         result = run(f"v1_5/eval/{name}", "4", "--limit", "2", OUT_DIR=place / "limited")
         assert result.returncode == 0, result.stderr
         assert "have no answer" in result.stderr
-        folder = place / "limited" / get_entry(name).folder
+        folder = place / "limited" / get_task(name).folder
         assert not (folder / "answers_upload").exists()
-        answers = get_entry(name).answers_file(folder.parent, f"{checkpoint.name}/autoprune/n_4")
+        answers = get_task(name).answers_file(folder.parent, f"{checkpoint.name}/autoprune/n_4")
         assert "accuracy" in read_json(answers.with_suffix(".json"))
 
 

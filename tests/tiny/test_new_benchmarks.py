@@ -8,11 +8,16 @@ from collections import Counter
 
 import pytest
 
-from llava.eval import convert, eval_mmbench, eval_mmvet, eval_science_qa
 from llava.eval.common.questions import read_questions
-from llava.eval.model_vqa_mmbench import read_rows
-from llava.eval.model_vqa_science import read_conversations
+from llava.eval.tasks import mmbench as mmbench_task
+from llava.eval.tasks import mmvet as mmvet_task
+from llava.eval.tasks import science_qa as science_qa_task
+from llava.eval.tasks import seed as seed_task
+from llava.eval.tasks import vqa as vqa_task
 from llava.eval.tasks.mmbench_data import ROTATION
+from llava.eval.tasks.mmbench_rows import read_rows
+from llava.eval.tasks.science_conversations import read_conversations
+from llava.eval.tasks.upload import load_questions as load_records
 from playground.tiny.build import benchmarks as mb
 from playground.tiny.build.items import Build, Item
 from playground.tiny.measure.grade_mmvet import grade, grade_all
@@ -88,8 +93,8 @@ def test_vqav2_truth_joins_and_the_whole_split_holds_more(build: Build) -> None:
         assert said.most_common(1)[0][0] == entry["multiple_choice_answer"] == item.question.answer.lower()
         assert said[entry["multiple_choice_answer"]] >= 8
     assert {e["answer_type"] for e in truth} == {"yes/no", "number", "other"}
-    whole = convert.load_questions(str(DATA / "vqav2/llava_vqav2_mscoco_test2015.jsonl"))
-    upload = convert.vqav2_upload(whole, {str(a["question_id"]): a["text"] for a in answers(build, "vqav2")})
+    whole = load_records(str(DATA / "vqav2/llava_vqav2_mscoco_test2015.jsonl"))
+    upload = vqa_task.vqav2_upload(whole, {str(a["question_id"]): a["text"] for a in answers(build, "vqav2")})
     assert len(upload) == len(whole) > len(dev)
     assert sum(entry["answer"] == "" for entry in upload) == len(whole) - len(dev)
 
@@ -110,7 +115,7 @@ def test_vizwiz_is_partly_unanswerable_and_truthful(build: Build) -> None:
             assert all(things[i].word < 0 for i in asked.asked)
     questions = [{"question_id": i.line["question_id"], "image": i.line["image"]} for i in own]
     texts = {str(a["question_id"]): a["text"] for a in answers(build, "vizwiz")}
-    assert len(convert.vizwiz_upload(questions, texts)) == len(own)
+    assert len(vqa_task.vizwiz_upload(questions, texts)) == len(own)
 
 
 def test_scienceqa_scores_right_answers_as_right(build: Build) -> None:
@@ -120,14 +125,14 @@ def test_scienceqa_scores_right_answers_as_right(build: Build) -> None:
     with_image = [q for q in questions if q.image]
     assert 0.3 < len(with_image) / len(questions) < 0.8
     assert all((DATA / "scienceqa/images/test" / q.image).is_file() for q in with_image)
-    problems, ids = eval_science_qa.load_problems(str(DATA / "scienceqa"))
+    problems, ids = science_qa_task.load_problems(str(DATA / "scienceqa"))
     said = [
         {"question_id": q.id, "prompt": q.text, "text": i.question.answer} for q, i in zip(questions, own, strict=True)
     ]
-    result = eval_science_qa.evaluate_science_qa(problems, ids, said)
+    result = science_qa_task.evaluate_science_qa(problems, ids, said)
     assert result["accuracy"] == result["img_accuracy"] == 100 and result["total"] == len(own)
     assert result["img_total"] == len(with_image) and len(result["subjects"]) == 3
-    guessed = eval_science_qa.evaluate_science_qa(problems, ids, [{**a, "text": "A"} for a in said])
+    guessed = science_qa_task.evaluate_science_qa(problems, ids, [{**a, "text": "A"} for a in said])
     assert 15 < guessed["accuracy"] < 55, "the right letters are spread"
     assert all(
         p["hint"] == "" or f"Context: {p['hint']}\n" in q.text
@@ -146,8 +151,8 @@ def test_mmbench_tables(build: Build, name: str) -> None:
     assert {q.id: q.text for q in questions} == {key: i.question.body for key, i in by_id.items()}
     # A rotated row names the row that holds its picture.
     assert all(images[str(key)] == images[str(key % ROTATION)] for key in by_id)
-    table = eval_mmbench.load_rows(str(DATA / path))
-    result = eval_mmbench.evaluate_mmbench(table, answers(build, name))
+    table = mmbench_task.load_rows(str(DATA / path))
+    result = mmbench_task.evaluate_mmbench(table, answers(build, name))
     assert result["circular"] == result["single_pass"] == result["per_row"] == 100
     assert result["questions"] == (80 if name == "mmbench" else 60)
     counts = Counter(key % ROTATION for key in table)
@@ -157,7 +162,7 @@ def test_mmbench_tables(build: Build, name: str) -> None:
         first = table[key % ROTATION]
         assert row["question"] == first["question"] and row[row["answer"]] == first[first["answer"]]
         assert sorted(row[c] for c in "ABCD") == sorted(first[c] for c in "ABCD")
-    single = eval_mmbench.evaluate_mmbench(table, [{**a, "text": "A"} for a in answers(build, name)])
+    single = mmbench_task.evaluate_mmbench(table, [{**a, "text": "A"} for a in answers(build, name)])
     assert single["circular"] == 0 and 20 < single["per_row"] < 50
     assert any(row["hint"] for row in table.values()) and not all(row["hint"] for row in table.values())
     assert all(ord(row["question"][0]) > 255 for row in table.values()) == (lang == "cn")
@@ -180,9 +185,9 @@ def test_chinese_questions_say_what_the_scene_shows(build: Build) -> None:
 
 
 def test_seed_bench_scores_right_answers_as_right(build: Build) -> None:
-    questions, names = convert.load_seed(str(DATA / "seed_bench/SEED-Bench.json"))
+    questions, names = seed_task.load_seed(str(DATA / "seed_bench/SEED-Bench.json"))
     texts = {str(a["question_id"]): a["text"] for a in answers(build, "seed_bench")}
-    result = convert.seed_accuracy(questions, texts, names)
+    result = seed_task.seed_accuracy(questions, texts, names)
     assert result["Total"] == result["image"] == (160, 160)
     assert all(right == number > 0 for right, number in result.values())
     lines = {i.line["question_id"]: i.line["text"].split("\n") for i in items(build, "seed_bench")}
@@ -195,14 +200,14 @@ def test_seed_bench_scores_right_answers_as_right(build: Build) -> None:
 
 
 def test_mmvet_reference_answers_get_full_grades(build: Build, tmp_path, capsys) -> None:
-    capabilities = eval_mmvet.load_capabilities(str(DATA / "mm-vet/mm-vet.json"))
-    assert {c for names in capabilities.values() for c in names} == set(eval_mmvet.CAPABILITIES)
+    capabilities = mmvet_task.load_capabilities(str(DATA / "mm-vet/mm-vet.json"))
+    assert {c for names in capabilities.values() for c in names} == set(mmvet_task.CAPABILITIES)
     said = {f"v1_{a['question_id']}": a["text"] for a in answers(build, "mm-vet")}
     (tmp_path / "run.json").write_text(json.dumps(said))
     grade_main(["--annotation-file", str(DATA / "mm-vet/mm-vet.json"), "--result-file", str(tmp_path / "run.json")])
     assert "not by GPT-4" in capsys.readouterr().out
     grades = tmp_path / "run_rule-grade-1runs.json"
-    result = eval_mmvet.score_files(str(grades), str(DATA / "mm-vet/mm-vet.json"))
+    result = mmvet_task.score_files(str(grades), str(DATA / "mm-vet/mm-vet.json"))
     assert result["total"] == 100 and result["coverage"].scored == len(capabilities)
     mute = grade_all(json.loads((DATA / "mm-vet/mm-vet.json").read_text()), dict.fromkeys(said, "I do not know."))
     assert {entry["score"][0] for entry in mute.values()} == {0}

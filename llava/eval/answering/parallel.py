@@ -23,6 +23,7 @@ import numpy as np
 
 from llava.eval.answering.answer_file import AnswerFile, question_hashes
 from llava.eval.answering.loop import other_chunk
+from llava.eval.answering.merging import check_same_run, merge, read_part
 from llava.eval.answering.metadata import make_room, read_metadata
 from llava.eval.answering.peers import Peers
 from llava.eval.answering.records import RecordFile, match, read_hashes
@@ -31,7 +32,6 @@ from llava.eval.common.locking import FileLock
 from llava.eval.common.outputs import TRACES
 from llava.eval.common.paths import meta_path, part_path, parts_folder
 from llava.eval.common.questions import Question, Selected
-from llava.eval.merge_answers import check_same_run, merge, read_part
 from llava.utils import UserError
 
 _LEAVING = 5.0  # seconds that process 0 waits for the others to have heard the result

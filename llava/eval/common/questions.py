@@ -159,3 +159,22 @@ def chunk(items: Sequence[Item], num_chunks: int, chunk_idx: int) -> Sequence[It
         raise UserError(f"--chunk-idx must be from 0 to {num_chunks - 1}, got {chunk_idx}")
     size = math.ceil(len(items) / num_chunks)
     return items[chunk_idx * size : (chunk_idx + 1) * size]
+
+
+def spread(questions: Sequence[Question], limit: int | None) -> list[Question]:
+    """About `limit` questions (all for None), spread evenly over the file, images kept whole.
+
+    Consecutive questions about one image stay together: MME scores images by both of their questions, and the
+    categories of POPE follow one another in the file, so its first questions would be one category only.
+    """
+    if limit is None or limit >= len(questions):
+        return list(questions)
+    groups: list[list[Question]] = []
+    for question in questions:
+        if groups and question.images and groups[-1][0].images == question.images:
+            groups[-1].append(question)
+        else:
+            groups.append([question])
+    wanted = max(1, round(limit * len(groups) / len(questions)))
+    chosen = [groups[i * len(groups) // wanted] for i in range(wanted)]
+    return [question for group in chosen for question in group]

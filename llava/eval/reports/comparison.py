@@ -28,14 +28,14 @@ from llava.eval.common.arguments import (
 from llava.eval.common.interrupts import Interrupts
 from llava.eval.common.jsonio import read_json, require_folder, write_json, write_text_atomic
 from llava.eval.common.outputs import PICTURE, TABLE_MARKDOWN, JsonObject, OutputFolder, Text
-from llava.eval.common.questions import read_questions
+from llava.eval.common.questions import read_questions, spread
 from llava.eval.reports.bootstrap import LEVEL, MAX_RESAMPLES, RESAMPLES
 from llava.eval.reports.comparison_tables import csv_table, markdown_report
 from llava.eval.reports.defaults import DEFAULT_BUDGETS, MAX_NEW_TOKENS, RESULTS, TINY, parse_budgets
 from llava.eval.reports.differences import credits_path
 from llava.eval.reports.results import collect, credits_csv, make_rows
 from llava.eval.reports.settings import Setting, Variant, ablation_variants, make_settings, read_variants
-from llava.eval.tasks.benchmarks import COMPARED, Asked, spread
+from llava.eval.tasks.registry import COMPARED
 from llava.utils import UserError
 
 OUTPUT = OutputFolder(
@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--budget", choices=("nominal", "processed"), default="nominal", help="which mean of tokens meets the budget"
     )
     group = parser.add_argument_group("questions")
-    names = ", ".join(benchmark.key for benchmark in COMPARED)
+    names = ", ".join(task.key for task in COMPARED)
     group.add_argument("--data-dir", default=str(TINY / "data" / "eval"), help="benchmark data, upstream's layout")
     group.add_argument("--benchmarks", default=None, help=f"by commas: {names}; default: those that are there")
     group.add_argument("--question-file", default=None, help="any question file instead of the benchmarks (no truth)")
@@ -199,9 +199,9 @@ def chosen_sets(args: argparse.Namespace) -> list[Any]:
         name = Path(args.question_file).stem
         return [QuestionSet(name, name, spread(questions, limit), len(questions), folder)]
     data_dir = require_folder(args.data_dir, "data folder")
-    known = {benchmark.key: benchmark for benchmark in COMPARED}
+    known = {task.key: task for task in COMPARED}
     if args.benchmarks is None:
-        chosen = [b for b in COMPARED if (data_dir / b.question_file).is_file()]
+        chosen = [task for task in COMPARED if task.questions_path(data_dir).is_file()]
         if not chosen:
             raise UserError(f"--data-dir: holds no benchmark in upstream's layout: {data_dir}")
     else:
@@ -211,12 +211,11 @@ def chosen_sets(args: argparse.Namespace) -> list[Any]:
             raise UserError(f"--benchmarks: unknown benchmark {', '.join(unknown)!r}; known: {', '.join(known)}")
         chosen = [known[key] for key in keys]
     sets = []
-    for b in chosen:
-        asked: Asked = b.ask(data_dir)
-        questions = spread(asked.questions, limit)
-        folder = data_dir / b.image_folder
-        available = len(asked.questions)
-        sets.append(QuestionSet(b.name, b.key, questions, available, folder, asked.answerer, b.grader(data_dir)))
+    for task in chosen:
+        asked = task.ask(data_dir)
+        questions, available = spread(asked.questions, limit), len(asked.questions)
+        folder, grade = task.images_path(data_dir), task.grader(data_dir)
+        sets.append(QuestionSet(task.title, task.key, questions, available, folder, asked.answerer, grade))
     return sets
 
 

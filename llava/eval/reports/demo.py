@@ -27,13 +27,13 @@ from llava.eval.common.arguments import (
 )
 from llava.eval.common.jsonio import read_json, require_folder, write_json, write_text_atomic
 from llava.eval.common.outputs import PICTURE, TABLE_MARKDOWN, JsonObject, OutputFolder
-from llava.eval.common.questions import read_questions
+from llava.eval.common.questions import spread
 from llava.eval.common.tables import markdown_table as pipe_table
 from llava.eval.reports.defaults import DEFAULT_BUDGETS, MAX_NEW_TOKENS, RESULTS, TINY, parse_budgets
 from llava.eval.reports.paper_tables import retained_percent
 from llava.eval.reports.results import collect, costs
 from llava.eval.reports.settings import Variant, make_settings
-from llava.eval.tasks.benchmarks import BENCHMARKS, spread
+from llava.eval.tasks.registry import DEMO
 from llava.schema import NUMBER, SCALAR, TEXT, Fields, ListOf, MapOf, check
 from llava.utils import UserError
 
@@ -82,11 +82,10 @@ def run(args: argparse.Namespace) -> None:
     from llava.eval.reports.sample_plots import Example, plot_retention_curves, plot_survivors
 
     sets = []
-    for benchmark in BENCHMARKS:
-        questions = read_questions(data_dir / benchmark.question_file)
+    for task in DEMO:
+        questions = task.read_questions(task.questions_path(data_dir))
         chosen = spread(questions, args.limit or None)
-        folder = data_dir / benchmark.image_folder
-        sets.append(QuestionSet(benchmark.name, benchmark.key, chosen, len(questions), folder))
+        sets.append(QuestionSet(task.title, task.key, chosen, len(questions), task.images_path(data_dir)))
     output = Path(args.output_dir)
     generation = GenerationOptions(max_new_tokens=MAX_NEW_TOKENS)
     name = Path(args.model_path).name
@@ -108,8 +107,8 @@ def run(args: argparse.Namespace) -> None:
     result = {
         "run": {**conditions, "visual_tokens": rows[0].pop("tokens_visual")},
         "benchmarks": [
-            {"name": b.name, "metric": b.metric, "samples": len(s.questions), "available": s.available}
-            for b, s in zip(BENCHMARKS, sets, strict=True)
+            {"name": task.title, "metric": task.metric, "samples": len(s.questions), "available": s.available}
+            for task, s in zip(DEMO, sets, strict=True)
         ],
         "rows": rows,
     }
@@ -139,7 +138,7 @@ def make_rows(experiment: Any, data_dir: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     dense_scores: dict[str, float] = {}
     for i, setting in enumerate(experiment.settings):
-        scores = {b.name: b.score(data_dir, c.records[i]) for b, c in zip(BENCHMARKS, collected, strict=True)}
+        scores = {task.title: task.score(data_dir, c.records[i]) for task, c in zip(DEMO, collected, strict=True)}
         published = {name: score.score for name, score in scores.items()}
         dense_scores = dense_scores or published
         means = costs([record for c in collected for record in c.records[i]])

@@ -5,7 +5,7 @@ The runs come from `runs`, published figures from `published`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -14,45 +14,10 @@ from typing import Any
 from llava.eval.common.tables import csv_table, markdown_table
 from llava.eval.reports.published import COLLECTED, published_rows
 from llava.eval.reports.runs import COMPLETE, COSTS, PARTIAL, Run, count_questions, find_run, result_path
-from llava.eval.tasks.catalog import get_entry
+from llava.eval.tasks.registry import COLUMNS, TASK_OF, get_task
 from llava.schema import NUMBER, check
 
 METHOD_NAMES = {"autoprune": "AutoPrune", "dense": "dense", "fastv": "FastV", "divprune": "DivPrune"}
-
-
-@dataclass(frozen=True)
-class Column:
-    """A figure of a benchmark: which, and how it is read from the scorer's JSON. digits: as the papers print it."""
-
-    key: str
-    benchmark: str
-    title: str
-    read: Callable[[Mapping[str, Any]], float]
-    digits: int = 1
-
-
-def _key(name: str, factor: float = 1.0) -> Callable[[Mapping[str, Any]], float]:
-    return lambda result: factor * result[name]
-
-
-COLUMNS = {
-    column.key: column
-    for column in (
-        Column("mme_total", "mme", "MME (perception + cognition)", lambda r: r["perception"] + r["cognition"], 0),
-        Column("mme_perception", "mme", "MME (perception)", _key("perception"), 1),
-        Column("mmbench", "mmbench", "MMBench (circular)", _key("circular")),
-        Column("sqa", "sqa", "ScienceQA (with image)", _key("img_accuracy")),
-        Column("gqa", "gqa", "GQA", _key("accuracy")),
-        Column("textvqa", "textvqa", "TextVQA", _key("accuracy")),
-        Column("pope", "pope", "POPE (mean F1)", _key("f1_mean", 100.0)),
-        Column("mmbench_cn", "mmbench_cn", "MMBench-CN (circular)", _key("circular")),
-        Column("vqav2", "vqav2", "VQAv2", _key("accuracy")),
-        Column("vizwiz", "vizwiz", "VizWiz", _key("accuracy")),
-        Column("mmvet", "mmvet", "MM-Vet", _key("total")),
-        Column("seed", "seed", "SEED-Bench", _key("accuracy")),
-        Column("llavabench", "llavabench", "LLaVA-Bench", _key("all")),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -69,7 +34,7 @@ class Table:
     @property
     def benchmarks(self) -> list[str]:
         """Script names, each once."""
-        return list(dict.fromkeys(COLUMNS[key].benchmark for key in (*self.columns, *self.extra)))
+        return list(dict.fromkeys(TASK_OF[key].name for key in (*self.columns, *self.extra)))
 
 
 _13B = ("vqav2", "gqa", "textvqa", "pope", "mme_perception")
@@ -104,11 +69,11 @@ def collect(
     limit: int | None = None,
 ) -> dict[tuple[str, int | None], dict[str, Run]]:
     """(method, tokens) -> benchmark -> state of its run."""
-    entries = [get_entry(name) for name in table.benchmarks]
-    totals = {entry.name: count_questions(entry, data_dir, limit) for entry in entries}
+    tasks = [get_task(name) for name in table.benchmarks]
+    totals = {task.name: count_questions(task, data_dir, limit) for task in tasks}
     return {
         (method, tokens): {
-            entry.name: find_run(entry, out_dir, checkpoint, method, tokens, totals[entry.name]) for entry in entries
+            task.name: find_run(task, out_dir, checkpoint, method, tokens, totals[task.name]) for task in tasks
         }
         for method, tokens in settings
     }
@@ -118,7 +83,7 @@ def read_scores(table: Table, runs: Mapping[str, Run]) -> dict[str, float]:
     """Column key -> figure of the complete runs that have one."""
     scores = {}
     for key in (*table.columns, *table.extra):
-        run = runs[COLUMNS[key].benchmark]
+        run = runs[TASK_OF[key].name]
         if run.status == COMPLETE:
             try:
                 figure = COLUMNS[key].read(run.result)
@@ -252,7 +217,7 @@ def notes(data: Mapping[str, Any]) -> str:
                 )
             if run["status"] != COMPLETE:
                 groups.setdefault(run["status"], []).append(name)
-            elif not any(COLUMNS[key].benchmark == name for key in row["scores"]):
+            elif not any(TASK_OF[key].name == name for key in row["scores"]):
                 groups.setdefault("answered, scored by a server (see EVAL.md)", []).append(name)
         lines += [f"{row['label']}: {status}: {', '.join(names)}." for status, names in groups.items()]
     return "\n".join(lines)

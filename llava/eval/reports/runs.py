@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava.eval.check_data import load_questions
 from llava.eval.common.jsonio import parse_line, read_json
 from llava.eval.common.paths import meta_path
-from llava.eval.tasks.catalog import Entry, run_name
+from llava.eval.tasks.registry import run_name
+from llava.eval.tasks.task import Task
 from llava.schema import ANYTHING, NUMBER, Fields, MapOf, at_least, check, optional
 from llava.utils import UserError
 
@@ -39,7 +39,7 @@ class Run:
     a server said (`X.server.json`); costs: means of `COSTS`, as far as they are known.
     """
 
-    entry: Entry
+    task: Task
     method: str
     tokens: int | None
     answers: Path
@@ -62,7 +62,7 @@ def server_path(answers: Path) -> Path:
 
 
 def find_run(
-    entry: Entry,
+    task: Task,
     out_dir: str | Path,
     checkpoint: str,
     method: str,
@@ -70,8 +70,8 @@ def find_run(
     questions: int | None = None,
 ) -> Run:
     """The state of one run. questions: how many a whole run answers; None: what its metadata say."""
-    answers = entry.answers_file(out_dir, run_name(checkpoint, method, tokens))
-    place = (entry, method, tokens, answers)
+    answers = task.answers_file(out_dir, run_name(checkpoint, method, tokens))
+    place = (task, method, tokens, answers)
     if not answers.is_file():
         return Run(*place, MISSING, questions=questions)
     meta = check(_read(meta_path(answers)), _META, str(meta_path(answers)))
@@ -87,7 +87,7 @@ def find_run(
     skipped = int(counts.get("skipped") or 0) if meta.get("complete") else 0
     if (questions is not None and answered + skipped < questions) or meta.get("complete") is False:
         status = PARTIAL
-    elif result or (not entry.local and not result_path(answers).exists()):
+    elif result or (not task.local and not result_path(answers).exists()):
         status = COMPLETE
     else:
         status = UNSCORED
@@ -128,25 +128,25 @@ def _answer_means(answers: Path) -> tuple[int, dict[str, float]]:
     return count, {key: value / samples for key, value in sums.items()} if samples else {}
 
 
-def count_questions(entry: Entry, data_dir: str | Path, limit: int | None = None) -> int | None:
+def count_questions(task: Task, data_dir: str | Path, limit: int | None = None) -> int | None:
     """Questions that a whole run of the benchmark answers (MMBench: rows); None without a question file."""
-    path = Path(data_dir) / entry.folder / entry.question_file
+    path = task.questions_path(Path(data_dir))
     if not path.is_file():
         return None
-    number = len(load_questions(entry, path))
+    number = len(task.read_questions(path))
     return number if limit is None else min(number, limit)
 
 
-def discover(entry: Entry, out_dir: str | Path, checkpoint: str) -> list[tuple[str, int | None]]:
+def discover(task: Task, out_dir: str | Path, checkpoint: str) -> list[tuple[str, int | None]]:
     """(method, tokens) of every run of a benchmark that has answers, dense first, then by method and falling budget."""
     found: set[tuple[str, int | None]] = set()
-    folder = entry.answers_file(out_dir, checkpoint + "/dense")
-    folder = folder.parent.parent if entry.merged else folder.parent
-    pattern = "n_*/merge.jsonl" if entry.merged else "n_*.jsonl"
-    if entry.answers_file(out_dir, run_name(checkpoint, "dense")).is_file():
+    folder = task.answers_file(out_dir, checkpoint + "/dense")
+    folder = folder.parent.parent if task.merged else folder.parent
+    pattern = "n_*/merge.jsonl" if task.merged else "n_*.jsonl"
+    if task.answers_file(out_dir, run_name(checkpoint, "dense")).is_file():
         found.add(("dense", None))
     for path in folder.glob(f"*/{pattern}"):
-        match = re.fullmatch(r"n_(\d+)", path.parent.name if entry.merged else path.stem)
+        match = re.fullmatch(r"n_(\d+)", path.parent.name if task.merged else path.stem)
         if match:
             found.add((path.relative_to(folder).parts[0], int(match.group(1))))
     return sorted(found, key=lambda item: (item[0] != "dense", item[0], -(item[1] or 0)))

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from llava.eval.check_data import DEFAULT_DATA_DIR
 from llava.eval.common.arguments import DEFAULT_METHOD, Parser, parse_count, split_names
 from llava.eval.common.jsonio import write_json, write_text_atomic
 from llava.eval.common.outputs import DOCUMENT, TABLE_MARKDOWN, JsonObject, Text
 from llava.eval.common.tables import print_or_insert
 from llava.eval.reports import demo, paper_tables
 from llava.eval.reports.runs import COMPLETE, discover
-from llava.eval.tasks.catalog import ENTRIES, get_entry
+from llava.eval.tasks.data_check import DEFAULT_DATA_DIR
+from llava.eval.tasks.registry import COLUMNS, TASK_OF, TASKS, get_task
 from llava.utils import UserError
 
 
@@ -60,19 +60,19 @@ def describe_table(args: Any) -> tuple[paper_tables.Table, list[tuple[str, int |
     found: set[tuple[str, int | None]] = set()
     names = split_names(args.benchmarks)
     if given is None:
-        present = {entry.name: set(discover(entry, args.out_dir, checkpoint)) for entry in ENTRIES}
-        names = [get_entry(name).name for name in names or [name for name, runs in present.items() if runs]]
+        present = {task.name: set(discover(task, args.out_dir, checkpoint)) for task in TASKS}
+        names = [get_task(name).name for name in names or [name for name, runs in present.items() if runs]]
         found = set().union(*(present[name] for name in names)) if names else set()
         if not found:
             raise UserError(f"{args.out_dir}: no run of {checkpoint!r} among the answers of any benchmark asked for")
-        columns = tuple(key for key, column in paper_tables.COLUMNS.items() if column.benchmark in names)
+        columns = tuple(key for key in COLUMNS if TASK_OF[key].name in names)
         # One figure of MME takes part in the mean: the sum, as most pruning papers have it.
         given = paper_tables.Table(checkpoint, (), tuple(k for k in columns if k != "mme_perception"))
         given = replace(given, extra=tuple(key for key in columns if key == "mme_perception"))
     elif names:
-        wanted = {get_entry(name).name for name in names}
-        columns = tuple(key for key in given.columns if paper_tables.COLUMNS[key].benchmark in wanted)
-        extra = tuple(key for key in given.extra if paper_tables.COLUMNS[key].benchmark in wanted)
+        wanted = {get_task(name).name for name in names}
+        columns = tuple(key for key in given.columns if TASK_OF[key].name in wanted)
+        extra = tuple(key for key in given.extra if TASK_OF[key].name in wanted)
         given = replace(given, columns=columns, extra=extra)
         if not (columns or extra):
             raise UserError(f"--benchmarks: none of {args.benchmarks} is part of table {args.table}")

@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.eval.eval_science_qa import OPTIONS
+from llava.eval.tasks.science_qa import OPTIONS
 from llava.utils import UserError
 
 INPUTS = ("CQM", "QCM", "QCML", "QCME", "QCMLE", "QCLM", "QCEM", "QCLEM")

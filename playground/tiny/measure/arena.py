@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llava.eval.tasks.benchmarks import BENCHMARKS as SCORERS
+from llava.eval.tasks.registry import DEMO as SCORERS
 from llava.utils import UserError, cli_main
 from playground.tiny.build.benchmarks import ARENA, DATA, build_all
 from playground.tiny.build.ensure import ensure

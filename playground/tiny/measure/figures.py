@@ -19,11 +19,12 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from llava.eval import convert, eval_mmbench, eval_mmvet, eval_science_qa, eval_vqa
 from llava.eval.common.arguments import Parser
 from llava.eval.common.jsonio import read_json, write_json
 from llava.eval.common.outputs import JsonObject
-from llava.eval.tasks.benchmarks import BENCHMARKS as SCORERS
+from llava.eval.tasks import mmbench, mmvet, science_qa, seed
+from llava.eval.tasks.registry import DEMO as SCORERS
+from llava.eval.tasks.registry import get_task
 from llava.utils import UserError, cli_main
 from playground.tiny.build.benchmarks import ARENA, BUILDERS, DATA, DATA_WIDE, build_all, build_wide
 from playground.tiny.build.ensure import ensure
@@ -40,30 +41,7 @@ NAMES = (*chinese.COLOR.values(), *chinese.SHAPE.values(), *COLORS, *SHAPES, *WO
 NEW = tuple(name for name in BUILDERS if name not in ARENA)
 WIDE = ("textvqa", "gqa")
 LETTERED = "--single-pred-prompt"
-TOOLS: dict[str, tuple[str, str, str | None, tuple[str, ...]]] = {  # tool, question file, image folder, flags
-    "textvqa": ("model_vqa_loader", "textvqa/llava_textvqa_val_v051_ocr.jsonl", "textvqa/train_images", ()),
-    "pope": ("model_vqa_loader", "pope/llava_pope_test.jsonl", "pope/val2014", ()),
-    "gqa": ("model_vqa_loader", "gqa/llava_gqa_testdev_balanced.jsonl", "gqa/data/images", ()),
-    "mme": ("model_vqa_loader", "MME/llava_mme.jsonl", "MME/MME_Benchmark_release_version", ()),
-    "vqav2": ("model_vqa_loader", "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl", "vqav2/test2015", ()),
-    "vizwiz": ("model_vqa_loader", "vizwiz/llava_test.jsonl", "vizwiz/test", ()),
-    "scienceqa": ("model_vqa_science", "scienceqa/llava_test_CQM-A.json", "scienceqa/images/test", (LETTERED,)),
-    "mmbench": ("model_vqa_mmbench", "mmbench/mmbench_dev_20230712.tsv", None, (LETTERED,)),
-    "mmbench_cn": (
-        "model_vqa_mmbench",
-        "mmbench_cn/mmbench_dev_cn_20231003.tsv",
-        None,
-        (LETTERED, "--lang", "cn"),
-    ),
-    "seed_bench": ("model_vqa_loader", "seed_bench/llava-seed-bench.jsonl", "seed_bench", ()),
-    "mm-vet": ("model_vqa", "mm-vet/llava-mm-vet.jsonl", "mm-vet/images", ()),
-    "llava-bench": (
-        "model_vqa",
-        "llava-bench-in-the-wild/questions.jsonl",
-        "llava-bench-in-the-wild/images",
-        (),
-    ),
-}
+FLAGS = {"scienceqa": (LETTERED,), "mmbench": (LETTERED,), "mmbench_cn": (LETTERED, "--lang", "cn")}
 
 
 def score(name: str, answers: Sequence[dict], data: Path = DATA) -> dict[str, float]:
@@ -76,30 +54,24 @@ def score(name: str, answers: Sequence[dict], data: Path = DATA) -> dict[str, fl
     if name in ARENA:
         return {"accuracy": SCORERS[ARENA.index(name)].score(data, answers).accuracy}
     if name in ("vqav2", "vizwiz"):
-        path = "vqav2/v2_mscoco_test-dev2015_annotations.json" if name == "vqav2" else "vizwiz/test.json"
-        truth, _ = eval_vqa.load_annotations(str(data / path))
-        if name == "vizwiz":
-            lines = [json.loads(line) for line in (data / "vizwiz/llava_test.jsonl").read_text().splitlines()]
-            image = {line["question_id"]: line["image"] for line in lines}
-            answers = [{**answer, "question_id": image[answer["question_id"]]} for answer in answers]
-        return {"accuracy": eval_vqa.vqa_accuracy(truth, answers)["accuracy"]}
+        return {"accuracy": get_task(name).score(data, answers).accuracy}
     if name == "scienceqa":
-        problems, ids = eval_science_qa.load_problems(str(data / "scienceqa"))
-        result = eval_science_qa.evaluate_science_qa(problems, ids, answers)
+        problems, ids = science_qa.load_problems(str(data / "scienceqa"))
+        result = science_qa.evaluate_science_qa(problems, ids, answers)
         return {"accuracy": result["accuracy"], "with a picture": result["img_accuracy"]}
     if name in ("mmbench", "mmbench_cn"):
-        result = eval_mmbench.evaluate_mmbench(eval_mmbench.load_rows(str(data / TOOLS[name][1])), answers)
+        result = mmbench.evaluate_mmbench(mmbench.load_rows(str(get_task(name).questions_path(data))), answers)
         return {"single pass": result["single_pass"], "circular": result["circular"]}
     texts = {str(answer["question_id"]): answer["text"] for answer in answers}
     if name == "seed_bench":
-        entries, names = convert.load_seed(str(data / "seed_bench/SEED-Bench.json"))
-        right, total = convert.seed_accuracy(entries, texts, names)["Total"]
+        entries, names = seed.load_seed(str(data / "seed_bench/SEED-Bench.json"))
+        right, total = seed.seed_accuracy(entries, texts, names)["Total"]
         return {"accuracy": 100 * right / total}
     if name == "mm-vet":
         truth = json.loads((data / "mm-vet/mm-vet.json").read_text())
         grades = grade_all(truth, {f"v1_{key}": said for key, said in texts.items()})
         capabilities = {key: entry["capability"] for key, entry in truth.items()}
-        result = eval_mmvet.evaluate_mmvet(capabilities, {key: entry["score"] for key, entry in grades.items()})
+        result = mmvet.evaluate_mmvet(capabilities, {key: entry["score"] for key, entry in grades.items()})
         return {"total, graded by rule": result["total"]}
     lines = (data / "llava-bench-in-the-wild/answers_gpt4.jsonl").read_text().splitlines()
     reference = {str(entry["question_id"]): entry["text"] for entry in map(json.loads, lines)}
@@ -161,13 +133,20 @@ def as_answers(items: Sequence[Item], said: Sequence[str]) -> list[dict]:
 
 def model_answers(name: str, model: Path, out: Path, data: Path = DATA, flags: Sequence[str] = ()) -> list[dict]:
     """What the dense model answers, by the tool of the benchmark."""
-    tool, file, images, own = TOOLS[name]
+    task = get_task(name)
     target = out / f"{name}.jsonl"
-    argv = ["--model-path", str(model), "--question-file", str(data / file), "--answers-file", str(target)]
-    argv += ["--image-folder", str(data / images)] if images else []
+    argv = [
+        "--model-path",
+        str(model),
+        "--question-file",
+        str(task.questions_path(data)),
+        "--answers-file",
+        str(target),
+    ]
+    argv += ["--image-folder", str(task.images_path(data))] if task.image_folder is not None else []
     argv += ["--temperature", "0", "--conv-mode", "vicuna_v1", "--method", "dense", "--batch-size", "8"]
-    run: Callable[[list[str]], object] = importlib.import_module(f"llava.eval.{tool}").main
-    run([*argv, *own, *flags])
+    run: Callable[[list[str]], object] = importlib.import_module(f"llava.eval.{task.tool}").main
+    run([*argv, *FLAGS.get(name, ()), *flags])
     return [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
 
 

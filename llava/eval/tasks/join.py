@@ -1,7 +1,4 @@
-"""What all scorers share: reading LLaVA answer files, joining answers to questions, saying what did not join.
-
-Knows the answer-file format; nothing of any benchmark's metric.
-"""
+"""What all scorers share: reading LLaVA answer files, joining answers to questions, saying what did not join."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.eval.common.jsonio import write_json
 from llava.jsonfiles import iter_jsonl, parse_line, require_file
 from llava.schema import ID, SCALAR, TEXT, Fields, check, optional
 from llava.utils import UserError, visible
@@ -204,3 +202,22 @@ def join_answers(
 def describe_key(key: Hashable) -> str:
     """A key as text for messages: parts of a tuple are separated by a slash."""
     return " / ".join(map(str, key)) if isinstance(key, tuple) else str(key)
+
+
+def percent(values: Iterable[float]) -> float:
+    """The mean of credits from 0 to 1, in percent; 0 where there is none."""
+    values = list(values)
+    return 100.0 * sum(values) / len(values) if values else 0.0
+
+
+def require_joined(count: int, result_file: str, what: str) -> None:
+    """Raises `UserError` if not a single answer could be scored. what: `a question of FILE`."""
+    if not count:
+        raise UserError(f"{result_file}: no answer belongs to {what}")
+
+
+def conclude(coverage: Coverage, flat: Mapping[str, Any], path: str | None, missing: str | None = LEFT_OUT) -> None:
+    """The end of every scorer: says what did not join, and writes the JSON result with the coverage if asked for."""
+    coverage.report(missing)
+    if path:
+        write_json(path, {**flat, **coverage.to_dict()})
