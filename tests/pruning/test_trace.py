@@ -22,11 +22,15 @@ def trace_of(counts, visual, text, shape=SEVEN_B) -> Trace:
 def test_costs_of_a_small_decoder_by_hand():
     shape = DecoderShape(num_layers=2, hidden_size=8, intermediate_size=16, key_value_size=4, bytes_per_value=2)
     trace = trace_of([6, 3], visual=10, text=5, shape=shape)
-    # n = 15 then 11: 4nd^2 + 2n^2d + 3ndm
-    first = 4 * 15 * 64 + 2 * 225 * 8 + 3 * 15 * 8 * 16
-    second = 4 * 11 * 64 + 2 * 121 * 8 + 3 * 11 * 8 * 16
+    # n = 15 then 11: queries and output 2nd^2, keys and values of half the width nd^2, 2n^2d, 3ndm
+    first = 3 * 15 * 64 + 2 * 225 * 8 + 3 * 15 * 8 * 16
+    second = 3 * 11 * 64 + 2 * 121 * 8 + 3 * 11 * 8 * 16
     assert trace.flops() == first + second and trace.dense_flops() == 2 * first
     assert trace.kv_bytes() == 2 * (15 + 11) * 4 * 2
+    whole = DecoderShape(num_layers=2, hidden_size=8, intermediate_size=16, key_value_size=8, bytes_per_value=2)
+    assert whole.layer_flops(15) == 4 * 15 * 64 + 2 * 225 * 8 + 3 * 15 * 8 * 16  # the paper's formula
+    wide = DecoderShape(2, 8, 16, 4, 2, query_size=12)  # heads wider than the hidden size, as in Qwen3
+    assert wide.layer_flops(15) == 2 * 15 * 8 * (12 + 4) + 2 * 225 * 12 + 3 * 15 * 8 * 16
     assert trace.mean_tokens("nominal") == 4.5 and trace.mean_tokens("processed") == 8.0
 
 

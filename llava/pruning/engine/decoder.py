@@ -268,7 +268,7 @@ class _Recorder:
 
     def scored(self, rows: tuple[int, ...], sequences: Sequences) -> None:
         for row, (wanted, length) in enumerate(zip(rows, sequences.lengths, strict=True)):
-            self.scoring[row] += wanted * length * self.shape.hidden_size
+            self.scoring[row] += wanted * length * (self.shape.query_size or self.shape.hidden_size)
 
     def projected_keys(self, sequences: Sequences) -> None:
         for row, length in enumerate(sequences.lengths):
@@ -329,6 +329,7 @@ def decoder_shape(decoder: compat.Decoder, bytes_per_value: int) -> DecoderShape
         intermediate_size=config.intermediate_size,
         key_value_size=(getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_dim,
         bytes_per_value=bytes_per_value,
+        query_size=config.num_attention_heads * head_dim,
     )
 
 

@@ -21,14 +21,17 @@ class DecoderShape:
     intermediate_size: int
     key_value_size: int  # key heads x head width
     bytes_per_value: int
+    query_size: int | None = None  # query heads x head width; None: the hidden size
 
     def layer_flops(self, tokens: int) -> int:
-        """Multiply-adds of one layer on ``tokens`` tokens, ``4nd^2 + 2n^2d + 3ndm`` (the paper's convention).
+        """Multiply-adds of one layer on ``tokens`` tokens: projections, attention, feed-forward.
 
-        The formula charges full-width keys and values, also where grouped-query attention makes them narrower.
+        With as many key heads as query heads this is ``4nd^2 + 2n^2d + 3ndm``, the paper's convention. The projections
+        of grouped-query attention are counted as they are: narrower keys and values.
         """
         n, d, m = tokens, self.hidden_size, self.intermediate_size
-        return 4 * n * d * d + 2 * n * n * d + 3 * n * d * m
+        queries = self.query_size or d
+        return 2 * n * d * (queries + self.key_value_size) + 2 * n * n * queries + 3 * n * d * m
 
 
 @dataclass

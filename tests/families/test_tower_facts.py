@@ -1,0 +1,195 @@
+"""What the tower says reaches the visual token it belongs to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+
+from llava.families.base import pooled
+from llava.families.qwen_vl import window_order
+from llava.families.tower import layer_value
+from llava.pruning import AutoPrune, DecoderMethod, Rows, Selection
+from llava.pruning.vision import TowerValue, VisionFact
+from tests.families.models import FAMILIES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listening(DecoderMethod):
+    """Drops nothing and remembers the facts."""
+
+    value: str = "CLS_ATTENTION"
+    layer: int | None = None
+    name: ClassVar[str] = "listening"
+
+    def stages(self, num_layers):
+        return {0: Rows.NONE}
+
+    def vision_facts(self, tower_layers):
+        return {"fact": VisionFact(TowerValue[self.value], self.layer)}
+
+    def select(self, view, memory):
+        memory.report["fact"] = list(view.vision_fact("fact"))
+
+
+def facts(name, inputs, **options):
+    model = FAMILIES[name].model()
+    with Listening(**options).attach(model) as run, torch.no_grad():
+        model(**inputs)
+    return [trace.details["fact"][: trace.visual_tokens] for trace in run.traces]
+
+
+def maps(name, pixel_values):
+    """Attention maps of all tower layers, by transformers' eager attention."""
+    model = FAMILIES[name].model("eager")
+    with torch.no_grad():
+        return model.model.vision_tower(pixel_values, output_attentions=True).attentions
+
+
+def test_cls_attention_of_llava():
+    inputs = FAMILIES["llava"].batch((3, ("image", 1), 2, ("image", 2), 4), (5, ("image", 3), 4))
+    found = facts("llava", inputs)
+    attention = maps("llava", inputs["pixel_values"])
+    assert FAMILIES["llava"].model().config.vision_feature_layer == -2
+    expected = attention[2][:, :, 0, 1:].mean(1)  # the layer whose output is used, third of four
+    torch.testing.assert_close(found[0], expected[:2].flatten(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found[1], expected[2], atol=1e-5, rtol=1e-4)
+
+
+def test_a_tower_without_cls_says_what_each_patch_receives():
+    inputs = FAMILIES["llava_onevision"].batch((3, ("video", 1), 4))
+    (found,) = facts("llava_onevision", inputs)
+    attention = maps("llava_onevision", inputs["pixel_values_videos"][0])[-1]
+    received = attention.mean((1, 2))  # over heads and queries
+    # 2 x 2 tokens of a frame become one.
+    torch.testing.assert_close(found, pooled(received[..., None], 2).flatten(), atol=1e-5, rtol=1e-4)
+
+
+def test_crops_of_llava_next_keep_their_places():
+    """Base view first, then the tiles side by side, without what was padding; newlines have no value."""
+    name = "llava_next"
+    inputs = FAMILIES[name].batch((3, ("image", 1), 4))  # 20 x 45 pixels in a grid of 24 x 48: two tiles
+    (found,) = facts(name, inputs)
+    cls = maps(name, inputs["pixel_values"][0])[2][:, :, 0, 1:].mean(1).view(3, 6, 6)
+    wide = torch.cat((cls[1], cls[2]), dim=1)  # [6, 12]; 20/45 leaves floor(20 * 12/45) = 5 rows, padding 0 above
+    assert len(found) == 36 + 12 * ((len(found) - 36) // 12)
+    rows = (len(found) - 36) // 12
+    top = (6 - rows) // 2
+    torch.testing.assert_close(found[:36], cls[0].flatten(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found[36:], wide[top : top + rows].flatten(), atol=1e-5, rtol=1e-4)
+
+
+def test_pooling_follows_the_pixel_shuffles():
+    square = torch.rand(2, 36, 1)
+    internvl, idefics = FAMILIES["internvl"].model().model, FAMILIES["idefics3"].model().model
+    groups = internvl.pixel_shuffle(square.view(2, 6, 6, 1), 0.5).reshape(2, 9, 4)
+    torch.testing.assert_close(pooled(square, 2)[..., 0], groups.mean(2))
+    torch.testing.assert_close(pooled(square, 2)[..., 0], idefics.connector.pixel_shuffle(square, 2).mean(2))
+
+
+@pytest.mark.parametrize("side", [2, 3, 4])
+def test_windows_are_those_of_transformers(side):
+    vision_utils = pytest.importorskip("transformers.vision_utils")
+    grids = torch.tensor([[1, 8, 12], [3, 10, 6], [2, 2, 14]])
+    order, _ = vision_utils.get_vision_window_index(grids, spatial_merge_size=2, window_size=side * 8, patch_size=4)
+    assert torch.equal(window_order(grids, 2, side), order)
+
+
+def test_received_attention_in_windows_comes_from_a_global_layer():
+    """Layers 1 and 3 of the tower are global; each picture for itself, so its values sum to 1 / 4 per unit of four."""
+    name = "qwen2_5_vl"
+    inputs = FAMILIES[name].batch((3, ("image", 0), 2, ("image", 1), 4))
+    last, middle = facts(name, inputs)[0], facts(name, inputs, value="RECEIVED_ATTENTION", layer=2)[0]
+    assert torch.equal(middle, facts(name, inputs, value="RECEIVED_ATTENTION", layer=1)[0])
+    assert not torch.equal(last, middle)
+    for values in (last, middle):
+        sizes = [24, 24]
+        sums = torch.stack([part.sum() for part in values.split(sizes)])
+        torch.testing.assert_close(sums, torch.full((2,), 0.25))
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen2_vl", "internvl", "idefics3"])
+def test_every_picture_keeps_its_values_in_a_batch(name):
+    tiny = FAMILIES[name]
+    prompts = [(3, ("image", 0), 2, ("image", 1), 4), (5, ("image", 2), 4)]
+    together = facts(name, tiny.batch(*prompts))
+    for row, prompt in enumerate(prompts):
+        torch.testing.assert_close(facts(name, tiny.batch(prompt))[0], together[row], atol=1e-5, rtol=1e-4)
+
+
+def test_values_of_a_layer_by_hand():
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(2, 3, 70, 8, generator=generator) for _ in range(2))
+    mask = torch.rand(2, 1, 1, 70, generator=generator) > 0.3
+    attention = torch.softmax((query @ key.transpose(2, 3) * 0.5).masked_fill(~mask, -torch.inf), -1)
+    received = layer_value(TowerValue.RECEIVED_ATTENTION, query, key, 0.5, mask)
+    torch.testing.assert_close(received[..., 0], attention.mean((1, 2)))
+    cls = layer_value(TowerValue.CLS_ATTENTION, query, key, 0.5, mask)
+    torch.testing.assert_close(cls[..., 0], attention[:, :, 0].mean(1))
+    wide = torch.softmax(torch.einsum("nhd,nhtd->nt", query[:, :, 0], key) * 24**-0.5, -1)  # all heads as one, 24 wide
+    torch.testing.assert_close(layer_value(TowerValue.WIDE_CLS_ATTENTION, query, key, 0.5, None)[..., 0], wide)
+    torch.testing.assert_close(layer_value(TowerValue.KEYS, query, key, 0.5, None), key.mean(1))
+
+
+def test_deepstack_of_merged_tokens_is_the_mean_of_their_members():
+    """The weights that travel with a selection make the merged hidden states too."""
+    seen = []
+
+    class Checked(AutoPrune):
+        def select(self, view, memory):
+            selection = super().select(view, memory)
+            if selection is not None and selection.merged is not None and max(selection.merged):
+                made = selection.weights() @ view.hidden_BVC
+                for row, merged in enumerate(selection.merged):
+                    torch.testing.assert_close(
+                        made[row, :merged], selection.merged_BMC[row, :merged], atol=1e-5, rtol=1e-4
+                    )
+                    seen.append(merged)
+                assert view.sequences.added_BNF is None or selection.weights().sum(2).max() < 1.001
+            return selection
+
+    tiny = FAMILIES["qwen3_vl"]
+    model, inputs = tiny.model(), tiny.batch((3, ("image", 0), 2, ("image", 1), ("video", 3), 4), (2, ("image", 2), 5))
+    with Checked(target_tokens=12, recycle_fraction=0.9).attach(model), torch.no_grad():
+        model(**inputs)
+    assert max(seen) > 1
+
+
+def test_deepstack_follows_merged_tokens_through_the_layers():
+    """A merge of equal tokens changes nothing but their number: what is added to it is what was added to each."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Weighted(DecoderMethod):
+        name: ClassVar[str] = "weighted"
+
+        def stages(self, num_layers):
+            return {0: Rows.NONE}
+
+        def select(self, view, memory):
+            batch, tokens = view.hidden_BVC.shape[:2]
+            keep = torch.arange(tokens - 2).expand(batch, -1)
+            weights = torch.zeros(batch, 1, tokens)
+            weights[:, 0, -2:] = 0.5
+            before = view.sequences.added_BNF
+            memory.report["before"] = [before[0, view.sequences.slots_BV[0]]]
+            source = torch.full((batch, 1), tokens - 1)
+            return Selection(
+                keep, (tokens - 2,) * batch, weights @ view.hidden_BVC, (1,) * batch, source, lambda: weights
+            )
+
+    tiny = FAMILIES["qwen3_vl"]
+    model, inputs = tiny.model(), tiny.batch((3, ("image", 0), 4))
+    added = []
+    layers = model.model.language_model.layers
+    with Weighted().attach(model) as run, torch.no_grad():
+        hook = layers[1].register_forward_hook(lambda module, args, output: added.append(output))
+        below = layers[2].register_forward_pre_hook(lambda module, args: added.append(args[0]))
+        model(**inputs)
+        hook.remove(), below.remove()
+    width = model.config.text_config.hidden_size
+    difference = (added[1] - added[0])[0, 4 : 4 + 23]  # 22 survivors and the merged one, behind text and image start
+    features = run.traces[0].details["before"][:, :width]
+    torch.testing.assert_close(difference[:22], features[:22], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(difference[22], features[22:].mean(0), atol=1e-5, rtol=1e-4)
