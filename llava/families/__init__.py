@@ -3,6 +3,7 @@
 Nobody has to import this package: ``attach(model)`` asks it for a reader by the class of the model.
 """
 
-from llava.families.registry import family_of, list_families, reader_of
+from llava.families.base import Call, Family, Placed
+from llava.families.registry import family_of, list_families, reader_of, register_family
 
-__all__ = ["family_of", "list_families", "reader_of"]
+__all__ = ["Call", "Family", "Placed", "family_of", "list_families", "reader_of", "register_family"]

@@ -99,9 +99,9 @@ class Family:
         """Index of the layer whose output becomes the features."""
         layers = len(self.attentions(model, modality))
         chosen = getattr(model.config, "vision_feature_layer", -1)
-        if not isinstance(chosen, int):
-            chosen = chosen[-1]  # several, side by side: the deepest comes last
-        count = chosen if chosen >= 0 else layers + 1 + chosen  # hidden states begin with the embeddings
+        several = [chosen] if isinstance(chosen, int) else chosen
+        # Hidden states begin with the embeddings. Of several layers, side by side, the deepest.
+        count = max(index if index >= 0 else layers + 1 + index for index in several)
         if count < 1:
             raise UnsupportedError(f"{self.name}: vision_feature_layer={chosen} is the embeddings, without attention")
         return count - 1
