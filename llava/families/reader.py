@@ -228,7 +228,7 @@ class FamilyReader:
             counts = dict.fromkeys(counts, 0)  # placeholders without images are text
         self._check_known(run, encoded)
         layout, facts = read(rows, {m: t for m, t in tokens.items() if counts[m]}, encoded)
-        run.set_visual(layout, facts=facts)
+        run.set_visual(layout, facts=facts, sample_ids=run.sample_ids)
 
     def _check_known(self, run: Any, encoded: Mapping[str, Encoded]) -> None:
         for modality, part in encoded.items():

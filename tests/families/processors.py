@@ -4,6 +4,8 @@ processor on Pillow. Nothing is downloaded.
 
 from __future__ import annotations
 
+import inspect
+import json
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +108,21 @@ def processor(name: str, folder: Path) -> Any:
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
             return None if argument is None else super().check_argument_for_proper_class(argument_name, argument)
 
-    if name not in ("llava", "llava_next", "idefics3"):
-        extra["video_processor"] = None
-    return Images(image_processor=parts, tokenizer=tokenizer(folder, own), **extra)
+    if name in ("llava", "llava_next", "idefics3"):
+        return kind(image_processor=parts, tokenizer=tokenizer(folder, own), **extra)
+    return Images(image_processor=parts, tokenizer=tokenizer(folder, own), video_processor=None, **extra)
+
+
+def save(made: Any, folder: Path) -> None:
+    """What a published checkpoint has of its processor; the part for videos cannot be made without torchvision."""
+    kind = next(kind for kind in type(made).__mro__ if kind.__module__.startswith("transformers"))
+    made.image_processor.save_pretrained(folder)
+    made.tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(made.chat_template)
+    names = inspect.signature(kind.__init__).parameters.keys() - {"image_processor", "tokenizer", "video_processor"}
+    fields = {name: getattr(made, name) for name in names if isinstance(getattr(made, name, None), (int, str))}
+    fields.pop("chat_template")
+    (folder / "processor_config.json").write_text(json.dumps({"processor_class": kind.__name__, **fields}))
 
 
 def placeholder(name: str) -> str:

@@ -134,6 +134,7 @@ def run_questions(
         require_folder(image_folder, "image folder")
 
     from llava.eval.answering.answerer import Answerer, check_conv_mode, question_problem
+    from llava.eval.answering.family import FamilyAnswerer, family_folder, load_family
     from llava.mm_utils import get_model_name_from_path
 
     check_conv_mode(args.conv_mode)
@@ -164,13 +165,18 @@ def run_questions(
             if evaluation.pending:
                 if args.device is None:
                     args.device = world.device()
-                tokenizer, model, image_processor, _ = load_model(args)
-                check_budget(method, max_visual_tokens(model) * max(most_images, 1))
-                answerer = (answerer_class or Answerer)(
-                    tokenizer, model, image_processor, image_folder, args.conv_mode, generation
-                )
+                kind, family = answerer_class or Answerer, family_folder(args.model_path)
+                if family is not None:
+                    processor, model = load_family(args)
+                    tokenizer, image_processor = processor.tokenizer, None
+                else:
+                    tokenizer, model, image_processor, _ = load_model(args)
+                    check_budget(method, max_visual_tokens(model) * max(most_images, 1))
+                answerer = kind(tokenizer, model, image_processor, image_folder, args.conv_mode, generation)
                 answerer.max_image_pixels = args.max_image_pixels
                 answerer.masks_padding = padding == ZERO
+                if family is not None:
+                    answerer = FamilyAnswerer(answerer, processor, family)
                 evaluation.run(answerer, method, interrupts)
         except BaseException as error:
             # What went wrong first is what the user must hear of; a full disk would fail here a second time.

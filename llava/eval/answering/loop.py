@@ -106,8 +106,12 @@ class Evaluation:
 
         args, model = self.args, answerer.model
         self.metadata.set_model(
-            describe_device(model.device), str(model.dtype).removeprefix("torch."), model.merge_type()
+            describe_device(model.device),
+            str(model.dtype).removeprefix("torch."),
+            model.merge_type() if hasattr(model, "merge_type") else None,
         )
+        if (family := getattr(answerer, "family", None)) is not None:
+            self.metadata.values["family"] = family
         self.answers.open()
         self.traces.start()
         self._began = time.perf_counter()

@@ -67,6 +67,8 @@ class PruningRun:
         reader: what finds the visual tokens in the prompts of the model; None if somebody has to say where they are.
         traces: one :class:`Trace` per sample per prefill, in order; may be cleared at any time.
         samples_seen: running number of the next sample; set it to continue an earlier run (seeded methods use it).
+        sample_ids: numbers of the samples of the next prefill, one per prompt, where a reader finds the visual tokens;
+            None: counted on from ``samples_seen``. One prefill uses it up.
         time_selection: measure :attr:`selection_seconds` too; off by default.
     """
 
@@ -81,6 +83,7 @@ class PruningRun:
         self._turn = threading.RLock()
         self._threads: set[threading.Thread] = set()
         self.samples_seen = 0
+        self.sample_ids: Sequence[int] | None = None
         self.time_selection = False
         self._selection: list[list[Stopwatch]] = []
         self._watches: list[Stopwatch] = []
@@ -399,6 +402,7 @@ class PruningRun:
         """What was said about this prompt. It holds for one prefill: the next prompt has its image elsewhere."""
         if self.reader is not None and not self.told:
             self.reader.tell(self)
+            self.sample_ids = None
         told: _Told | None = getattr(self._told, "prompts", None)
         self._told.prompts = None
         if told is None:

@@ -1,0 +1,226 @@
+"""Answering with a model of transformers: a folder of any family of `llava.families`.
+
+Prompts go through the processor's chat template, images through its image processor; the family's reader finds the
+visual tokens. What differs between tools (what is asked, where images lie) stays with their `Answerer`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import LogitsProcessorList
+
+from llava.eval.answering.answerer import Answered, Answerer, Encoded, Sample, SampleError
+from llava.eval.answering.batching import is_out_of_memory
+from llava.eval.answering.metadata import default_dtype
+from llava.eval.answering.numerics import FiniteWatch
+from llava.eval.common.questions import Question
+from llava.families import list_families
+from llava.utils import UserError
+
+# llava-hf's layout of these is read by the package's own loader.
+_OWN = ("llava", "llava_next")
+
+
+def family_folder(model_path: str) -> str | None:
+    """The family of a local checkpoint that transformers loads, by `model_type` in its `config.json`; None for LLaVA's
+    own, and for what is no folder.
+    """
+    try:
+        kind = json.loads((Path(model_path) / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None  # the loader says what is wrong
+    return kind if kind in list_families() and kind not in _OWN else None
+
+
+def load_family(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Processor and model for the model flags."""
+    import transformers
+
+    if args.model_base is not None:
+        raise UserError("--model-base is for LLaVA checkpoints: a model of transformers is one folder")
+    try:
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise UserError(f"--device: {args.device!r} is not a device") from None
+    dtype = default_dtype(str(device)) if args.dtype == "auto" else args.dtype
+    kwargs: dict[str, Any] = {"dtype": getattr(torch, dtype)}
+    if args.attn_implementation is not None:
+        kwargs["attn_implementation"] = args.attn_implementation
+    try:
+        processor = load_processor(args.model_path)
+        model = transformers.AutoModelForImageTextToText.from_pretrained(args.model_path, **kwargs)
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"--model-path {args.model_path}: transformers cannot load it ({reason})") from None
+    processor.tokenizer.padding_side = "left"
+    return processor, model.to(device).eval()
+
+
+def load_processor(folder: str) -> Any:
+    """The folder's processor; where its part for videos needs a package that is missing, without that part."""
+    from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    try:
+        return AutoProcessor.from_pretrained(folder)
+    except (ImportError, ValueError) as error:
+        if "torchvision" not in str(error).lower():
+            raise
+    kind = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(folder))]
+
+    class Images(kind):  # type: ignore[misc,valid-type]
+        """The processor of images and text alone."""
+
+        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+            return None if argument is None else super().check_argument_for_proper_class(argument_name, argument)
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    except (ImportError, ValueError):  # not every class is known by its backend
+        image_processor = _pillow_class(folder).from_pretrained(folder)
+    parts = {"image_processor": image_processor, "tokenizer": tokenizer}
+    own = Path(folder) / "processor_config.json"
+    fields = json.loads(own.read_text(encoding="utf-8")) if own.is_file() else {}
+    plain = {name: value for name, value in fields.items() if not isinstance(value, dict) and name != "processor_class"}
+    template = Path(folder) / "chat_template.jinja"
+    if template.is_file():
+        plain["chat_template"] = template.read_text(encoding="utf-8")
+    return Images(**parts, video_processor=None, **plain)
+
+
+def _pillow_class(folder: str) -> Any:
+    """The folder's image processor as it runs on Pillow."""
+    import transformers
+
+    values = json.loads((Path(folder) / "preprocessor_config.json").read_text(encoding="utf-8"))
+    name = values.get("image_processor_type", "").removesuffix("Fast").removesuffix("Pil") + "Pil"
+    if not hasattr(transformers, name):
+        raise ImportError(f"{name} is not known to this transformers; install torchvision")
+    return getattr(transformers, name)
+
+
+@dataclass(frozen=True)
+class FamilySample(Sample):
+    """A question ready for a processor: the prompt's text and its images. `input_ids` are those of the text alone."""
+
+    text: str = ""
+    images: tuple[Image.Image, ...] = ()
+
+
+@dataclass(frozen=True)
+class FamilyInputs:
+    """What the processor made of a batch."""
+
+    values: dict[str, Any]
+    model: Any
+
+    @property
+    def attention_mask(self) -> torch.Tensor:
+        return self.values["attention_mask"]
+
+    @cached_property
+    def inputs_embeds(self) -> torch.Tensor:
+        """Of the ids; to look for numbers that are not finite."""
+        return self.model.get_input_embeddings()(self.values["input_ids"])
+
+
+class FamilyAnswerer:
+    """Answers like `Answerer`, with a model of transformers.
+
+    asker: the tool's own answerer, which knows what is asked and opens images. processor: of the model's folder.
+    """
+
+    def __init__(self, asker: Answerer, processor: Any, family: str) -> None:
+        self.asker, self.processor, self.family = asker, processor, family
+        self.model, self.generation = asker.model, asker.generation
+        if getattr(processor, "chat_template", None) is None:
+            raise UserError(f"--model-path: the processor of this {family} has no chat template")
+
+    def prepare(self, question: Question) -> FamilySample:
+        """Loads the images and fills the chat template; raises `SampleError` if that fails."""
+        if question.problem is not None:
+            raise SampleError(question.problem)
+        try:
+            images = tuple(self.asker.load_image(name) for name in question.images)
+            text = self.prompt(question)
+            return FamilySample(question, self._ids(text), (), tuple(image.size for image in images), text, images)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise SampleError("out of memory while the question was prepared") from None
+
+    def prompt(self, question: Question) -> str:
+        """The question in the chat template, behind its images."""
+        asked = getattr(self.asker, "prompt_text", None)
+        text = question.text if asked is None else asked(question)
+        content = [{"type": "image"}] * len(question.images) + [{"type": "text", "text": text}]
+        message = {"role": "user", "content": content}
+        return self.processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+
+    def _ids(self, text: str) -> torch.Tensor:
+        return torch.tensor(self.processor.tokenizer(text).input_ids)
+
+    def encode(self, samples: Sequence[FamilySample], with_cls_attention: bool = False) -> Encoded:
+        """What the processor makes of a batch, on the model's device; the tower runs in `generate`."""
+        started = time.perf_counter()
+        images = [list(sample.images) for sample in samples]
+        given: dict[str, Any] = {"text": [sample.text for sample in samples], "return_tensors": "pt", "padding": True}
+        if any(images):
+            # Idefics3 counts images by prompt; the others want them in reading order, OneVision by prompt too.
+            given["images"] = images if self._nests else [own for own in images if own]
+            if not self._nests and self.family != "llava_onevision":
+                given["images"] = [image for own in images for image in own]
+        values = self.processor(**given).to(self.model.device)
+        values = {
+            name: value.to(self.model.dtype) if torch.is_tensor(value) and value.is_floating_point() else value
+            for name, value in values.items()
+        }
+        return Encoded(tuple(samples), FamilyInputs(values, self.model), time.perf_counter() - started)
+
+    @property
+    def _nests(self) -> bool:
+        return self.family in ("idefics3", "smolvlm")
+
+    def generate(self, encoded: Encoded, run: Any) -> list[Answered]:
+        """Answers a batch; `run` is what a method's `attach` returned for this model."""
+        first, count = encoded.samples[0].question, len(encoded.samples)
+        if self.generation.samples:
+            # Seeded by position, so that a resumed run draws what an uninterrupted one draws.
+            torch.manual_seed(self.generation.seed + first.index)
+        run.traces.clear()
+        run.prefill_seconds.clear()
+        run.sample_ids = [sample.question.index for sample in encoded.samples]
+        watch = FiniteWatch(count)
+        started = time.perf_counter()
+        tokenizer, values = self.processor.tokenizer, encoded.inputs.values
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        with torch.inference_mode():
+            output = self.model.generate(
+                **values,
+                pad_token_id=pad,
+                logits_processor=LogitsProcessorList([watch]),
+                **self.generation.generate_kwargs(),
+            )
+        texts = tokenizer.batch_decode(output[:, values["input_ids"].shape[1] :], skip_special_tokens=True)
+        seconds = (encoded.seconds + time.perf_counter() - started) / count
+        prefill = sum(run.prefill_seconds) / count
+        failed = ["logits that are not finite" if bad else None for bad in watch.bad()]
+        return [
+            Answered(sample.question, text.strip(), trace, prefill, seconds, encoded.seconds / count, failure)
+            for sample, text, trace, failure in zip(encoded.samples, texts, run.traces, failed, strict=True)
+        ]
+
+    def answer(self, samples: Sequence[FamilySample], run: Any) -> list[Answered]:
+        """Encodes and answers one batch."""
+        return self.generate(self.encode(samples), run)
