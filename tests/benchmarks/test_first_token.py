@@ -34,6 +34,7 @@ def test_the_towers_make_the_visual_tokens_of_their_geometries(model):
     crops = {name: divmod(shape.visual, shape.tower.patches) for name, shape in GEOMETRIES.items()}
     assert crops == {
         "llava-1.5-7b": (1, 0), "llava-1.5-13b": (1, 0), "llava-next-7b": (5, 0), "cpu-1024x24": (1, 0), "tiny": (3, 0),
+        "qwen2.5-vl-3b": (1, 0), "cpu-qwen-1024x24": (1, 0),
     }  # fmt: skip
     # CLIP ViT-L/14 at 336 pixels has 303.5 million weights; less embeddings and norms 24 layers of 12.6 million.
     large = GEOMETRIES["llava-1.5-7b"].tower
