@@ -48,7 +48,7 @@ def answer_in_parts(answerer: Any, questions: Sequence[Any], method: Any, parts:
             (model, "encode_visual_tokens", "vision"),
             (projector, "forward", "projector"),
             (model, "generate", "decode"),
-            (answerer.tokenizer, "batch_decode", "detokenize"),
+            (answerer.adapter.tokenizer, "batch_decode", "detokenize"),
         ):
             stack.enter_context(replaced(owner, name, parts.around(part, getattr(owner, name))))
         with parts.part("other"), method.attach(model) as run:
@@ -107,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     methods = {("dense", None): get_method("dense").from_options({})}
     methods |= {(n, b): build_method(n, b) for n in names for b in numbers(args.budgets, "--budgets")}
 
+    from llava.eval.answering.adapter import LlavaAdapter
     from llava.eval.answering.answerer import Answerer
     from llava.eval.reports.experiment import batches
     from llava.model.builder import load_pretrained_model
@@ -120,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for task in DEMO:
             questions = spread(task.ask(data_dir).questions, args.limit)
             answerer = Answerer(
-                tokenizer, model, processor, task.images_path(data_dir),
+                LlavaAdapter(tokenizer, model, processor), task.images_path(data_dir),
                 generation=GenerationOptions(max_new_tokens=MAX_NEW_TOKENS), image_cache=0,
             )  # fmt: skip
             found = measure(answerer, list(batches(questions, args.batch_size)), methods, device)

@@ -53,7 +53,7 @@ def write_images(folder: Path, count: int, side: int) -> list[Question]:
 
 def measure(answerer: Any, questions: Sequence[Question], workers: Sequence[int], args: Any) -> list[dict[str, Any]]:
     """A row per number of workers."""
-    from llava.eval.answering.answerer import answer_questions
+    from llava.eval.answering.batching import answer_questions
     from llava.eval.answering.workers import prepared
     from llava.pruning import get_method
 
@@ -124,6 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         use_fixed_allocator("benchmarks.input_pipeline", sys.argv[1:])
     device, dtype = prepare(args)
 
+    from llava.eval.answering.adapter import LlavaAdapter
     from llava.eval.answering.answerer import Answerer
     from llava.model.builder import load_pretrained_model
 
@@ -132,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         questions = write_images(Path(folder), args.images, args.image_side)
         generation = GenerationOptions(max_new_tokens=4)
-        answerer = Answerer(tokenizer, model, image_processor, Path(folder), generation=generation)
+        answerer = Answerer(LlavaAdapter(tokenizer, model, image_processor), Path(folder), generation=generation)
         rows = measure(answerer, questions, workers, args)
     label = f"{Path(args.model_path).name} {args.images} images {args.image_side} wide batch {args.batch_size}"
     deliver("input_pipeline", label, rows, COLUMNS, args, device)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from llava.eval.answering import batching
+from llava.eval.answering.adapter import LlavaAdapter
 from llava.eval.answering.answerer import Answerer, build_prompt
 from llava.eval.answering.batching import Batcher, BatchSize
 from llava.eval.model_vqa_loader import main
@@ -138,13 +139,13 @@ def test_defects_of_the_program_are_not_hidden(loaded, data):
         def generate(self, encoded, run):
             raise ValueError("a defect")
 
-    from llava.eval.answering.answerer import answer_questions
+    from llava.eval.answering.batching import answer_questions
     from llava.eval.common.questions import read_questions
     from llava.pruning import get_method
 
     tokenizer, model, processor, _ = loaded
     with get_method("dense").from_options({}).attach(model) as run:
-        answerer = Broken(tokenizer, model, processor, data / "images")
+        answerer = Broken(LlavaAdapter(tokenizer, model, processor), data / "images")
         with pytest.raises(ValueError, match="a defect"):
             list(answer_questions(answerer, read_questions(data / "q.jsonl"), run, 3, print, print))
 

@@ -331,8 +331,8 @@ def test_a_damaged_image_costs_one_question(argv, data, capsys):
 
 
 def test_numbers_that_are_not_finite_cost_one_question(argv, data, capsys, monkeypatch):
+    from llava.eval.answering.adapter import FiniteWatch
     from llava.eval.answering.answerer import Answerer
-    from llava.eval.answering.numerics import FiniteWatch
 
     generate = Answerer.generate
 

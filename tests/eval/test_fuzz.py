@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from llava.eval.answering.answer_file import AnswerFile
-from llava.eval.answering.images import SampleError, open_image
+from llava.eval.answering.answerer import SampleError, open_image
 from llava.eval.answering.merging import choose_lines, read_part
 from llava.eval.common.questions import read_questions
 from llava.utils import UserError

@@ -6,7 +6,9 @@ import pytest
 from PIL import Image
 
 from llava.eval import model_vqa, model_vqa_loader, model_vqa_mmbench, model_vqa_science
-from llava.eval.answering.answerer import Answerer, SampleError, answer_questions, question_problem
+from llava.eval.answering.adapter import LlavaAdapter
+from llava.eval.answering.answerer import Answerer, SampleError, question_problem
+from llava.eval.answering.batching import answer_questions
 from llava.eval.common.questions import Question, read_questions
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
@@ -237,7 +239,7 @@ def test_mmbench_rows(checkpoint, data, watched):
 def test_without_the_check_in_front_a_bad_question_costs_only_itself(loaded, data):
     """Other callers of the answerer (comparisons) have no list of questions in advance."""
     tokenizer, model, processor, _ = loaded
-    answerer = Answerer(tokenizer, model, processor, data / "images")
+    answerer = Answerer(LlavaAdapter(tokenizer, model, processor), data / "images")
     questions = [Question(0, "q:1", 1, "<image> <image>", "0.png"), Question(1, "q:2", 2, "Fine?", "0.png")]
     with pytest.raises(SampleError, match="2 image placeholder"):
         answerer.prepare(questions[0])

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from llava.eval.answering.answerer import Answerer
-from llava.eval.answering.images import SampleError, decode_image, open_image
+from llava.eval.answering.adapter import LlavaAdapter
+from llava.eval.answering.answerer import Answerer, SampleError, decode_image, open_image
 from llava.eval.answering.workers import prepared
 from llava.eval.common.questions import Question, read_questions
 from llava.eval.model_vqa_loader import main
@@ -32,7 +32,7 @@ def quick_watch(monkeypatch):
 @pytest.fixture
 def answerer(loaded, data):
     tokenizer, model, processor, _ = loaded
-    return Answerer(tokenizer, model, processor, data / "images")
+    return Answerer(LlavaAdapter(tokenizer, model, processor), data / "images")
 
 
 def png_header(width, height):
@@ -152,7 +152,7 @@ class Deadly(Answerer):
 @pytest.mark.parametrize("once", [False, True])
 def test_death_of_a_worker_costs_one_sample_at_most(loaded, data, quick_watch, once):
     tokenizer, model, processor, _ = loaded
-    answerer = Deadly(tokenizer, model, processor, data / "images")
+    answerer = Deadly(LlavaAdapter(tokenizer, model, processor), data / "images")
     answerer.parent, answerer.once, answerer.flag = os.getpid(), once, data / "died"
     texts = [f"question {i}" for i in range(20)]
     texts[7] = "deadly"
@@ -170,7 +170,7 @@ def test_death_of_a_worker_does_not_disturb_the_model(loaded, data, quick_watch)
     import time
 
     tokenizer, model, processor, _ = loaded
-    answerer = Deadly(tokenizer, model, processor, data / "images")
+    answerer = Deadly(LlavaAdapter(tokenizer, model, processor), data / "images")
     answerer.parent, answerer.once, answerer.flag = os.getpid(), False, data / "died"
     questions = [Question(0, "q:1", 0, "fine"), Question(1, "q:2", 1, "deadly"), Question(2, "q:3", 2, "fine")]
     stream = prepared(answerer, questions, 2, 4)
@@ -204,7 +204,7 @@ def test_questions_about_one_image_share_a_worker_and_its_decoding(loaded, data)
                 file.write(f"{name}\n")
             return super().load_image(name)
 
-    answerer = Counting(tokenizer, model, processor, data / "images")
+    answerer = Counting(LlavaAdapter(tokenizer, model, processor), data / "images")
     write_jsonl(
         data / "q.jsonl",
         [{"question_id": i, "image": f"{i // 6 % 4}.png", "text": f"{i}?"} for i in range(24)],
@@ -223,7 +223,7 @@ def test_a_side_that_scaling_cannot_bear_costs_one_sample(argv, data, preloaded,
 
 
 @pytest.mark.parametrize(
-    "place", ["llava.eval.answering.images.to_rgb", "llava.eval.answering.answerer.process_images"]
+    "place", ["llava.eval.answering.answerer.to_rgb", "llava.eval.answering.adapter.process_images"]
 )
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 GB")])
 @pytest.mark.parametrize("workers", [0, 2])

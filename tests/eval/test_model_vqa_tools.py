@@ -32,7 +32,7 @@ CONVERSATIONS = [
 @pytest.fixture
 def prompts(monkeypatch):
     """The full prompts that a run gave to the tokenizer, in order."""
-    from llava.eval.answering import answerer as runner
+    from llava.eval.answering import adapter as runner
 
     seen = []
     tokenize = runner.tokenizer_image_token

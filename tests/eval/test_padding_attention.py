@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from llava.eval import model_vqa, model_vqa_loader, model_vqa_mmbench, model_vqa_science
+from llava.eval.answering.adapter import LlavaAdapter
 from llava.eval.answering.answerer import Answerer
 from llava.pruning import get_method
 from tests.eval.helpers import fails_with_one_line, read_jsonl, write_json, write_jsonl
@@ -18,7 +19,9 @@ def masked(monkeypatch, preloaded):
     seen = []
     encode = Answerer.encode
     monkeypatch.setattr(
-        Answerer, "encode", lambda self, *args, **kw: (seen.append(self.masks_padding), encode(self, *args, **kw))[1]
+        Answerer,
+        "encode",
+        lambda self, *args, **kw: (seen.append(self.adapter.masks_padding), encode(self, *args, **kw))[1],
     )
     return seen
 
@@ -98,13 +101,13 @@ def test_what_is_kept_depends_on_it(loaded, data):
     Image.effect_noise((80, 20), 90).convert("RGB").save(data / "images" / "0.png")
     from llava.eval.common.questions import Question
 
-    answerer = Answerer(tokenizer, model, processor, data / "images")
+    answerer = Answerer(LlavaAdapter(tokenizer, model, processor), data / "images")
     sample = answerer.prepare(Question(0, "q:1", 1, "What?", "0.png"))
     attention = {}
     with get_method("dense")().attach(model):
-        for answerer.masks_padding in (True, False):
+        for answerer.adapter.masks_padding in (True, False):
             inputs = answerer.encode([sample], with_cls_attention=True).inputs
-            attention[answerer.masks_padding] = inputs.cls_attention[0]
+            attention[answerer.adapter.masks_padding] = inputs.cls_attention[0]
     zeroed = attention[True] == 0
     assert 0 < zeroed.sum() < 16 and (attention[False] > 0).all()
     assert (attention[True][~zeroed] == attention[False][~zeroed]).all()

@@ -6,14 +6,15 @@ told from those that only shared its batch.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from llava.eval.answering.images import SampleError
-from llava.eval.answering.numerics import where_not_finite
+from llava.eval.answering.adapter import SampleError, is_out_of_memory
+from llava.eval.answering.workers import prepared
 from llava.eval.common.arguments import AUTO
 from llava.utils import UserError, is_user_error
 
@@ -68,14 +69,6 @@ def sample_length(sample: Any) -> tuple[int, int]:
     """What the length of a sample's row grows with: views of its images, then tokens of the prompt."""
     views = sum(pixels.shape[0] if pixels.ndim == 4 else 1 for pixels in sample.pixels or ())
     return views, len(sample.input_ids)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """True for what torch raises when the device or the host has no memory left."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
 
 
 def _release_memory() -> None:
@@ -159,8 +152,7 @@ class Batcher:
 
     def _explain(self, sample: Any, failure: Exception) -> None:
         """A pass over one sample raised: its numbers, or a defect of the program, which is raised again."""
-        inputs = self.answerer.encode([sample], self.run.needs_cls_attention).inputs
-        place = where_not_finite(self.answerer.model, inputs.inputs_embeds, inputs.attention_mask)
+        place = self.answerer.adapter.first_not_finite([sample], self.run.needs_cls_attention)
         if place is None:
             raise failure
         self._fail(sample.question, f"numbers that are not finite, first in {place}")
@@ -173,3 +165,34 @@ class Batcher:
         if tell is None:
             raise UserError(f"{question.source} (question {question.id}): {reason}")
         tell(question, reason)
+
+
+def answer_questions(
+    answerer: Any,
+    questions: Sequence[Any],
+    run: Any,
+    batch_size: int | BatchSize = 1,
+    on_skip: Callable[[Any, str], None] | None = None,
+    on_fail: Callable[[Any, str], None] | None = None,
+    num_workers: int = 0,
+) -> Iterator[Any]:
+    """Yields answers as they come: in question order for batch size 1, otherwise longer questions of a stretch first.
+
+    A question whose image cannot be read goes to `on_skip(question, reason)` and costs nothing but itself;
+    without `on_skip` it is a `UserError`. One whose numbers are not finite goes to `on_fail` likewise.
+    num_workers: processes that prepare samples ahead of the model.
+    """
+    size = batch_size if isinstance(batch_size, BatchSize) else BatchSize(batch_size)
+    batcher = Batcher(answerer, run, size, on_skip, on_fail)
+    with contextlib.closing(prepared(answerer, questions, num_workers, size.window)) as stream:
+        yield from batcher.answer_all(_readable(stream, on_skip))
+
+
+def _readable(stream: Iterator[tuple[Any, Any]], on_skip: Callable[[Any, str], None] | None) -> Iterator[Any]:
+    for question, sample in stream:
+        if not isinstance(sample, SampleError):
+            yield sample
+        elif on_skip is None:
+            raise UserError(f"{question.source}: {sample}")
+        else:
+            on_skip(question, str(sample))

@@ -22,9 +22,8 @@ from PIL import Image
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation, SeparatorStyle, conv_templates, infer_conv_mode, with_image_tokens
-from llava.eval.answering.answerer import check_conv_mode
-from llava.eval.answering.batching import is_out_of_memory
-from llava.eval.answering.images import SampleError, decode_image
+from llava.eval.answering.adapter import SampleError, is_out_of_memory
+from llava.eval.answering.answerer import check_conv_mode, decode_image
 from llava.eval.common.arguments import GenerationOptions
 from llava.eval.common.downloads import fetch
 from llava.mm_utils import KeywordsStoppingCriteria, process_images, tokenizer_image_token

@@ -107,21 +107,27 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any, Any, int]:
     return load_pretrained_model(args.model_path, args.model_base, name, device=args.device, **kwargs)
 
 
+def load_adapter(args: argparse.Namespace, conv_mode: str = "vicuna_v1", masks_padding: bool = True) -> Any:
+    """The model of the flags behind the surface that an answerer uses; the one place that chooses an adapter."""
+    from llava.eval.answering.adapter import LlavaAdapter
+
+    tokenizer, model, image_processor, _ = load_model(args)
+    return LlavaAdapter(tokenizer, model, image_processor, conv_mode, masks_padding)
+
+
 def run_questions(
     args: argparse.Namespace,
     questions: Sequence[Question],
-    answerer_class: Callable[..., Any] | None = None,
     metadata: Mapping[str, Any] | None = None,
     prompt_text: Callable[[Question], str] | None = None,
-    images_are_files: bool = True,
+    images: Mapping[str, str] | None = None,
     padding_attention: str = ZERO,
 ) -> int:
     """Answers `questions` as the shared flags say, into `args.answers_file`; returns the exit status.
 
-    answerer_class: takes what `Answerer` takes; for tools whose prompts or images differ. metadata: a tool's
-    own options; like the shared ones they are written to every answer, and a resumed run must have the same.
-    prompt_text: what the model is asked, where that is not the question's text. images_are_files: whether images
-    lie in the image folder. padding_attention: what the tool does if the flag is not given.
+    metadata: a tool's own options; like the shared ones they are written to every answer, and a resumed run must have
+    the same. prompt_text: what the model is asked, where that is not the question's text. images: name -> base64 of an
+    image file, where images do not lie in the image folder. padding_attention: what the tool does without the flag.
     """
     # Everything that can be wrong with the input is found before the model is loaded.
     method = method_from_args(args)
@@ -134,14 +140,13 @@ def run_questions(
         require_folder(image_folder, "image folder")
 
     from llava.eval.answering.answerer import Answerer, check_conv_mode, question_problem
-    from llava.eval.answering.family import FamilyAnswerer, family_folder, load_family
     from llava.mm_utils import get_model_name_from_path
 
     check_conv_mode(args.conv_mode)
 
     def problem(question: Question) -> str | None:
         text = question.text if prompt_text is None else prompt_text(question)
-        return question_problem(question, text, args.conv_mode, image_folder if images_are_files else None)
+        return question_problem(question, text, args.conv_mode, image_folder if images is None else None)
 
     if args.strict:
         for question in questions:
@@ -165,18 +170,16 @@ def run_questions(
             if evaluation.pending:
                 if args.device is None:
                     args.device = world.device()
-                kind, family = answerer_class or Answerer, family_folder(args.model_path)
-                if family is not None:
-                    processor, model = load_family(args)
-                    tokenizer, image_processor = processor.tokenizer, None
-                else:
-                    tokenizer, model, image_processor, _ = load_model(args)
-                    check_budget(method, max_visual_tokens(model) * max(most_images, 1))
-                answerer = kind(tokenizer, model, image_processor, image_folder, args.conv_mode, generation)
-                answerer.max_image_pixels = args.max_image_pixels
-                answerer.masks_padding = padding == ZERO
-                if family is not None:
-                    answerer = FamilyAnswerer(answerer, processor, family)
+                adapter = load_adapter(args, args.conv_mode, masks_padding=padding == ZERO)
+                check_budget(method, adapter.most_visual_tokens() * max(most_images, 1))
+                answerer = Answerer(
+                    adapter,
+                    image_folder,
+                    generation,
+                    max_image_pixels=args.max_image_pixels,
+                    prompt_text=prompt_text,
+                    images=images or {},
+                )
                 evaluation.run(answerer, method, interrupts)
         except BaseException as error:
             # What went wrong first is what the user must hear of; a full disk would fail here a second time.
@@ -217,16 +220,3 @@ def _earlier_options(answers_file: str) -> Mapping[str, Any] | None:
                 metadata = record.get("metadata")
                 return metadata if isinstance(metadata, dict) else None
     return None
-
-
-def max_visual_tokens(model: Any) -> int:
-    """The most visual tokens one image can have in this model: its patches, times the views if tiled."""
-    patches = model.get_vision_tower().num_patches
-    config = model.config
-    if getattr(config, "image_aspect_ratio", None) != "anyres":
-        return patches
-    from llava.mm_utils import parse_grid_pinpoints
-
-    side = model.get_vision_tower().config.image_size
-    grids = parse_grid_pinpoints(config.image_grid_pinpoints)
-    return patches * (1 + max((w // side) * (h // side) for w, h in grids))

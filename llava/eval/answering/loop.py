@@ -11,6 +11,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from llava.eval.answering.answer_file import AnswerFile
@@ -22,6 +23,47 @@ from llava.eval.common.questions import Question, Selected
 from llava.utils import INCOMPLETE_STATUS, UserError, visible
 
 METADATA_INTERVAL = 30.0  # seconds between updates of the metadata while a run lasts
+
+
+@dataclass
+class Statistics:
+    """Running sums over answered samples. Token means are over samples with an image."""
+
+    samples: int = 0
+    with_image: int = 0
+    nominal: float = 0.0
+    processed: float = 0.0
+    visual: int = 0
+    flops: float = 0.0
+    dense_flops: float = 0.0
+    prefill_seconds: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, answer: Any) -> None:
+        self.samples += 1
+        self.prefill_seconds += answer.prefill_seconds
+        self.seconds += answer.seconds
+        self.flops += answer.trace.flops()
+        self.dense_flops += answer.trace.dense_flops()
+        if answer.trace.visual_tokens:
+            self.with_image += 1
+            self.visual += answer.trace.visual_tokens
+            self.nominal += answer.trace.mean_tokens("nominal")
+            self.processed += answer.trace.mean_tokens("processed")
+
+    def means(self) -> dict[str, float]:
+        """Means per sample: tokens (nominal, processed, visual: before pruning), flops_ratio (0 to 1, decoder
+        prefill), prefill_ms, seconds.
+        """
+        images, samples = max(self.with_image, 1), max(self.samples, 1)
+        return {
+            "nominal": self.nominal / images,
+            "processed": self.processed / images,
+            "visual": self.visual / images,
+            "flops_ratio": self.flops / self.dense_flops if self.dense_flops else 1.0,
+            "prefill_ms": 1000 * self.prefill_seconds / samples,
+            "seconds": self.seconds / samples,
+        }
 
 
 class Evaluation:
@@ -43,8 +85,6 @@ class Evaluation:
         process: tuple[int, int] = (0, 1),
         extra: Mapping[str, Any] | None = None,
     ) -> None:
-        from llava.eval.answering.answerer import Statistics
-
         self.args, self.questions, self.process = args, questions, process
         self.statistics = Statistics()
         self.skipped = 0
@@ -100,18 +140,13 @@ class Evaluation:
 
     def run(self, answerer: Any, method: Any, interrupts: Interrupts) -> None:
         """Answers what is pending."""
-        from llava.eval.answering.answerer import answer_questions
-        from llava.eval.answering.batching import BatchSize
+        from llava.eval.answering.batching import BatchSize, answer_questions
         from llava.eval.answering.workers import default_workers
 
         args, model = self.args, answerer.model
         self.metadata.set_model(
-            describe_device(model.device),
-            str(model.dtype).removeprefix("torch."),
-            model.merge_type() if hasattr(model, "merge_type") else None,
+            describe_device(model.device), str(model.dtype).removeprefix("torch."), answerer.adapter.arrangement()
         )
-        if (family := getattr(answerer, "family", None)) is not None:
-            self.metadata.values["family"] = family
         self.answers.open()
         self.traces.start()
         self._began = time.perf_counter()

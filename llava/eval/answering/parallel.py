@@ -142,7 +142,7 @@ def question_costs(
     """
     from PIL import Image
 
-    from llava.eval.answering.images import SampleError, image_path
+    from llava.eval.answering.answerer import SampleError, image_path
 
     last: tuple[tuple[str, ...], int] = ((), 0)
     costs = np.empty(len(questions))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
 from typing import Any
 
 from llava.eval.answering.command import KEEP, ZERO, add_padding_argument, add_running_arguments, run_questions
@@ -20,7 +19,7 @@ from llava.eval.common.arguments import (
     check_range,
 )
 from llava.eval.common.outputs import ANSWERS
-from llava.eval.common.questions import Question, chunk, read_questions
+from llava.eval.common.questions import chunk, read_questions
 from llava.eval.tasks import mmbench_rows, science_conversations
 from llava.utils import visible
 
@@ -46,17 +45,6 @@ def _parser(tool: str, wish: str, padding_attention: str = ZERO, **defaults: Any
     add_running_arguments(parser)
     parser.set_defaults(**defaults)
     return parser
-
-
-def _varied(prompt_text: Callable[[Question], str], images: Mapping[str, str] | None = None) -> Callable[..., Any]:
-    """Makes answerers whose prompts, or images, are not those of the question file."""
-
-    def make(*parts: Any) -> Any:
-        from llava.eval.answering.varied import VariedAnswerer  # imports torch: not for --help and wrong flags
-
-        return VariedAnswerer(*parts, prompt_text=prompt_text, images=images or {})
-
-    return make
 
 
 def loader_parser() -> Parser:
@@ -99,7 +87,6 @@ def answer_science(args: argparse.Namespace) -> int:
     return run_questions(
         args,
         chunk(questions, args.num_chunks, args.chunk_idx),
-        _varied(prompt_text),
         metadata={"single_pred_prompt": args.single_pred_prompt},
         prompt_text=prompt_text,
         padding_attention=KEEP,
@@ -132,8 +119,7 @@ def answer_mmbench(args: argparse.Namespace) -> int:
     return run_questions(
         args,
         [question for row in rows for question in row],
-        _varied(prompt_text, images),
         metadata={"single_pred_prompt": args.single_pred_prompt, "lang": args.lang, "all_rounds": args.all_rounds},
         prompt_text=prompt_text,
-        images_are_files=False,
+        images=images,
     )

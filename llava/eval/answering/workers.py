@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from llava.eval.answering.images import SampleError
+from llava.eval.answering.adapter import SampleError
 
 # Questions about one image go to one worker together, which then decodes it once.
 _MAX_GROUP = 16

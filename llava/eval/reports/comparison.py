@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llava.eval.answering.command import load_model, max_visual_tokens
+from llava.eval.answering.command import load_adapter
 from llava.eval.answering.loop import INCOMPLETE_STATUS
 from llava.eval.answering.metadata import checkpoint_fingerprint
 from llava.eval.common.arguments import (
@@ -221,24 +221,18 @@ def chosen_sets(args: argparse.Namespace) -> list[Any]:
 
 def answer_missing(args: argparse.Namespace, experiment: Any) -> int:
     """Loads the model and answers what the experiment lacks; returns the number of questions left out."""
-    from llava.eval.answering.varied import VariedAnswerer
+    from llava.eval.answering.answerer import Answerer
     from llava.eval.reports.experiment import describe_conditions
 
     # One input for all settings: tiles are joined as pruning wants them, for dense too.
     args.method = next((s.method.name for s in experiment.settings if s.budget is not None), "dense")
-    tokenizer, model, image_processor, _ = load_model(args)
+    adapter = load_adapter(args, args.conv_mode)
     most_images = max((len(question.images) for asked in experiment.sets for question in asked.questions), default=1)
     for setting in experiment.settings:
-        check_budget(setting.method, max_visual_tokens(model) * max(most_images, 1), "--budgets")
-    write_json(Path(args.output_dir) / "run.json", describe_conditions(args.model_path, args.batch_size, model))
-    make_answerer = partial(
-        VariedAnswerer,
-        tokenizer,
-        model,
-        image_processor,
-        conv_mode=args.conv_mode,
-        generation=GenerationOptions(max_new_tokens=args.max_new_tokens),
-    )
+        check_budget(setting.method, adapter.most_visual_tokens() * max(most_images, 1), "--budgets")
+    write_json(Path(args.output_dir) / "run.json", describe_conditions(args.model_path, args.batch_size, adapter.model))
+    generation = GenerationOptions(max_new_tokens=args.max_new_tokens)
+    make_answerer = partial(Answerer, adapter, generation=generation)
     return experiment.answer_missing(make_answerer, args.batch_size, args.quiet)
 
 

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llava.eval.answering.command import load_model, max_visual_tokens
+from llava.eval.answering.command import load_adapter
 from llava.eval.common.arguments import (
     DTYPE_HELP,
     DTYPES,
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     title = getattr(find_method(args.method, "--method"), "__name__", args.method)
     settings = make_settings([Variant(title, args.method)], budgets, flag="--method")
 
-    from llava.eval.answering.varied import VariedAnswerer
+    from llava.eval.answering.answerer import Answerer
     from llava.eval.reports.experiment import Experiment, QuestionSet, describe_conditions
     from llava.eval.reports.sample_plots import Example, plot_retention_curves, plot_survivors
 
@@ -96,10 +96,11 @@ def run(args: argparse.Namespace) -> None:
             Example(asked, item.question, item.text, item.trace)
         )
     started = time.perf_counter()
-    tokenizer, model, image_processor, _ = load_model(args)
+    adapter = load_adapter(args)
+    model = adapter.model
     for setting in settings:
-        check_budget(setting.method, max_visual_tokens(model), "--budgets")
-    make_answerer = partial(VariedAnswerer, tokenizer, model, image_processor, generation=generation)
+        check_budget(setting.method, adapter.most_visual_tokens(), "--budgets")
+    make_answerer = partial(Answerer, adapter, generation=generation)
     experiment.answer_missing(make_answerer, args.batch_size, args.quiet, strict=True)
 
     rows = make_rows(experiment, data_dir)
@@ -117,7 +118,7 @@ def run(args: argparse.Namespace) -> None:
     write_json(output / "demo.json", result)
     write_text_atomic(output / "demo.md", report + "\n")
     written = ["demo.md", "demo.json"]
-    if plot_survivors(examples, model.config, image_processor, output / "survivors.png"):
+    if plot_survivors(examples, model.config, adapter.image_processor, output / "survivors.png"):
         written.append("survivors.png")
     if plot_retention_curves(examples, budgets[-1], output / "retention.png"):
         written.append("retention.png")

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llava.eval.answering.adapter import Answered, Encoded, Sample, SampleError
 from llava.eval.answering.answer_file import AnswerFile
-from llava.eval.answering.answerer import Answered, Answerer, Encoded, Sample, SampleError
+from llava.eval.answering.answerer import Answerer
 from llava.eval.answering.loop import token_summary
 from llava.eval.answering.progress import Progress
 from llava.eval.common.questions import Question
@@ -32,7 +33,7 @@ Skip = Callable[[Question, str], None]
 class QuestionSet:
     """Questions with what is needed to ask them and, if there is ground truth, to grade the answers.
 
-    available: how many questions the file holds; answerer: further arguments of `VariedAnswerer`; grade: the credit
+    available: how many questions the file holds; answerer: further arguments of `Answerer`; grade: the credit
     of an answer, 0 to 1, or None where the truth does not know its question.
     """
 
@@ -207,7 +208,7 @@ class Encodings:
     def of(self, samples: Sequence[Sample], run: Any) -> Encoded:
         """The encoded batch; `run` must be attached."""
         own = run.method if run.shapes_prompt else None
-        key = (tuple(sample.question.index for sample in samples), self._answerer.model.merge_type(), own)
+        key = (tuple(sample.question.index for sample in samples), self._answerer.adapter.arrangement(), own)
         if key not in self._encoded:
             self._encoded[key] = self._answerer.encode(
                 samples, with_cls_attention=own is None or run.needs_cls_attention

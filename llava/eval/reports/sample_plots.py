@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from llava.eval.answering.images import open_image
+from llava.eval.answering.answerer import open_image
 from llava.eval.common.questions import Question
 from llava.eval.reports.plots import EASY, FAINT, HARD, INK, MUTED, pyplot, save
 from llava.mm_utils import expand2square

@@ -34,7 +34,7 @@ class Score:
 class Asked:
     """The questions of a benchmark, and what an answerer needs beside them.
 
-    answerer: keyword arguments of `VariedAnswerer`: `prompt_text` where the prompt is not the question's text,
+    answerer: keyword arguments of `Answerer`: `prompt_text` where the prompt is not the question's text,
     `images` where they are not files.
     """
 
