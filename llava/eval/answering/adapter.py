@@ -32,12 +32,16 @@ class SampleError(Exception):
 
 @dataclass(frozen=True)
 class Sample:
-    """A question ready for the model: prompt ids `[T]` and, for each of its images, pixels and size (w, h)."""
+    """A question ready for the model: prompt ids `[T]` and, for each of its images, pixels and size (w, h).
+
+    pixels: what `Adapter.pixels` made of the images. prompt: the text that the ids spell.
+    """
 
     question: Question
     input_ids: Tensor
-    pixels: tuple[Tensor, ...] = ()
+    pixels: tuple[Any, ...] = ()
     image_sizes: tuple[tuple[int, int], ...] = ()
+    prompt: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,12 +74,16 @@ class Adapter(Protocol):
     """A loaded model as an answerer sees it. `model` is what a method's `attach` takes."""
 
     model: Any
+    family: str | None  # of `llava.families`, for metadata; None for this package's own model
 
-    def prompt_ids(self, text: str, images: int) -> Tensor:
-        """Ids `[T]` of a prompt with a place for each image; raises `SampleError`."""
+    def prompt(self, text: str, images: int) -> str:
+        """A question in the model's template, with a place for each image; raises `SampleError`."""
 
-    def pixels(self, image: Image.Image) -> Tensor:
-        """An RGB image as the tower takes it, on the CPU; raises `SampleError`."""
+    def prompt_ids(self, prompt: str) -> Tensor:
+        """Its ids `[T]`."""
+
+    def pixels(self, image: Image.Image) -> Any:
+        """An RGB image as `encode` takes it: a tensor on the CPU, or the image itself; raises `SampleError`."""
 
     def encode(self, samples: Sequence[Sample], with_cls_attention: bool) -> Encoded:
         """What comes before the decoder; the result can be answered under several methods. Raises `SampleError`."""
@@ -83,8 +91,8 @@ class Adapter(Protocol):
     def generate(self, encoded: Encoded, run: Any, generation: GenerationOptions) -> list[Answered]:
         """Answers an encoded batch; `run` is what a method's `attach` returned for this model."""
 
-    def most_visual_tokens(self) -> int:
-        """The most visual tokens that one image can have."""
+    def most_visual_tokens(self) -> int | None:
+        """The most visual tokens that one image can have; None where that depends on the image."""
 
     def first_not_finite(self, samples: Sequence[Sample], with_cls_attention: bool) -> str | None:
         """Where the first number that is not finite appears in a dense forward; None if all are finite."""
@@ -96,18 +104,22 @@ class Adapter(Protocol):
 class LlavaAdapter:
     """This package's LLaVA. masks_padding: the CLS attention of patches that only pad a picture counts as 0."""
 
+    family: str | None = None
+
     def __init__(
         self, tokenizer: Any, model: Any, image_processor: Any, conv_mode: str = "vicuna_v1", masks_padding: bool = True
     ) -> None:
         self.tokenizer, self.model, self.image_processor = tokenizer, model, image_processor
         self.conv_mode, self.masks_padding = conv_mode, masks_padding
 
-    def prompt_ids(self, text: str, images: int) -> Tensor:
+    def prompt(self, text: str, images: int) -> str:
         start_end = getattr(self.model.config, "mm_use_im_start_end", False)
         try:
-            prompt = build_prompt(text, images, self.conv_mode, start_end)
+            return build_prompt(text, images, self.conv_mode, start_end)
         except UserError as error:
             raise SampleError(str(error)) from None
+
+    def prompt_ids(self, prompt: str) -> Tensor:
         return tokenizer_image_token(prompt, self.tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
 
     def pixels(self, image: Image.Image) -> Tensor:
@@ -173,7 +185,7 @@ class LlavaAdapter:
             for sample, text, trace, failure in zip(encoded.samples, texts, run.traces, failed, strict=True)
         ]
 
-    def most_visual_tokens(self) -> int:
+    def most_visual_tokens(self) -> int | None:
         return max_visual_tokens(self.model)
 
     def first_not_finite(self, samples: Sequence[Sample], with_cls_attention: bool) -> str | None:

@@ -47,7 +47,7 @@ class Answerer:
     max_image_pixels: int = MAX_IMAGE_PIXELS
     prompt_text: Callable[[Question], str] | None = None
     images: Mapping[str, str] = field(default_factory=dict)
-    _cache: OrderedDict[str, tuple[torch.Tensor, tuple[int, int]]] = field(default_factory=OrderedDict)
+    _cache: OrderedDict[str, tuple[Any, tuple[int, int]]] = field(default_factory=OrderedDict)
 
     @property
     def model(self) -> Any:
@@ -60,7 +60,8 @@ class Answerer:
             raise SampleError(question.problem)
         try:
             images = [self._pixels(name) for name in question.images]
-            ids = self.prompt_ids(question)
+            prompt = self.prompt(question)
+            ids = self.adapter.prompt_ids(prompt)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -68,14 +69,18 @@ class Answerer:
         # Questions that follow one another are often about the same images.
         while len(self._cache) > max(self.image_cache, 2 * len(question.images), 1):
             self._cache.popitem(last=False)
-        return Sample(question, ids, tuple(pixels for pixels, _ in images), tuple(size for _, size in images))
+        return Sample(question, ids, tuple(pixels for pixels, _ in images), tuple(size for _, size in images), prompt)
+
+    def prompt(self, question: Question) -> str:
+        """The question in the model's template, with a placeholder for each image; raises `SampleError`."""
+        text = question.text if self.prompt_text is None else self.prompt_text(question)
+        return self.adapter.prompt(text, len(question.images))
 
     def prompt_ids(self, question: Question) -> torch.Tensor:
-        """Ids `[T]` of the question's prompt, with a placeholder for each image; raises `SampleError`."""
-        text = question.text if self.prompt_text is None else self.prompt_text(question)
-        return self.adapter.prompt_ids(text, len(question.images))
+        """Ids `[T]` of the question's prompt; raises `SampleError`."""
+        return self.adapter.prompt_ids(self.prompt(question))
 
-    def _pixels(self, name: str) -> tuple[torch.Tensor, tuple[int, int]]:
+    def _pixels(self, name: str) -> tuple[Any, tuple[int, int]]:
         if name in self._cache:
             self._cache.move_to_end(name)
             return self._cache[name]

@@ -71,7 +71,7 @@ def open_chat(args: argparse.Namespace, query: str | None = None) -> tuple[Any, 
         build_prompt(query, len(images), conv_mode)
     tokenizer, model, image_processor, _ = load_model(args)
     if images:
-        check_budget(method, max_visual_tokens(model) * len(images))
+        check_budget(method, max_visual_tokens(model), len(images))
     return Chat(tokenizer, model, image_processor, images, conv_mode, generation), method
 
 

@@ -67,7 +67,7 @@ class BatchSize:
 
 def sample_length(sample: Any) -> tuple[int, int]:
     """What the length of a sample's row grows with: views of its images, then tokens of the prompt."""
-    views = sum(pixels.shape[0] if pixels.ndim == 4 else 1 for pixels in sample.pixels or ())
+    views = sum(pixels.shape[0] if getattr(pixels, "ndim", 3) == 4 else 1 for pixels in sample.pixels or ())
     return views, len(sample.input_ids)
 
 

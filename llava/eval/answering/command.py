@@ -110,7 +110,10 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any, Any, int]:
 def load_adapter(args: argparse.Namespace, conv_mode: str = "vicuna_v1", masks_padding: bool = True) -> Any:
     """The model of the flags behind the surface that an answerer uses; the one place that chooses an adapter."""
     from llava.eval.answering.adapter import LlavaAdapter
+    from llava.eval.answering.family import FamilyAdapter, family_folder, load_family
 
+    if (family := family_folder(args.model_path)) is not None:
+        return FamilyAdapter(*load_family(args), family)
     tokenizer, model, image_processor, _ = load_model(args)
     return LlavaAdapter(tokenizer, model, image_processor, conv_mode, masks_padding)
 
@@ -171,7 +174,7 @@ def run_questions(
                 if args.device is None:
                     args.device = world.device()
                 adapter = load_adapter(args, args.conv_mode, masks_padding=padding == ZERO)
-                check_budget(method, adapter.most_visual_tokens() * max(most_images, 1))
+                check_budget(method, adapter.most_visual_tokens(), most_images)
                 answerer = Answerer(
                     adapter,
                     image_folder,

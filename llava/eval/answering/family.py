@@ -1,7 +1,7 @@
 """Answering with a model of transformers: a folder of any family of `llava.families`.
 
 Prompts go through the processor's chat template, images through its image processor; the family's reader finds the
-visual tokens. What differs between tools (what is asked, where images lie) stays with their `Answerer`.
+visual tokens.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +17,9 @@ import torch
 from PIL import Image
 from transformers import LogitsProcessorList
 
-from llava.eval.answering.answerer import Answered, Answerer, Encoded, Sample, SampleError
-from llava.eval.answering.batching import is_out_of_memory
+from llava.eval.answering.adapter import Answered, Encoded, FiniteWatch, Sample, where_not_finite
 from llava.eval.answering.metadata import default_dtype
-from llava.eval.answering.numerics import FiniteWatch
-from llava.eval.common.questions import Question
+from llava.eval.common.arguments import GenerationOptions
 from llava.families import list_families
 from llava.utils import UserError
 
@@ -110,72 +106,43 @@ def _pillow_class(folder: str) -> Any:
     return getattr(transformers, name)
 
 
-@dataclass(frozen=True)
-class FamilySample(Sample):
-    """A question ready for a processor: the prompt's text and its images. `input_ids` are those of the text alone."""
+class FamilyAdapter:
+    """A model of transformers behind its processor. processor: of the model's folder; family: its name."""
 
-    text: str = ""
-    images: tuple[Image.Image, ...] = ()
-
-
-@dataclass(frozen=True)
-class FamilyInputs:
-    """What the processor made of a batch."""
-
-    values: dict[str, Any]
-    model: Any
-
-    @property
-    def attention_mask(self) -> torch.Tensor:
-        return self.values["attention_mask"]
-
-    @cached_property
-    def inputs_embeds(self) -> torch.Tensor:
-        """Of the ids; to look for numbers that are not finite."""
-        return self.model.get_input_embeddings()(self.values["input_ids"])
-
-
-class FamilyAnswerer:
-    """Answers like `Answerer`, with a model of transformers.
-
-    asker: the tool's own answerer, which knows what is asked and opens images. processor: of the model's folder.
-    """
-
-    def __init__(self, asker: Answerer, processor: Any, family: str) -> None:
-        self.asker, self.processor, self.family = asker, processor, family
-        self.model, self.generation = asker.model, asker.generation
+    def __init__(self, processor: Any, model: Any, family: str) -> None:
+        self.processor, self.model, self.family = processor, model, family
         if getattr(processor, "chat_template", None) is None:
             raise UserError(f"--model-path: the processor of this {family} has no chat template")
 
-    def prepare(self, question: Question) -> FamilySample:
-        """Loads the images and fills the chat template; raises `SampleError` if that fails."""
-        if question.problem is not None:
-            raise SampleError(question.problem)
-        try:
-            images = tuple(self.asker.load_image(name) for name in question.images)
-            text = self.prompt(question)
-            return FamilySample(question, self._ids(text), (), tuple(image.size for image in images), text, images)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            raise SampleError("out of memory while the question was prepared") from None
-
-    def prompt(self, question: Question) -> str:
+    def prompt(self, text: str, images: int) -> str:
         """The question in the chat template, behind its images."""
-        asked = getattr(self.asker, "prompt_text", None)
-        text = question.text if asked is None else asked(question)
-        content = [{"type": "image"}] * len(question.images) + [{"type": "text", "text": text}]
+        content = [{"type": "image"}] * images + [{"type": "text", "text": text}]
         message = {"role": "user", "content": content}
         return self.processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
 
-    def _ids(self, text: str) -> torch.Tensor:
-        return torch.tensor(self.processor.tokenizer(text).input_ids)
+    def prompt_ids(self, prompt: str) -> torch.Tensor:
+        """Of the text alone: the processor counts the tokens of an image when it sees the batch."""
+        return torch.tensor(self.processor.tokenizer(prompt).input_ids)
 
-    def encode(self, samples: Sequence[FamilySample], with_cls_attention: bool = False) -> Encoded:
+    def pixels(self, image: Image.Image) -> Image.Image:
+        return image
+
+    def most_visual_tokens(self) -> int | None:
+        return None
+
+    def arrangement(self) -> str | None:
+        return None
+
+    def first_not_finite(self, samples: Sequence[Sample], with_cls_attention: bool) -> str | None:
+        values = self.encode(samples, with_cls_attention).inputs
+        embeddings = self.model.get_input_embeddings()(values["input_ids"])
+        return where_not_finite(self.model, embeddings, values["attention_mask"])
+
+    def encode(self, samples: Sequence[Sample], with_cls_attention: bool) -> Encoded:
         """What the processor makes of a batch, on the model's device; the tower runs in `generate`."""
         started = time.perf_counter()
-        images = [list(sample.images) for sample in samples]
-        given: dict[str, Any] = {"text": [sample.text for sample in samples], "return_tensors": "pt", "padding": True}
+        images = [list(sample.pixels) for sample in samples]
+        given: dict[str, Any] = {"text": [sample.prompt for sample in samples], "return_tensors": "pt", "padding": True}
         if any(images):
             # Idefics3 counts images by prompt; the others want them in reading order, OneVision by prompt too.
             given["images"] = images if self._nests else [own for own in images if own]
@@ -186,31 +153,31 @@ class FamilyAnswerer:
             name: value.to(self.model.dtype) if torch.is_tensor(value) and value.is_floating_point() else value
             for name, value in values.items()
         }
-        return Encoded(tuple(samples), FamilyInputs(values, self.model), time.perf_counter() - started)
+        return Encoded(tuple(samples), values, time.perf_counter() - started)
 
     @property
     def _nests(self) -> bool:
         return self.family in ("idefics3", "smolvlm")
 
-    def generate(self, encoded: Encoded, run: Any) -> list[Answered]:
+    def generate(self, encoded: Encoded, run: Any, generation: GenerationOptions) -> list[Answered]:
         """Answers a batch; `run` is what a method's `attach` returned for this model."""
         first, count = encoded.samples[0].question, len(encoded.samples)
-        if self.generation.samples:
+        if generation.samples:
             # Seeded by position, so that a resumed run draws what an uninterrupted one draws.
-            torch.manual_seed(self.generation.seed + first.index)
+            torch.manual_seed(generation.seed + first.index)
         run.traces.clear()
         run.prefill_seconds.clear()
         run.sample_ids = [sample.question.index for sample in encoded.samples]
         watch = FiniteWatch(count)
         started = time.perf_counter()
-        tokenizer, values = self.processor.tokenizer, encoded.inputs.values
+        tokenizer, values = self.processor.tokenizer, encoded.inputs
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         with torch.inference_mode():
             output = self.model.generate(
                 **values,
                 pad_token_id=pad,
                 logits_processor=LogitsProcessorList([watch]),
-                **self.generation.generate_kwargs(),
+                **generation.generate_kwargs(),
             )
         texts = tokenizer.batch_decode(output[:, values["input_ids"].shape[1] :], skip_special_tokens=True)
         seconds = (encoded.seconds + time.perf_counter() - started) / count
@@ -220,7 +187,3 @@ class FamilyAnswerer:
             Answered(sample.question, text.strip(), trace, prefill, seconds, encoded.seconds / count, failure)
             for sample, text, trace, failure in zip(encoded.samples, texts, run.traces, failed, strict=True)
         ]
-
-    def answer(self, samples: Sequence[FamilySample], run: Any) -> list[Answered]:
-        """Encodes and answers one batch."""
-        return self.generate(self.encode(samples), run)

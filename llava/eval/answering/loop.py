@@ -147,6 +147,8 @@ class Evaluation:
         self.metadata.set_model(
             describe_device(model.device), str(model.dtype).removeprefix("torch."), answerer.adapter.arrangement()
         )
+        if answerer.adapter.family is not None:
+            self.metadata.values["family"] = answerer.adapter.family
         self.answers.open()
         self.traces.start()
         self._began = time.perf_counter()

@@ -82,7 +82,7 @@ class _Packer:
     def __call__(self, sample: Any) -> Any:
         if isinstance(sample, SampleError):
             return sample
-        packed = tuple(self._packed(pixels) for pixels in sample.pixels)
+        packed = tuple(self._packed(p) if isinstance(p, torch.Tensor) else p for p in sample.pixels)
         return replace(sample, input_ids=sample.input_ids.numpy(), pixels=packed)
 
     def _packed(self, pixels: torch.Tensor) -> Any:
@@ -93,10 +93,15 @@ class _Packer:
         return self._pixels[id(pixels)][1]
 
 
+def _unpacked(packed: tuple[Any, torch.dtype, tuple[int, ...]]) -> torch.Tensor:
+    raw, dtype, shape = packed
+    return torch.from_numpy(raw).view(dtype).view(shape)
+
+
 def _unpack(sample: Any) -> Any:
     if isinstance(sample, SampleError):
         return sample
-    pixels = tuple(torch.from_numpy(raw).view(dtype).view(shape) for raw, dtype, shape in sample.pixels)
+    pixels = tuple(_unpacked(packed) if isinstance(packed, tuple) else packed for packed in sample.pixels)
     return replace(sample, input_ids=torch.from_numpy(np.asarray(sample.input_ids)), pixels=pixels)
 
 

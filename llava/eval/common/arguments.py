@@ -282,12 +282,15 @@ def with_options(method_class: Any, options: Mapping[str, Any], what: str) -> An
         raise UserError(f"{what}: {_message(error)}") from None
 
 
-def check_budget(method: Any, visual_tokens: int, flag: str = "--target-token-num") -> None:
-    """Raises `UserError` if the budget exceeds `visual_tokens`, the most the model can get from one image."""
-    target = method.target_tokens
-    if target is not None and target > visual_tokens:
+def check_budget(method: Any, visual_tokens: int | None, images: int = 1, flag: str = "--target-token-num") -> None:
+    """Raises `UserError` if the budget exceeds what a prompt of `images` images (0 counts as 1) can have.
+
+    visual_tokens: the most the model can get from one image; None where that depends on the image.
+    """
+    target, most = method.target_tokens, None if visual_tokens is None else visual_tokens * max(images, 1)
+    if target is not None and most is not None and target > most:
         raise UserError(
-            f"{flag} {target} is more than the {visual_tokens} visual tokens of this model; "
+            f"{flag} {target} is more than the {most} visual tokens of this model; "
             "use --method dense to run without pruning"
         )
 

@@ -229,7 +229,7 @@ def answer_missing(args: argparse.Namespace, experiment: Any) -> int:
     adapter = load_adapter(args, args.conv_mode)
     most_images = max((len(question.images) for asked in experiment.sets for question in asked.questions), default=1)
     for setting in experiment.settings:
-        check_budget(setting.method, adapter.most_visual_tokens() * max(most_images, 1), "--budgets")
+        check_budget(setting.method, adapter.most_visual_tokens(), most_images, "--budgets")
     write_json(Path(args.output_dir) / "run.json", describe_conditions(args.model_path, args.batch_size, adapter.model))
     generation = GenerationOptions(max_new_tokens=args.max_new_tokens)
     make_answerer = partial(Answerer, adapter, generation=generation)

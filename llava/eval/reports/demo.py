@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
     adapter = load_adapter(args)
     model = adapter.model
     for setting in settings:
-        check_budget(setting.method, adapter.most_visual_tokens(), "--budgets")
+        check_budget(setting.method, adapter.most_visual_tokens(), flag="--budgets")
     make_answerer = partial(Answerer, adapter, generation=generation)
     experiment.answer_missing(make_answerer, args.batch_size, args.quiet, strict=True)
 
