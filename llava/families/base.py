@@ -133,7 +133,8 @@ def without_cls(call: Call, values_NTF: Tensor) -> Tensor:
 def pooled(values_NTF: Tensor, factor: int) -> Tensor:
     """Means over squares of ``factor`` x ``factor`` tokens, raster order: ``[N, T / factor^2, F]``."""
     side = round(values_NTF.shape[1] ** 0.5)
-    squares = values_NTF.unflatten(1, (side // factor, factor, side // factor, factor))
+    cut = side // factor
+    squares = values_NTF.reshape(len(values_NTF), cut, factor, cut, factor, values_NTF.shape[2])
     return squares.mean((2, 4)).flatten(1, 2)
 
 
@@ -147,7 +148,7 @@ def packed(call: Call, values_NTF: Tensor) -> list[Placed]:
     shape = values_NTF.shape[:2]
     marks = torch.stack((torch.ones(shape).to(values_NTF), number[:, None].expand(shape)), dim=2)
     extended = torch.cat((marks, values_NTF), dim=2)
-    given["image_features"] = list(extended.split(crops))
+    given["image_features"] = list(torch.split(extended, crops))
     if given.get("image_newline") is not None:
         given["image_newline"] = extended.new_zeros(extended.shape[2])  # the first mark says what is a newline
     images, _ = call.model.pack_image_features(**given)

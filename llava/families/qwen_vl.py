@@ -44,9 +44,9 @@ class Qwen2VL(Family):
         merge = call.model.visual.spatial_merge_size**2
         # A call per picture or frame (flash attention: one for all); the patches of a unit stand side by side.
         patches = torch.cat([run.flatten(0, 1) for run in runs])
-        units = self.units(call, patches.unflatten(0, (-1, merge)).mean(1))
+        units = self.units(call, patches.reshape(-1, merge, patches.shape[1]).mean(1))
         sizes = (self.grids(call).prod(-1) // merge).tolist()
-        return [Placed(values) for values in units.split(sizes)]
+        return [Placed(values) for values in torch.split(units, sizes)]
 
 
 class Qwen25VL(Qwen2VL):
@@ -68,8 +68,10 @@ class Qwen3VL(Qwen2VL):
     classes = ("Qwen3VLForConditionalGeneration", "Qwen3VLModel")
 
     def grids(self, call: Call) -> Tensor:
-        grids = call.arguments.get("video_grid_thw") if call.modality == "video" else None
-        return call.arguments["image_grid_thw"] if grids is None else grids
+        # Without the name of the modality where it encodes videos as images.
+        name = "video_grid_thw" if call.arguments.get("video_grid_thw") is not None else "image_grid_thw"
+        grids: Tensor = call.arguments[name]
+        return grids
 
 
 def window_order(grids: Tensor, merge: int, side: int) -> Tensor:

@@ -68,7 +68,7 @@ def layer_value(value: TowerValue, query_NHTD: Tensor, key_NHTD: Tensor, scaling
 
 def split_values(values_VF: Tensor, widths: Mapping[str, int]) -> dict[str, Tensor]:
     """Values side by side, by name; one that is a single number loses its last dimension."""
-    parts = values_VF.split(list(widths.values()), dim=1)
+    parts = torch.split(values_VF, list(widths.values()), dim=1)
     return {name: part[:, 0] if part.shape[1] == 1 else part for name, part in zip(widths, parts, strict=True)}
 
 

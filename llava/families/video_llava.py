@@ -28,4 +28,4 @@ class VideoLlava(Family):
             return [Placed(image) for image in without_cls(call, values)]
         frames = call.arguments["pixel_values_videos"].shape[1]
         number = torch.arange(frames, device=values.device).repeat_interleave(values.shape[1])
-        return [Placed(video.flatten(0, 1), None, number) for video in values.unflatten(0, (-1, frames))]
+        return [Placed(video.flatten(0, 1), None, number) for video in torch.split(values, frames)]
