@@ -118,6 +118,22 @@ class FamilyReader:
 
             run._replace(undo, self._top, "_expand_inputs_for_generation", expanded)
 
+        if hasattr(self._top, "generate") and run.selects:
+            generate = self._top.generate
+
+            @functools.wraps(generate)
+            def whole(*args: Any, **kwargs: Any) -> Any:
+                given = [
+                    kwargs.get("generation_config"),
+                    *(value for value in args if hasattr(value, "max_new_tokens")),
+                ]
+                sizes = [kwargs.get("prefill_chunk_size"), *(getattr(own, "prefill_chunk_size", None) for own in given)]
+                if any(sizes):
+                    raise UnsupportedError("prefill_chunk_size: a prompt that comes in chunks cannot be pruned")
+                return generate(*args, **kwargs)
+
+            run._replace(undo, self._top, "generate", whole)
+
     def _see_prompt(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the ids of a prompt and what was encoded for it; refuse an image on a pruned cache."""
         if args:

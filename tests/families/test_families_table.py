@@ -6,8 +6,11 @@ positions and deepstack features that transformers itself makes.
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
+import transformers
 
 from llava.families import family_of, list_families
 from llava.pruning import BEFORE_DECODER, AutoPrune, Dense, OptionError, UnsupportedError, get_method
@@ -308,6 +311,15 @@ def test_what_a_family_cannot_do_is_refused_by_name(name):
         pass
     with AutoPrune(target_tokens=8).attach(model), pytest.raises(UnsupportedError, match="output_attentions"):
         model(**tiny.batch(ONE), output_attentions=True)
+    computed = []
+    hook = model.get_decoder().register_forward_pre_hook(lambda *_: computed.append(1))
+    chunks = transformers.GenerationConfig(max_new_tokens=2, prefill_chunk_size=8)
+    with get_method("fastv")(target_tokens=8).attach(model):
+        for how in ({"prefill_chunk_size": 8}, {"generation_config": chunks}):
+            with pytest.raises(UnsupportedError, match="prefill_chunk_size.*cannot be pruned"):
+                model.generate(**tiny.batch(ONE), **how)
+    hook.remove()
+    assert not computed
     features = tiny.batch(ONE)
     outside = generated_features(model, features)
     if outside is not None:
@@ -316,8 +328,6 @@ def test_what_a_family_cannot_do_is_refused_by_name(name):
 
 
 def generated_features(model, inputs):
-    import inspect
-
     names = inspect.signature(model.model.get_image_features).parameters
     with torch.no_grad():
         return model.model.get_image_features(
@@ -335,8 +345,6 @@ def test_renumbering_has_no_meaning_with_several_axes(name, caplog):
 
 
 def test_refused_families():
-    import transformers
-
     text = {
         "hidden_size": 32,
         "intermediate_size": 48,
