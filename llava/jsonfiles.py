@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from llava.schema import kind_of
-from llava.utils import UserError
+from llava.utils import UserError, kind_of
 
 MAX_DEPTH = 100
 """Lists and objects inside each other: what is read must be comparable and writable, which both recurse."""
@@ -173,3 +172,10 @@ def parse_line(raw: bytes, where: str, what: str) -> dict[str, Any] | None:
     if not isinstance(record, dict):
         raise UserError(f"{where}: {what} needs one JSON object per line, found {kind_of(record)}")
     return record
+
+
+def require_keys(record: dict[str, Any], keys: Iterable[str], where: str) -> None:
+    """Raises a `UserError` that names the first of `keys` missing from `record`."""
+    for key in keys:
+        if key not in record:
+            raise UserError(f"{where}: key {key!r} is missing")

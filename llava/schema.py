@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llava.utils import UserError
+from llava.utils import UserError, kind_of
 
 Problem = tuple[str, str]
 """Where inside the value (".answers[2]"; empty for the value itself), and what is wrong there."""
@@ -22,20 +22,6 @@ _SHOWN = 40  # characters of a value in a message
 LARGEST = 2**63 - 1
 """Whole numbers beyond it fit no integer type of the libraries behind us."""
 _MOST = 1e100  # sums and products of a few such numbers are still finite; NaN and infinity are beyond it
-
-
-def kind_of(value: Any) -> str:
-    """A value in a few words, for messages."""
-    if value is None:
-        return "null"
-    if isinstance(value, list | tuple):
-        return "an empty list" if not value else "a list"
-    if isinstance(value, dict):
-        return "an object"
-    if isinstance(value, bool):
-        return str(value).lower()
-    text = ascii(value) if isinstance(value, str) else str(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def check(value: Any, shape: Any, where: str) -> Any:

@@ -133,3 +133,20 @@ def build_logger(name: str, filename: str | None = None, level: int = logging.IN
         logger.addHandler(handler)
     logger.propagate = False
     return logger
+
+
+_SHOWN = 40  # characters of a value in a message
+
+
+def kind_of(value: Any) -> str:
+    """A value in a few words, for messages."""
+    if value is None:
+        return "null"
+    if isinstance(value, list | tuple):
+        return "an empty list" if not value else "a list"
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = ascii(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

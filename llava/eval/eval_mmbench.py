@@ -12,18 +12,9 @@ from collections.abc import Sequence
 
 from llava.eval.common.arguments import Parser
 from llava.eval.common.outputs import SCORES
+from llava.eval.tasks import mmbench
 from llava.eval.tasks.join import conclude
-from llava.eval.tasks.mmbench import (
-    MISSING,
-    evaluate_mmbench,
-    flat_result,
-    load_rows,
-    print_scores,
-    read_answer,
-    read_choice,
-    score_files,
-    warn_unread,
-)
+from llava.eval.tasks.mmbench import evaluate_mmbench, load_rows, read_answer, read_choice, score_files
 from llava.utils import cli_main
 
 __all__ = ["evaluate_mmbench", "load_rows", "main", "read_answer", "read_choice", "score_files"]
@@ -37,9 +28,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=SCORES, metavar="PATH", help="write the result as JSON (percent)")
     args = parser.parse_args(argv)
     result = score_files(args.annotation_file, args.result_file)
-    print_scores(result)
-    conclude(result["coverage"], flat_result(result), args.json, MISSING)
-    warn_unread(result)
+    mmbench.print_scores(result)
+    conclude(result["coverage"], mmbench.flat_result(result), args.json, mmbench.MISSING)
+    mmbench.warn_unread(result)
 
 
 if __name__ == "__main__":

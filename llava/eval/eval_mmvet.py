@@ -11,16 +11,9 @@ from collections.abc import Sequence
 
 from llava.eval.common.arguments import Parser
 from llava.eval.common.outputs import SCORES
+from llava.eval.tasks import mmvet
 from llava.eval.tasks.join import conclude
-from llava.eval.tasks.mmvet import (
-    evaluate_mmvet,
-    flat_result,
-    load_capabilities,
-    load_grades,
-    print_scores,
-    score_files,
-    warn_uneven,
-)
+from llava.eval.tasks.mmvet import evaluate_mmvet, load_capabilities, load_grades, score_files
 from llava.utils import cli_main
 
 __all__ = ["evaluate_mmvet", "load_capabilities", "load_grades", "main", "score_files"]
@@ -34,9 +27,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=SCORES, metavar="PATH", help="write the result as JSON (percent)")
     args = parser.parse_args(argv)
     result = score_files(args.result_file, args.annotation_file)
-    print_scores(result)
-    conclude(result["coverage"], flat_result(result), args.json)
-    warn_uneven(result)
+    mmvet.print_scores(result)
+    conclude(result["coverage"], mmvet.flat_result(result), args.json)
+    mmvet.warn_uneven(result)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from llava.eval.answering.merging import merge_files
+from llava.eval.answering.merge_tool import merge_files
 from llava.eval.common.arguments import Parser
 from llava.eval.common.outputs import ANSWERS
 from llava.utils import cli_main, visible

@@ -31,8 +31,7 @@ from llava.model.locate import (
 )
 from llava.model.names import translate_name
 from llava.model.weights import LISTED_NAMES, read_weights
-from llava.schema import kind_of
-from llava.utils import UserError
+from llava.utils import UserError, kind_of
 
 ADAPTER_FILES = (ADAPTER_CONFIG, *ADAPTER_WEIGHTS, NON_LORA_WEIGHTS, PROJECTOR_WEIGHTS)
 _MATRIX = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight$")

@@ -48,7 +48,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
 
     `config` is transformers' `LlavaConfig` with LLaVA's own fields beside it (`image_aspect_ratio`,
     `image_grid_pinpoints`, `mm_vision_select_layer`, `tokenizer_model_max_length`, ...); see
-    `llava.model.checkpoint`.
+    `llava.model.configuration`.
     """
 
     # Set by the loader; scripts reach it through `get_vision_tower().image_processor`.
@@ -77,9 +77,9 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         """
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *args, **kwargs)
-        from llava.model.builder import load_pretrained_model  # the loader imports this class
+        import llava.model  # whose loader, imported when it is first asked for, builds this class
 
-        return load_pretrained_model(str(pretrained_model_name_or_path), *args, **kwargs)[1]
+        return llava.model.load_pretrained_model(str(pretrained_model_name_or_path), *args, **kwargs)[1]
 
     # --- parts, under LLaVA's names ---
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from llava.model.adapters import Adapter, base_named_by, is_adapter, read_adapter
-from llava.model.checkpoint import check_config, is_llava_hf_config, llava_config
-from llava.model.configuration import LlavaConfig
+from llava.model.configuration import LlavaConfig, check_config, is_llava_hf_config, llava_config
 from llava.model.locate import ADAPTER_CONFIG, INDEX_FILES, SINGLE_FILES, locate, read_checkpoint_json
 from llava.model.names import translate_name, translate_tower_name
 from llava.model.towers import find_tower, tower_config, tower_name

@@ -16,8 +16,7 @@ from transformers import CLIPVisionConfig
 
 from llava.model.fields import VISION, usable
 from llava.model.locate import locate, read_checkpoint_json
-from llava.schema import kind_of
-from llava.utils import UserError, describe_error
+from llava.utils import UserError, describe_error, kind_of
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from llava.pruning.engine.run import PruningRun
 from llava.pruning.engine.trace import Trace
 from llava.pruning.engine.view import LayerView
 from llava.pruning.method import DecoderMethod, PruningMethod, TowerMerger, VisionReducer
-from llava.pruning.methods.autoprune import AutoPrune
 from llava.pruning.methods.autoprune.curve import add_curve, retention_schedule
 from llava.pruning.methods.autoprune.information import mutual_information
+from llava.pruning.methods.autoprune.method import AutoPrune
 from llava.pruning.methods.dense import Dense
 from llava.pruning.registry import build_method, get_method, list_methods
 from llava.pruning.selection import dpc_knn_merge

@@ -69,3 +69,19 @@ def parse_layers(text: str) -> tuple[int, ...] | None:
     except ValueError:
         return None
     return layers if layers[0] >= 0 and all(a < b for a, b in zip(layers, layers[1:], strict=False)) else None
+
+
+def crop_quotas(sizes: Sequence[int], cap: int) -> list[int]:
+    """Tokens that each crop of one image may keep so that the image keeps ``cap``.
+
+    In proportion to the crops' sizes; what rounding down leaves goes to the largest remainders, ties to the earlier
+    crop. An image within the cap keeps everything.
+    """
+    total = sum(sizes)
+    if total <= cap:
+        return list(sizes)
+    quotas = [cap * size // total for size in sizes]
+    by_remainder = sorted(range(len(sizes)), key=lambda crop: (-(cap * sizes[crop] % total), crop))
+    for crop in by_remainder[: cap - sum(quotas)]:
+        quotas[crop] += 1
+    return quotas

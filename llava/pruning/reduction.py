@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from llava.pruning.budget import crop_quotas
 from llava.pruning.engine.layout import VisualLayout
 from llava.pruning.engine.protocol import Method
-from llava.pruning.engine.token_cap import crop_quotas
 from llava.pruning.selection import on_device
 from llava.pruning.vision import ReducedRow, VisionView
 

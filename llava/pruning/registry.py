@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from llava.pruning.method import PruningMethod
-from llava.pruning.methods.composition import CompositionSpec
-from llava.pruning.methods.schedule import ScheduleSpec
 from llava.pruning.types import OptionError
 
 _METHODS = {
@@ -40,6 +38,9 @@ def get_method(spec: str) -> Any:
     Raises:
         OptionError: unknown name (the message lists the valid ones), or parts that do not go together.
     """
+    from llava.pruning.methods.composition import CompositionSpec
+    from llava.pruning.methods.schedule import ScheduleSpec
+
     if ":" in spec:
         return ScheduleSpec.read(spec, _named)
     if "+" in spec:

@@ -87,4 +87,4 @@ def loaded(checkpoint):
 @pytest.fixture
 def preloaded(loaded, monkeypatch):
     """Runs use the loaded model instead of reading it again."""
-    monkeypatch.setattr("llava.eval.answering.command.load_model", lambda args: loaded)
+    monkeypatch.setattr("llava.eval.answering.loading.load_model", lambda args: loaded)

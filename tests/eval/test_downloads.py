@@ -130,7 +130,7 @@ def test_the_flag_reaches_the_download(server, data, capsys, monkeypatch):
     def stop(args):
         raise UserError("the model would be loaded now")
 
-    monkeypatch.setattr("llava.eval.answering.command.load_model", stop)
+    monkeypatch.setattr("llava.eval.answering.loading.load_model", stop)
     argv = ["--model-path", "llava-v1.5", "--query", "What?", "--image-file", f"{server}/go?{server}/a.png"]
     fails_with_one_line(main, argv, capsys, "--allow-private-redirects")
     fails_with_one_line(main, [*argv, "--allow-private-redirects"], capsys, "would be loaded now")

@@ -66,7 +66,7 @@ def watched(loaded, monkeypatch, capsys):
         seen.append(capsys.readouterr().err)
         return loaded
 
-    monkeypatch.setattr("llava.eval.answering.command.load_model", load_model)
+    monkeypatch.setattr("llava.eval.answering.loading.load_model", load_model)
     return seen
 
 

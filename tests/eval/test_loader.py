@@ -82,7 +82,7 @@ def test_interrupted_run_continues_and_ends_the_same(argv, data, monkeypatch, me
 
 def test_complete_run_loads_no_model(argv, data, monkeypatch):
     main(argv())
-    monkeypatch.setattr("llava.eval.answering.command.load_model", None)
+    monkeypatch.setattr("llava.eval.answering.loading.load_model", None)
     assert main(argv()) == 0
 
 

@@ -243,7 +243,7 @@ def test_an_image_of_any_mode(tmp_path):
 
 def test_wrong_input_costs_one_line(argv, data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
-        "llava.eval.answering.command.load_model", lambda args: pytest.fail("found before the model is loaded")
+        "llava.eval.answering.loading.load_model", lambda args: pytest.fail("found before the model is loaded")
     )
     image = data / "images" / "0.png"
     (tmp_path / "broken.png").write_bytes(image.read_bytes()[:60])

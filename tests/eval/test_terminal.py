@@ -140,7 +140,7 @@ BAD = os.fsdecode(b"caf\xe9")
 @pytest.mark.parametrize("joined", [False, True])
 def test_what_can_be_no_name_is_found_before_loading(argv, capsys, monkeypatch, flag, value, part, joined):
     monkeypatch.setattr(
-        "llava.eval.answering.command.load_model", lambda args: pytest.fail("found before the model is loaded")
+        "llava.eval.answering.loading.load_model", lambda args: pytest.fail("found before the model is loaded")
     )
     given = [f"{flag}={value}"] if joined else [flag, value]
     fails_with_one_line(model_vqa_loader.main, [*argv(), *given], capsys, flag, part)
@@ -148,7 +148,7 @@ def test_what_can_be_no_name_is_found_before_loading(argv, capsys, monkeypatch, 
 
 def test_queries_and_names_of_images(checkpoint, capsys, monkeypatch):
     monkeypatch.setattr(
-        "llava.eval.answering.command.load_model", lambda args: pytest.fail("found before the model is loaded")
+        "llava.eval.answering.loading.load_model", lambda args: pytest.fail("found before the model is loaded")
     )
     base = flags(checkpoint, "--conv-mode", "llava_v0")
     fails_with_one_line(run_llava, [*base, "--query", BAD], capsys, "--query", "not UTF-8")

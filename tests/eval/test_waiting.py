@@ -107,7 +107,7 @@ def test_a_process_gives_up_when_its_peer_is_gone(argv, many, preloaded, waiting
         begin = sharding._sees_plan
         monkeypatch.undo()
         monkeypatch.setattr(peers, "SILENCE_SECONDS", 1.5)
-        monkeypatch.setattr("llava.eval.answering.command.load_model", None)
+        monkeypatch.setattr("llava.eval.answering.loading.load_model", None)
 
         def die(*args):
             if os.environ["RANK"] == "1":

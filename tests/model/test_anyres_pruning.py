@@ -15,7 +15,7 @@ from llava.mm_utils import process_images
 from llava.model import llava_llama
 from llava.model.assemble import arrange_crops
 from llava.pruning import AutoPrune, Dense, get_method
-from llava.pruning.engine.token_cap import crop_quotas
+from llava.pruning.budget import crop_quotas
 from llava.utils import UserError
 from tests.model.test_parity_next import GREEDY, NEXT_FIELDS, PROCESSOR, S
 from tests.model.tiny import PATCHES, tiny_images, tiny_model

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration, LlavaNextConfig, LlavaNextForConditionalGeneration
 
 from llava.mm_utils import process_images
-from llava.model import checkpoint
+from llava.model import configuration as checkpoint
 from llava.model.builder import load_pretrained_model
 from llava.model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.llava_mistral import LlavaMistralForCausalLM

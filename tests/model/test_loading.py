@@ -11,9 +11,9 @@ import torch
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, LlavaForConditionalGeneration
 
 from llava.model.builder import load_pretrained_model
-from llava.model.checkpoint import translate_name
 from llava.model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.locate import is_hub_name
+from llava.model.names import translate_name
 from llava.utils import UserError
 from tests.conftest import ROOT
 from tests.model.tiny import (

@@ -10,7 +10,7 @@ from transformers import AutoConfig, BitsAndBytesConfig
 
 from llava.model import LlavaConfig, LlavaLlamaForCausalLM, LlavaMistralForCausalLM, load_pretrained_model
 from llava.model.builder import _quantization_options
-from llava.model.checkpoint import translate_name
+from llava.model.names import translate_name
 from llava.utils import UserError
 from tests.model.layouts import MISTRAL_FIELDS, NEXT_FIELDS, write_llava_hf
 from tests.model.tiny import TEXT_FIELDS, VISION_FIELDS, tiny_model, write_original

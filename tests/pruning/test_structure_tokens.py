@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llava.pruning import AutoPrune, Dense, PruningMethod, Rows, VisualLayout, get_method
-from llava.pruning.engine.token_cap import crop_quotas
+from llava.pruning.budget import crop_quotas
 from tests.pruning.models import generate, masked_oracle, random_llama
 
 # Text, then images as lists of rows of patches (each closed by a newline, but for a block of plain patches), text.

@@ -61,7 +61,7 @@ def open_chat(args: argparse.Namespace, query: str | None = None) -> tuple[Any, 
     from llava.conversation import build_prompt
     from llava.eval.answering.adapter import max_visual_tokens
     from llava.eval.answering.chat import Chat, choose_conv_mode, load_images, require_unicode
-    from llava.eval.answering.command import load_model
+    from llava.eval.answering.loading import load_model
     from llava.mm_utils import get_model_name_from_path
 
     conv_mode = choose_conv_mode(args.conv_mode, get_model_name_from_path(args.model_path))

@@ -14,15 +14,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llava.eval.answering.parallel import World, existing_parts
-from llava.eval.answering.whole import Whole
+from llava.eval.answering.loading import load_adapter
+from llava.eval.answering.parallel import Whole, World, existing_parts
 from llava.eval.common.arguments import (
     MAX_IMAGE_PIXELS,
     MAX_WORKERS,
     GenerationOptions,
     check_budget,
     check_range,
-    merge_type_from_args,
     method_from_args,
 )
 from llava.eval.common.interrupts import Interrupts
@@ -77,45 +76,6 @@ def add_running_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-image-pixels", type=int, default=MAX_IMAGE_PIXELS, help="larger images are skipped, not decoded"
     )
     group.add_argument("--quiet", action="store_true", help="print only what went wrong")
-
-
-def load_model(args: argparse.Namespace) -> tuple[Any, Any, Any, int]:
-    """LLaVA's 4-tuple for the model flags."""
-    import torch
-    from transformers.utils import logging as transformers_logging
-
-    from llava.mm_utils import get_model_name_from_path
-    from llava.model.builder import load_pretrained_model
-
-    if args.device is not None:
-        try:
-            torch.device(args.device)
-        except RuntimeError:
-            raise UserError(f"--device: {args.device!r} is not a device") from None
-    kwargs: dict[str, Any] = {}
-    if args.dtype != "auto":
-        kwargs["torch_dtype"] = getattr(torch, args.dtype)
-    kwargs |= {name: True for name in ("load_8bit", "load_4bit") if getattr(args, name, False)}
-    if args.attn_implementation is not None:
-        kwargs["attn_implementation"] = args.attn_implementation
-    if (merge_type := merge_type_from_args(args)) is not None:
-        kwargs["mm_patch_merge_type"] = merge_type
-    name = get_model_name_from_path(args.model_path)
-    if not sys.stderr.isatty():
-        # A log file needs no bar per weight; on a terminal it shows that a large checkpoint is being read.
-        transformers_logging.disable_progress_bar()
-    return load_pretrained_model(args.model_path, args.model_base, name, device=args.device, **kwargs)
-
-
-def load_adapter(args: argparse.Namespace, conv_mode: str = "vicuna_v1", masks_padding: bool = True) -> Any:
-    """The model of the flags behind the surface that an answerer uses; the one place that chooses an adapter."""
-    from llava.eval.answering.adapter import LlavaAdapter
-    from llava.eval.answering.family import FamilyAdapter, family_folder, load_family
-
-    if (family := family_folder(args.model_path)) is not None:
-        return FamilyAdapter(*load_family(args), family)
-    tokenizer, model, image_processor, _ = load_model(args)
-    return LlavaAdapter(tokenizer, model, image_processor, conv_mode, masks_padding)
 
 
 def run_questions(

@@ -9,13 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava.eval.answering.answer_file import FAILED, TOKENS, TokenTotals, first_difference, question_hashes, run_options
-from llava.eval.answering.metadata import file_sha256, identity, meta_path, read_metadata
-from llava.eval.answering.records import key_hash, match
+from llava.eval.answering.metadata import identity, meta_path, read_metadata
+from llava.eval.answering.records import key_hash, match, question_hashes
+from llava.eval.answering.sums import FAILED, TOKENS, TokenTotals, first_difference, run_options
 from llava.eval.common.jsonio import iter_jsonl, require_file, require_keys, write_json, write_lines_atomic
-from llava.eval.common.locking import FileLock
 from llava.eval.common.questions import Question
-from llava.eval.tasks.readers import questions_of_run
 from llava.schema import ANYTHING, NUMBER, TEXT, Fields, MapOf, check
 from llava.utils import UserError
 
@@ -108,18 +106,6 @@ def check_same_run(parts: Sequence[Part], unfinished: bool = False) -> None:
         limits = [(meta.get("arguments") or {}).get("limit") for meta in (described[0].meta, part.meta)]
         if limits[0] != limits[1]:
             _refuse(str(part.path), f"limit {limits[0]}, now {limits[1]}")
-
-
-def questions_of(path: str, parts: Sequence[Part]) -> Sequence[Question]:
-    """The questions of the whole run, read as the tool read them that the parts' metadata point to."""
-    options = next((part.options for part in parts if part.options is not None), {})
-    metas = [part.meta for part in parts if part.meta is not None]
-    for meta in metas[:1]:
-        wanted = (meta.get("question_file") or {}).get("sha256")
-        if wanted is not None and wanted != file_sha256(require_file(path, "question file")):
-            raise UserError(f"{path} is not the question file of the parts, or was changed since (sha256 differs)")
-    limit = next(((meta.get("arguments") or {}).get("limit") for meta in metas), None)
-    return questions_of_run(path, options, limit)
 
 
 def choose_lines(
@@ -250,27 +236,3 @@ def merge(
         meta["arguments"] |= {"answers_file": str(answers_file), **(arguments or {})}
         write_json(meta_path(answers_file), meta)
     return {"answered": len(questions) - missing, "missing": missing}
-
-
-def merge_files(answers_file: str, question_file: str, paths: Sequence[str], allow_missing: bool) -> dict[str, int]:
-    """Checks and merges answer files of parts; returns how many questions are answered and missing.
-
-    Raises:
-        UserError: a part is missing, unfinished, given twice or of another run; see `choose_lines`.
-    """
-    target = Path(answers_file)
-    resolved = [Path(path).resolve() for path in paths]
-    if target.resolve() in resolved:
-        raise UserError(f"--answers-file {target} is one of the parts")
-    for i, path in enumerate(resolved):
-        if path in resolved[:i]:
-            raise UserError(f"part {paths[i]} is given twice")
-    parts = [read_part(path) for path in paths]
-    check_same_run(parts)
-    questions = questions_of(question_file, parts)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(target, "answers file")
-    try:
-        return merge(target, questions, parts, allow_missing, arguments={"num_chunks": 1, "chunk_idx": 0})
-    finally:
-        lock.release()

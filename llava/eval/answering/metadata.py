@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import llava
-from llava.eval.answering.answer_file import TokenTotals, first_difference
+from llava.eval.answering.sums import TokenTotals, first_difference
 from llava.eval.common.jsonio import read_json, write_json
 from llava.eval.common.paths import former_meta_path, meta_path
 from llava.schema import ANYTHING, NUMBER, TEXT, Fields, MapOf, at_least, check, optional

@@ -9,10 +9,11 @@ The environment is that of torchrun and `accelerate launch`: RANK, WORLD_SIZE, L
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-import heapq
 import json
 import os
+import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,23 +22,23 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from llava.eval.answering.answer_file import AnswerFile, question_hashes
-from llava.eval.answering.loop import other_chunk
+from llava.eval.answering.answer_file import AnswerFile
+from llava.eval.answering.dealing import crop_counter, deal, question_costs
+from llava.eval.answering.loop import Evaluation, other_chunk
 from llava.eval.answering.merging import check_same_run, merge, read_part
-from llava.eval.answering.metadata import make_room, read_metadata
+from llava.eval.answering.metadata import RunMetadata, describe_run, make_room, read_metadata
 from llava.eval.answering.peers import Peers
-from llava.eval.answering.records import RecordFile, match, read_hashes
-from llava.eval.common.jsonio import read_json, write_json, write_lines_atomic
+from llava.eval.answering.records import RecordFile, match, question_hashes, read_hashes
+from llava.eval.common.jsonio import write_json, write_lines_atomic
 from llava.eval.common.locking import FileLock
 from llava.eval.common.outputs import TRACES
 from llava.eval.common.paths import meta_path, part_path, parts_folder
 from llava.eval.common.questions import Question, Selected
-from llava.utils import UserError
+from llava.utils import INCOMPLETE_STATUS, UserError
 
 _LEAVING = 5.0  # seconds that process 0 waits for the others to have heard the result
 _MERGE_WAIT = 600.0  # seconds to wait for another process that merges
 _PLAN = "plan.json"
-_CHARACTERS_PER_TOKEN = 4
 
 
 @dataclass(frozen=True)
@@ -102,93 +103,6 @@ def remove_parts(path: str | os.PathLike[str]) -> None:
     (folder / _PLAN).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         folder.rmdir()
-
-
-# --- dealing out -----------------------------------------------------------------------------------------------
-
-
-def crop_counter(model_path: str | os.PathLike[str]) -> Callable[[tuple[int, int]], int]:
-    """Image size (w, h) -> crops that the vision tower sees: several for a checkpoint that tiles, else 1."""
-    from llava.mm_utils import parse_grid_pinpoints, select_best_resolution
-
-    config: Any = {}
-    with contextlib.suppress(UserError):
-        config = read_json(Path(model_path) / "config.json", "config")
-    config = config if isinstance(config, dict) else {}
-    pinpoints = config.get("image_grid_pinpoints")
-    tiles = "anyres" in str(config.get("image_aspect_ratio")) or config.get("model_type") == "llava_next"
-    if not pinpoints or not tiles:
-        return lambda size: 1
-
-    def crops(size: tuple[int, int]) -> int:
-        width, height = select_best_resolution(size, grid, config.get("anyres_resolution_rule", "effective"))
-        return 1 + max(width // side, 1) * max(height // side, 1)
-
-    try:
-        grid = parse_grid_pinpoints(pinpoints)
-        side = min(min(pair) for pair in grid)  # the narrowest canvas is one tile wide
-        crops((1, 1))
-    except (ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
-        return lambda size: 1  # a guess at costs is good enough: the loader says what is wrong with the file
-    return crops
-
-
-def question_costs(
-    questions: Sequence[Question], image_folder: Path, crops: Callable[[tuple[int, int]], int], patches: int = 576
-) -> np.ndarray:
-    """About how many tokens each prompt has, float64 `[questions]`: text by its length, images by their crops.
-
-    Sizes come from the headers of the image files; an image that cannot be read counts as one crop.
-    """
-    from PIL import Image
-
-    from llava.eval.answering.answerer import SampleError, image_path
-
-    last: tuple[tuple[str, ...], int] = ((), 0)
-    costs = np.empty(len(questions))
-    varies = crops((1, 1)) > 1
-
-    def crops_of(name: str) -> int:
-        with contextlib.suppress(SampleError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            with Image.open(image_path(image_folder, name)) as image:
-                return crops(image.size)
-        return 1
-
-    for i, question in enumerate(questions):
-        if question.images != last[0]:
-            # Where all images cost the same, nobody needs to open them.
-            count = sum(map(crops_of, question.images)) if varies else len(question.images)
-            last = question.images, patches * count
-        tokens = last[1]
-        costs[i] = tokens + len(question.text) / _CHARACTERS_PER_TOKEN + 1
-    return costs
-
-
-def deal(questions: Sequence[Question], costs: np.ndarray, processes: int) -> list[np.ndarray]:
-    """Positions for each process, ascending, of about equal cost. Consecutive questions about an image stay together.
-
-    Largest first to whoever has least so far; the same input gives the same parts.
-    """
-    groups: list[tuple[int, int]] = []
-    begin, images = 0, ()
-    # An image with very many questions must not become the longest part: groups stay well below a fair share.
-    most = max(1, min(16, len(questions) // (4 * processes)))
-    for position, question in enumerate(questions):
-        fresh = not question.images or question.images != images or position - begin >= most
-        if position > begin and fresh:
-            groups.append((begin, position))
-            begin = position
-        images = question.images
-    if begin < len(questions):
-        groups.append((begin, len(questions)))
-    sums = [(float(costs[start:stop].sum()), start, stop) for start, stop in groups]
-    loads = [(0.0, rank) for rank in range(processes)]
-    dealt: list[list[int]] = [[] for _ in range(processes)]
-    for cost, start, stop in sorted(sums, key=lambda group: (-group[0], group[1])):
-        load, rank = heapq.heappop(loads)
-        dealt[rank].extend(range(start, stop))
-        heapq.heappush(loads, (load + cost, rank))
-    return [np.sort(np.asarray(positions, dtype=np.int64)) for positions in dealt]
 
 
 # --- the one conversation --------------------------------------------------------------------------------------
@@ -437,3 +351,71 @@ def _merge_traces(target: Path, questions: Sequence[Question]) -> None:
 
     write_lines_atomic(target, lines())
     remove_parts(target)
+
+
+class Whole:
+    """A run as a whole, of which this process may do only a part.
+
+    Use: construct, `own_share`, and `merge_if_last` when the share is done.
+
+    Attributes:
+        share: what is dealt out to this process; None if it does everything.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, questions: Sequence[Question], model_id: str, options: Mapping[str, Any]
+    ) -> None:
+        self.args, self.questions, self.model_id, self.options = args, questions, model_id, options
+        self.share: Share | None = None
+
+    def own_share(self, world: World, image_folder: Path) -> Evaluation:
+        """The evaluation of what this process has to do: everything, if it is the only one and nobody left parts."""
+        if world.size == 1 and not is_shared(self.args.answers_file):
+            return Evaluation(self.args, self.questions, self.model_id, self.options)
+        args = self.args
+        crops = crop_counter(args.model_path)
+        described = describe_run(args, self.model_id, self.options, len(self.questions))
+
+        def look() -> Look:
+            return look_at_answers(
+                self.questions,
+                args,
+                self.model_id,
+                self.options,
+                lambda meta: RunMetadata(args.answers_file, described).continue_from(meta),
+                lambda questions: question_costs(questions, image_folder, crops),
+            )
+
+        own = {"answers_file": str(part_path(args.answers_file, world.rank)), "resume": True}
+        if args.trace_file is not None:
+            own["trace_file"] = str(part_path(args.trace_file, world.rank))
+        part_args = argparse.Namespace(**{**vars(args), **own})
+        process = (world.rank, world.size)
+
+        def begin(share: Share) -> Evaluation:
+            extra = {"plan": share.plan}
+            return Evaluation(part_args, share.questions, self.model_id, self.options, process, extra)
+
+        self.share, evaluation = share_work(world, self.questions, args.answers_file, look, begin)
+        return evaluation
+
+    def merge_if_last(self, world: World, status: int) -> int:
+        """Merges if all other processes are done as well; returns the exit status, `status` if there is no other."""
+        args = self.args
+        if self.share is None:
+            return status
+        counts = finish_together(world, self.share, self.questions, Path(args.answers_file), args.trace_file)
+        if counts is None:
+            if not args.quiet:
+                print(
+                    f"process {world.rank + 1} of {world.size} is done; the last one merges into {args.answers_file}. "
+                    "If another one ended early, run the same command again: what is answered is kept",
+                    file=sys.stderr,
+                )
+            return status
+        if not args.quiet:
+            print(
+                f"{counts['answered']} of {counts['total']} questions are answered in {args.answers_file}",
+                file=sys.stderr,
+            )
+        return INCOMPLETE_STATUS if counts["skipped"] or counts["failed"] else 0

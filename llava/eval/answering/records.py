@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -331,3 +331,8 @@ def count_lines(path: Path, limit: int | None = None) -> int:
             count += piece.count(b"\n")
             left -= len(piece)
     return count
+
+
+def question_hashes(questions: Sequence[Any]) -> array:
+    """Key hashes in question order."""
+    return array("Q", (key_hash(*question.key) for question in questions))

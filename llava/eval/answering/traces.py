@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from llava.eval.answering.answer_file import question_hashes
-from llava.eval.answering.records import RecordFile
+from llava.eval.answering.records import RecordFile, question_hashes
 from llava.eval.common.outputs import TRACES
 from llava.eval.common.questions import Question
 

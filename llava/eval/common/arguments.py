@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from llava.eval.common.outputs import check_outputs
-from llava.schema import LARGEST, kind_of
-from llava.utils import UserError, describe_error
+from llava.schema import LARGEST
+from llava.utils import UserError, describe_error, kind_of
 
 DEFAULT_METHOD = "autoprune"
 DEFAULT_TARGET_TOKENS = 64

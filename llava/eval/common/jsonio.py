@@ -23,15 +23,9 @@ from llava.jsonfiles import read_json as read_json
 from llava.jsonfiles import read_text as read_text
 from llava.jsonfiles import require_file as require_file
 from llava.jsonfiles import require_folder as require_folder
+from llava.jsonfiles import require_keys as require_keys
 from llava.schema import check
 from llava.utils import UserError
-
-
-def require_keys(record: dict[str, Any], keys: Iterable[str], where: str) -> None:
-    """Raises a `UserError` that names the first of `keys` missing from `record`."""
-    for key in keys:
-        if key not in record:
-            raise UserError(f"{where}: key {key!r} is missing")
 
 
 def read_records(path: str | os.PathLike[str], what: str, shape: Any) -> list[dict[str, Any]]:

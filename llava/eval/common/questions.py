@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llava.eval.common.jsonio import iter_jsonl_at, parse_line, require_keys
+from llava.jsonfiles import iter_jsonl_at, parse_line, require_keys
 from llava.utils import UserError
 
 Item = TypeVar("Item")

@@ -14,8 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llava.eval.answering.command import load_adapter
-from llava.eval.answering.loop import INCOMPLETE_STATUS
+from llava.eval.answering.loading import load_adapter
 from llava.eval.answering.metadata import checkpoint_fingerprint
 from llava.eval.common.arguments import (
     GenerationOptions,
@@ -36,7 +35,7 @@ from llava.eval.reports.differences import credits_path
 from llava.eval.reports.results import collect, credits_csv, make_rows
 from llava.eval.reports.settings import Setting, Variant, ablation_variants, make_settings, read_variants
 from llava.eval.tasks.registry import COMPARED
-from llava.utils import UserError
+from llava.utils import INCOMPLETE_STATUS, UserError
 
 OUTPUT = OutputFolder(
     {

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llava.eval.answering.command import load_adapter
+from llava.eval.answering.loading import load_adapter
 from llava.eval.common.arguments import (
     DTYPE_HELP,
     DTYPES,

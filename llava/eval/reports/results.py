@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from llava.eval.answering.answer_file import TOKENS
+from llava.eval.answering.sums import TOKENS
 from llava.eval.common.jsonio import iter_jsonl
 from llava.eval.common.questions import Question
 from llava.eval.reports.bootstrap import Estimate, estimates, resampled_means, retained

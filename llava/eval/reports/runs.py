@@ -13,8 +13,7 @@ from typing import Any
 
 from llava.eval.common.jsonio import parse_line, read_json
 from llava.eval.common.paths import meta_path
-from llava.eval.tasks.registry import run_name
-from llava.eval.tasks.task import Task
+from llava.eval.tasks.task import Task, run_name
 from llava.schema import ANYTHING, NUMBER, Fields, MapOf, at_least, check, optional
 from llava.utils import UserError
 

@@ -11,7 +11,7 @@ from llava.eval.common.arguments import DEFAULT_METHOD, Parser, parse_count, spl
 from llava.eval.common.jsonio import write_json, write_text_atomic
 from llava.eval.common.outputs import DOCUMENT, TABLE_MARKDOWN, JsonObject, Text
 from llava.eval.common.tables import print_or_insert
-from llava.eval.reports import demo, paper_tables
+from llava.eval.reports import paper_tables
 from llava.eval.reports.runs import COMPLETE, discover
 from llava.eval.tasks.data_check import DEFAULT_DATA_DIR
 from llava.eval.tasks.registry import COLUMNS, TASK_OF, TASKS, get_task
@@ -90,6 +90,8 @@ def describe_table(args: Any) -> tuple[paper_tables.Table, list[tuple[str, int |
 def run(args: argparse.Namespace) -> None:
     """Prints the table that the flags ask for, and writes it where they say."""
     if args.result:
+        from llava.eval.reports import demo
+
         return print_or_insert(demo.markdown_report(demo.read_result(args.result)), args.insert, demo.MARKER)
     if args.insert:
         raise UserError("--insert goes with a demo result; use --markdown")

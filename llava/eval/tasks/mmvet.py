@@ -15,8 +15,8 @@ from typing import Any
 from llava.eval.common.jsonio import read_json
 from llava.eval.tasks.join import Coverage, percent, warn
 from llava.eval.tasks.task import EVAL_ZIP, Column, Task, figure
-from llava.schema import TEXT, Fields, ListOf, MapOf, check, kind_of
-from llava.utils import UserError
+from llava.schema import TEXT, Fields, ListOf, MapOf, check
+from llava.utils import UserError, kind_of
 
 CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
 

@@ -41,8 +41,3 @@ def get_task(name: str) -> Task:
         if wanted in (task.name, task.title.lower(), task.folder.lower()):
             return task
     raise UserError(f"unknown benchmark {name!r}; known: {', '.join(task.name for task in TASKS)}")
-
-
-def run_name(checkpoint: str, method: str, tokens: int | None = None) -> str:
-    """`CHECKPOINT/METHOD/n_TOKENS`, and `CHECKPOINT/dense` without pruning."""
-    return f"{checkpoint}/dense" if method == "dense" else f"{checkpoint}/{method}/n_{tokens}"

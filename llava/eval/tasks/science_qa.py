@@ -30,8 +30,8 @@ from llava.eval.tasks.join import (
 )
 from llava.eval.tasks.science_conversations import read_conversations, without_placeholder
 from llava.eval.tasks.task import EVAL_ZIP, Answers, Asked, Column, Grader, Score, Task, covered, figure, id_of
-from llava.schema import ID, TEXT, Fields, ListOf, check, kind_of, optional
-from llava.utils import UserError, visible
+from llava.schema import ID, TEXT, Fields, ListOf, check, optional
+from llava.utils import UserError, kind_of, visible
 
 OPTIONS = ("A", "B", "C", "D", "E")
 FAILED = "FAILED"

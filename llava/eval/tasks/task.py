@@ -152,3 +152,8 @@ def covered(known: Any, questions: Sequence[Question], key: Callable[[Question],
 def id_of(item: Question) -> str:
     """A question's id as truth files have it."""
     return str(item.id)
+
+
+def run_name(checkpoint: str, method: str, tokens: int | None = None) -> str:
+    """`CHECKPOINT/METHOD/n_TOKENS`, and `CHECKPOINT/dense` without pruning."""
+    return f"{checkpoint}/dense" if method == "dense" else f"{checkpoint}/{method}/n_{tokens}"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from llava.pruning.engine.view import LayerView
 from llava.pruning.types import Rows, Selection
 from llava.pruning.vision import Reduction, TowerMerge, TowerView, VisionFact, VisionView
+
+if TYPE_CHECKING:
+    from llava.pruning.engine.view import LayerView
 
 
 class Method(Protocol):

@@ -9,26 +9,11 @@ from collections.abc import Sequence
 
 import torch
 
+from llava.pruning.budget import crop_quotas
 from llava.pruning.engine.layout import VisualLayout
 from llava.pruning.engine.view import LayerView
 from llava.pruning.selection import descending_order, on_device
 from llava.pruning.types import Selection
-
-
-def crop_quotas(sizes: Sequence[int], cap: int) -> list[int]:
-    """Tokens that each crop of one image may keep so that the image keeps ``cap``.
-
-    In proportion to the crops' sizes; what rounding down leaves goes to the largest remainders, ties to the earlier
-    crop. An image within the cap keeps everything.
-    """
-    total = sum(sizes)
-    if total <= cap:
-        return list(sizes)
-    quotas = [cap * size // total for size in sizes]
-    by_remainder = sorted(range(len(sizes)), key=lambda crop: (-(cap * sizes[crop] % total), crop))
-    for crop in by_remainder[: cap - sum(quotas)]:
-        quotas[crop] += 1
-    return quotas
 
 
 def cap_by_cls(view: LayerView, layout: VisualLayout, cap: int) -> Selection | None:
