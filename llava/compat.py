@@ -91,7 +91,7 @@ def causal_mask(
             transformers sizes every mask by layer 0.
     """
     # Position ids are left out on purpose: gaps in them would be read as several packed sequences.
-    return create_causal_mask(
+    mask = create_causal_mask(
         config=config,
         inputs_embeds=hidden,
         attention_mask=padding_mask,
@@ -101,6 +101,7 @@ def causal_mask(
         # To see whether nothing is padded it would read the mask back, in every layer. Our masks always hide something.
         allow_is_causal_skip=padding_mask is None,
     )
+    return cast("Tensor | None", mask)
 
 
 def one_token_masks(config, real: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -183,7 +184,9 @@ def check_cache(cache: Cache) -> None:
 
 def cached_keys(cache: Cache, layer: int) -> Tensor:
     """Keys of one layer after rotary embedding, ``[B, key heads, N, D]``."""
-    return cache.layers[layer].keys
+    keys = cache.layers[layer].keys
+    assert keys is not None  # of a layer that has been run
+    return keys
 
 
 def cached_length(cache: Cache | None, layer: int = 0) -> int:
@@ -222,7 +225,7 @@ class AttentionWatch:
     def __init__(self, modules: Iterable[nn.Module], see: Callable[..., Tensor | None]) -> None:
         self.see = see
         self._own = {module: module.config for module in modules}
-        self._copies: dict[int, object] = {}
+        self._copies: dict[int, Any] = {}
 
     def __enter__(self) -> AttentionWatch:
         for module, own in self._own.items():

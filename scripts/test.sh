@@ -25,7 +25,7 @@ fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores < 4 ? cores : 4))}"
 
 # Checks come first. One that fails makes the run fail but does not keep the tests from running.
-FAILING="style format"
+FAILING="style format types"
 failed=""
 check() { # check NAME MODULE [arguments]: a module that is not installed is skipped
     local name="$1" module="$2"; shift

@@ -116,6 +116,8 @@ def arrange_crops(merge_type: str, patches: int, crops: int, grid_wh: Size | Non
     everything = torch.arange(crops * patches)
     if merge_type == "flat":
         return Arrangement.of(everything, patches)
+    if grid_wh is None:
+        raise ValueError(f"mm_patch_merge_type {merge_type!r} needs the grid of tiles")
     grid_w, grid_h = grid_wh
     side = math.isqrt(patches)
     if crops != 1 + grid_w * grid_h:

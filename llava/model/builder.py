@@ -192,7 +192,7 @@ def load_image_processor(folder: Path, tower_folder: Path | None, config: LlavaC
     for path in [place / name for place in places for name in ("preprocessor_config.json", "processor_config.json")]:
         if not path.is_file():
             continue
-        raw = read_checkpoint_json(path)
+        raw: Any = read_checkpoint_json(path)
         if path.name == "processor_config.json":
             # Newer llava-hf folders keep the image processor's settings inside the processor's.
             raw = raw.get("image_processor")

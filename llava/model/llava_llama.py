@@ -355,7 +355,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         if ids is None:
             if images is not None:
                 raise UserError("images= needs the prompt's input_ids")
-            return super().generate(attention_mask=attention_mask, **kwargs)
+            return super().generate(attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
         ids = ids[None] if ids.ndim == 1 else ids
         if attention_mask is not None:
             attention_mask = attention_mask.to(ids.device).reshape(ids.shape)
@@ -364,7 +364,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         if run is not None:
             prepared.tell(run)
         # A prompt given as embeddings is not part of generate's output.
-        return super().generate(
+        return super().generate(  # type: ignore[misc]
             inputs_embeds=prepared.inputs_embeds, attention_mask=prepared.generation_mask(), **kwargs
         )
 

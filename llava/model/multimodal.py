@@ -196,7 +196,7 @@ def splice(
     return replace(
         inputs,
         cls_attention=_row_values(row_images, inputs, lambda image: image.cls_attention),
-        facts={name: _row_values(row_images, inputs, lambda image, name=name: image.facts[name]) for name in names},
+        facts={name: values for name in names if (values := _row_values(row_images, inputs, _fact(name))) is not None},
         reduced=[place.reduced_row(row) for place, row in zip(places, rows, strict=True)]
         if any(image.place is not None for image in visual)
         else None,
@@ -258,6 +258,10 @@ class _Places:
             visual,
             torch.cat(positions)[: len(row)],
         )
+
+
+def _fact(name: str) -> Callable[[VisualTokens], Tensor | None]:
+    return lambda image: image.facts[name]
 
 
 def _in_full(image: VisualTokens, device: torch.device) -> Place:

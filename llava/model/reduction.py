@@ -92,7 +92,8 @@ def reduce_images(
         arrangements: per image.
         targets: per image, tokens of each crop, see `crop_targets`.
     """
-    crops, flat_targets = [], []
+    crops: list[Crop] = []
+    flat_targets: list[int] = []
     for i, arrangement in enumerate(arrangements):
         values = arrangement.gather(features[i])
         patches = arrangement.source_N[arrangement.source_N != NEWLINE] % arrangement.patches

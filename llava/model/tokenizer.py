@@ -124,7 +124,7 @@ def _sentencepiece_pieces(file: Path) -> Sequence[Any] | None:
         return None
     from sentencepiece import sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at run time by protobuf
     try:
         proto.ParseFromString(file.read_bytes())
     except Exception as error:

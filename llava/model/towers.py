@@ -90,9 +90,9 @@ def find_tower(name: str, path: Path, weights_inside: bool, local_files_only: bo
                 known,
             )
             return None
-        place = path.parent / (known or (last if os.path.isabs(os.path.expanduser(name)) else name))
+        wanted = path.parent / (known or (last if os.path.isabs(os.path.expanduser(name)) else name))
         raise UserError(
-            f"{error}; {path} names it as mm_vision_tower: put a copy of the tower (or a link to one) at {place}, "
+            f"{error}; {path} names it as mm_vision_tower: put a copy of the tower (or a link to one) at {wanted}, "
             "or write the path of a local copy there"
         ) from None
 

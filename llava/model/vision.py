@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ def layer_facts(layer: nn.Module, hidden_NTC: Tensor, values: set[TowerValue]) -
     query_NTC = attention.q_proj(normed_NTC[:, rows]) if any(value.is_attention for value in values) else None
     key_NTC = attention.k_proj(normed_NTC)
     key_NHTD = key_NTC.unflatten(-1, heads).transpose(1, 2)
-    facts = {}
+    facts: dict[TowerValue, Tensor] = {}
     for value in values:
         if value is TowerValue.KEYS:
             facts[value] = key_NHTD.float().mean(1)
@@ -80,7 +81,7 @@ def layer_facts(layer: nn.Module, hidden_NTC: Tensor, values: set[TowerValue]) -
         else:
             query_NHTD = query_NTC.unflatten(-1, heads).transpose(1, 2)
             last = 1 if value is TowerValue.CLS_ATTENTION else query_NHTD.shape[2]
-            total = 0
+            total: Any = 0
             # In blocks of rows: the full map of all heads never exists.
             for start in range(0, last, _BLOCK):
                 block = query_NHTD[:, :, start : min(start + _BLOCK, last)]
@@ -184,7 +185,7 @@ class VisionTower:
         """Nothing to do: the tower is loaded with the model. Kept because LLaVA's scripts call it."""
 
     @torch.no_grad()
-    def __call__(self, images: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+    def __call__(self, images: Tensor | list[Tensor]) -> Any:
         """Features before the projector, in the images' dtype: `[N, P, C]`, or a list for a list of `[3, S,
         S]`.
         """
@@ -194,16 +195,16 @@ class VisionTower:
         return encoded.features_NPC.to(images.dtype)
 
     @property
-    def config(self) -> object:
+    def config(self) -> Any:
         return self.vision_tower.config
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.vision_tower.dtype
+        return next(self.vision_tower.parameters()).dtype
 
     @property
     def device(self) -> torch.device:
-        return self.vision_tower.device
+        return next(self.vision_tower.parameters()).device
 
     @property
     def hidden_size(self) -> int:

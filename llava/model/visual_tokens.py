@@ -148,9 +148,9 @@ def _merge_inside(
             reduced[i] = ReducedCrop(features[row], origin[row], place[row], nowhere)
     # A budget below the number of crops leaves nothing of some of them.
     some = next(crop for crop in reduced if crop is not None)
-    reduced = [unreduced(some.tokens_KC[:0]) if crop is None else crop for crop in reduced]
+    whole = [unreduced(some.tokens_KC[:0]) if crop is None else crop for crop in reduced]
     return [
-        put_together(arrangement, [reduced.pop(0) for _ in own])
+        put_together(arrangement, [whole.pop(0) for _ in own])
         for arrangement, own in zip(arrangements, targets, strict=True)
     ]
 

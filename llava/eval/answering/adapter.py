@@ -120,7 +120,9 @@ class LlavaAdapter:
             raise SampleError(str(error)) from None
 
     def prompt_ids(self, prompt: str) -> Tensor:
-        return tokenizer_image_token(prompt, self.tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
+        ids = tokenizer_image_token(prompt, self.tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
+        assert isinstance(ids, Tensor)
+        return ids
 
     def pixels(self, image: Image.Image) -> Tensor:
         try:
@@ -250,7 +252,7 @@ def where_not_finite(model: Any, inputs_embeds: Tensor, attention_mask: Tensor |
     """Where the first number that is not finite appears in a dense forward of a prompt; None if all are finite."""
     if not torch.isfinite(inputs_embeds).all():
         return "the embeddings of the prompt or the image"
-    decoder = compat.find_decoder(model)
+    decoder: Any = compat.find_decoder(model)
     found: list[str] = []
 
     def check(index: int) -> Any:

@@ -17,7 +17,7 @@ from llava.eval.answering.records import RecordFile, doubled, key_hash, match, q
 from llava.eval.answering.sums import FAILED, TOKENS, TokenTotals, first_difference, run_options
 from llava.eval.common.jsonio import require_keys
 from llava.eval.common.outputs import ANSWERS
-from llava.eval.common.questions import Question, Selected
+from llava.eval.common.questions import Question
 from llava.utils import UserError
 
 
@@ -105,7 +105,7 @@ class AnswerFile:
         places = match(asked, self._found)
         todo = np.ones(len(questions), dtype=bool)
         todo[places[places >= 0]] = False
-        return Selected(questions, np.flatnonzero(todo))
+        return [questions[i] for i in np.flatnonzero(todo).tolist()]
 
     def _leave_out(self, extra: np.ndarray) -> None:
         self.doubles += int(extra.sum())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -175,7 +175,7 @@ def answer_questions(
     on_skip: Callable[[Any, str], None] | None = None,
     on_fail: Callable[[Any, str], None] | None = None,
     num_workers: int = 0,
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """Yields answers as they come: in question order for batch size 1, otherwise longer questions of a stretch first.
 
     A question whose image cannot be read goes to `on_skip(question, reason)` and costs nothing but itself;

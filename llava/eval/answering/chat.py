@@ -188,7 +188,7 @@ class Chat:
                 the model or the memory.
         """
         require_unicode(text, "the question")
-        turns = self.conversation.messages
+        turns: Any = self.conversation.messages  # a list in a copy of a template
         before = len(turns)
         first = before == self.conversation.offset
         start_end = getattr(self.model.config, "mm_use_im_start_end", False)
@@ -209,7 +209,7 @@ class Chat:
         return reply
 
     def _generate(self, run: Any, streamer: Any) -> Reply:
-        ids = tokenizer_image_token(self.prompt(), self.tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
+        ids: Any = tokenizer_image_token(self.prompt(), self.tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
         self._check_length(len(ids) + self._image_tokens)
         options = self.generation.generate_kwargs()
         if self.stop is not None:

@@ -81,7 +81,8 @@ def deal(questions: Sequence[Question], costs: np.ndarray, processes: int) -> li
     Largest first to whoever has least so far; the same input gives the same parts.
     """
     groups: list[tuple[int, int]] = []
-    begin, images = 0, ()
+    begin = 0
+    images: tuple[str, ...] = ()
     # An image with very many questions must not become the longest part: groups stay well below a fair share.
     most = max(1, min(16, len(questions) // (4 * processes)))
     for position, question in enumerate(questions):

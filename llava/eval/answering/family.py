@@ -54,7 +54,7 @@ def load_family(args: argparse.Namespace) -> tuple[Any, Any]:
         kwargs["attn_implementation"] = args.attn_implementation
     try:
         processor = load_processor(args.model_path)
-        model = transformers.AutoModelForImageTextToText.from_pretrained(args.model_path, **kwargs)
+        model: Any = transformers.AutoModelForImageTextToText.from_pretrained(args.model_path, **kwargs)
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"--model-path {args.model_path}: transformers cannot load it ({reason})") from None

@@ -19,7 +19,7 @@ from llava.eval.answering.metadata import RunMetadata, describe_run, make_room, 
 from llava.eval.answering.progress import Progress
 from llava.eval.answering.traces import TraceFile
 from llava.eval.common.interrupts import Interrupts
-from llava.eval.common.questions import Question, Selected
+from llava.eval.common.questions import Question
 from llava.utils import INCOMPLETE_STATUS, UserError, visible
 
 METADATA_INTERVAL = 30.0  # seconds between updates of the metadata while a run lasts
@@ -136,7 +136,7 @@ class Evaluation:
             print(visible(f"skipped {self.pending[i].source}: {reason}"), file=sys.stderr)
         if reasons:
             self.skipped += len(reasons)
-            self.pending = Selected(self.pending, [i for i in range(len(self.pending)) if i not in reasons])
+            self.pending = [question for i, question in enumerate(self.pending) if i not in reasons]
 
     def run(self, answerer: Any, method: Any, interrupts: Interrupts) -> None:
         """Answers what is pending."""
@@ -171,8 +171,8 @@ class Evaluation:
                     self.answers.append(question, "", failed=reason)
                 progress.advance()
 
-            reports = (None, None) if args.strict else (skip, fail)
-            stream = answer_questions(answerer, self.pending, run, self._batch_size, *reports, num_workers=workers)
+            on_skip, on_fail = (None, None) if args.strict else (skip, fail)
+            stream = answer_questions(answerer, self.pending, run, self._batch_size, on_skip, on_fail, workers)
             with contextlib.closing(stream):  # whatever happens, worker processes end here
                 for answer in stream:
                     with interrupts.held():

@@ -93,17 +93,17 @@ def check_same_run(parts: Sequence[Part], unfinished: bool = False) -> None:
     """Raises `UserError` if the parts are not of one run or, unless `unfinished`, one of them is not finished."""
     known = [part for part in parts if part.options is not None]
     for part in known[1:]:
-        _refuse(str(part.path), first_difference(known[0].options, part.options))
-    described = [part for part in parts if part.meta is not None]
-    for part in described:
-        if not part.meta.get("complete") and not unfinished:
+        _refuse(str(part.path), first_difference(known[0].options or {}, part.options or {}))
+    described = [(part, part.meta) for part in parts if part.meta is not None]
+    for part, own in described:
+        if not own.get("complete") and not unfinished:
             raise UserError(f"{part.path} is not finished ({meta_path(part.path)}): run this part again")
-        pair = [identity(meta) for meta in (described[0].meta, part.meta)]
+        pair = [identity(meta) for meta in (described[0][1], own)]
         if None in (pair[0]["dtype"], pair[1]["dtype"]):  # a part without questions loads no model
             pair = [{**values, "dtype": None} for values in pair]
         _refuse(str(part.path), first_difference(*pair))
         # A limit decides which questions there are.
-        limits = [(meta.get("arguments") or {}).get("limit") for meta in (described[0].meta, part.meta)]
+        limits = [(meta.get("arguments") or {}).get("limit") for meta in (described[0][1], own)]
         if limits[0] != limits[1]:
             _refuse(str(part.path), f"limit {limits[0]}, now {limits[1]}")
 
@@ -134,7 +134,7 @@ def choose_lines(
         return json.loads(parts[owner[i]].line(int(line[i])))
 
     others: list[int] = []
-    for i in surplus:
+    for i in map(int, surplus):
         if keep_others and found[i] in asked:
             continue  # doubles of an earlier accident
         answer = record(i)

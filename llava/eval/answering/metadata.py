@@ -72,7 +72,7 @@ def checkpoint_fingerprint(*folders: str | os.PathLike[str] | None) -> str | Non
     None if one of them is no folder (a hub name). Hidden files do not count; None among `folders` is left out.
     """
     digest = hashlib.sha256()
-    for folder in filter(None, folders):
+    for folder in [folder for folder in folders if folder]:
         if not os.path.isdir(folder):
             return None
         for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):

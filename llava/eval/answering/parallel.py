@@ -33,7 +33,7 @@ from llava.eval.common.jsonio import write_json, write_lines_atomic
 from llava.eval.common.locking import FileLock
 from llava.eval.common.outputs import TRACES
 from llava.eval.common.paths import meta_path, part_path, parts_folder
-from llava.eval.common.questions import Question, Selected
+from llava.eval.common.questions import Question
 from llava.utils import INCOMPLETE_STATUS, UserError
 
 _LEAVING = 5.0  # seconds that process 0 waits for the others to have heard the result
@@ -194,7 +194,7 @@ def share_work(
 
 
 def _share(questions: Sequence[Question], plan: Mapping[str, Any]) -> Share:
-    return Share(Selected(questions, plan["positions"]), plan["plan"])
+    return Share([questions[i] for i in plan["positions"]], plan["plan"])
 
 
 @contextlib.contextmanager
@@ -211,7 +211,7 @@ def _planned(
         yield [{"error": str(error)}] * world.size
         return
     try:
-        todo = Selected(questions, seen.positions)
+        todo = [questions[i] for i in seen.positions.tolist()]
         dealt = deal(todo, seen.costs, world.size)
         plan = uuid.uuid4().hex
         write_json(parts_folder(answers_file) / _PLAN, {"plan": plan, "processes": world.size})
@@ -277,7 +277,7 @@ def look_at_answers(
         todo = np.ones(len(questions), dtype=bool)
         todo[places[places >= 0]] = False
         positions = np.flatnonzero(todo)
-        return Look(positions, costs(Selected(questions, positions)), answers)
+        return Look(positions, costs([questions[i] for i in positions.tolist()]), answers)
     except BaseException:
         answers.close()
         raise
@@ -325,9 +325,10 @@ def finish_together(
         merge(answers_file, questions, parts, allow_missing=True, keep_others=True)
         if trace_file is not None:
             _merge_traces(Path(trace_file), questions)
-        counts = read_metadata(answers_file)["counts"]
+        merged = read_metadata(answers_file)
+        assert merged is not None  # just written
         remove_parts(answers_file)
-        return counts
+        return merged["counts"]
     finally:
         lock.release()
 

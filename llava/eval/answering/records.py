@@ -139,7 +139,7 @@ class RecordFile:
             self._kind.check(self.path)
         try:
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-            os.ftruncate(self._descriptor, self._size)
+            os.ftruncate(self._open_descriptor, self._size)
         except OSError as error:
             raise self._cannot_write(error) from None
         if not self.lock.hold_file():
@@ -153,7 +153,7 @@ class RecordFile:
                 lines before it stay.
         """
         assert self._descriptor is not None, "open() comes first"
-        status = os.fstat(self._descriptor)
+        status = os.fstat(self._open_descriptor)
         if status.st_size != self._size or (status.st_nlink == 0 and self._removed()):
             raise self._changed()
         data = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
@@ -164,22 +164,27 @@ class RecordFile:
         except OSError as error:
             self._torn = True
             with contextlib.suppress(OSError):
-                os.ftruncate(self._descriptor, self._size)
+                os.ftruncate(self._open_descriptor, self._size)
             remedy = "; the lines before are kept: make room and run the same command again"
             raise self._cannot_write(error, remedy) from None
         self._size += len(data)
         self._lines += 1
+
+    @property
+    def _open_descriptor(self) -> int:
+        assert self._descriptor is not None  # called between `open` and `finish`
+        return self._descriptor
 
     def _removed(self) -> bool:
         """Whether the name is gone or another file's; a file that was removed gets its lines back."""
         current = os.stat(self.path) if self.path.exists() else None
         if current is None:
             with contextlib.suppress(UserError), replacing(self.path) as file:
-                os.lseek(self._descriptor, 0, os.SEEK_SET)
-                while piece := os.read(self._descriptor, 1 << 20):
+                os.lseek(self._open_descriptor, 0, os.SEEK_SET)
+                while piece := os.read(self._open_descriptor, 1 << 20):
                     file.write(piece)
             return True
-        return current.st_ino != os.fstat(self._descriptor).st_ino
+        return current.st_ino != os.fstat(self._open_descriptor).st_ino
 
     def _changed(self) -> UserError:
         found = "no file" if not self.path.exists() else f"{count_lines(self.path)} lines"
@@ -212,10 +217,10 @@ class RecordFile:
             self._arrange(order, drop_repeats)
 
     def _check_unchanged(self) -> None:
-        status = os.fstat(self._descriptor)
+        status = os.fstat(self._open_descriptor)
         if self._torn and status.st_size > self._size:
             with contextlib.suppress(OSError):
-                os.ftruncate(self._descriptor, self._size)
+                os.ftruncate(self._open_descriptor, self._size)
             return
         removed = status.st_nlink == 0 and self._removed()
         if removed or status.st_size != self._size or not self.path.exists() or count_lines(self.path) != self._lines:

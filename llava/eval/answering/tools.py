@@ -71,7 +71,7 @@ def answer_open_ended(args: argparse.Namespace) -> int:
 
 def science_parser() -> Parser:
     """All flags of `model_vqa_science`."""
-    defaults = {"max_new_tokens": LONG_ANSWER, "question_file": "tables/question.json"}
+    defaults: dict[str, Any] = {"max_new_tokens": LONG_ANSWER, "question_file": "tables/question.json"}
     parser = _parser("model_vqa_science", "Answer ScienceQA", KEEP, **defaults)
     group = parser.add_argument_group("prompt")
     group.add_argument("--single-pred-prompt", action="store_true", help="ask for the option's letter and no more")
@@ -95,7 +95,7 @@ def answer_science(args: argparse.Namespace) -> int:
 
 def mmbench_parser() -> Parser:
     """All flags of `model_vqa_mmbench`."""
-    defaults = {"max_new_tokens": LONG_ANSWER, "question_file": "tables/question.tsv"}
+    defaults: dict[str, Any] = {"max_new_tokens": LONG_ANSWER, "question_file": "tables/question.tsv"}
     parser = _parser("model_vqa_mmbench", "Answer MMBench", **defaults)
     group = parser.add_argument_group("prompt")
     group.add_argument("--single-pred-prompt", action="store_true", help="ask for the option's letter and no more")
@@ -113,12 +113,12 @@ def answer_mmbench(args: argparse.Namespace) -> int:
         print(f"warning: {visible(text)}", file=sys.stderr)
 
     rows, images = mmbench_rows.read_rows(args.question_file, args.all_rounds, warn)
-    rows = chunk(rows[: args.limit], args.num_chunks, args.chunk_idx)
+    own_rows = chunk(rows[: args.limit], args.num_chunks, args.chunk_idx)
     instruction = mmbench_rows.SINGLE_PREDICTION[args.lang] if args.single_pred_prompt else ""
     prompt_text = mmbench_rows.with_instruction(instruction)
     return run_questions(
         args,
-        [question for row in rows for question in row],
+        [question for row in own_rows for question in row],
         metadata={"single_pred_prompt": args.single_pred_prompt, "lang": args.lang, "all_rounds": args.all_rounds},
         prompt_text=prompt_text,
         images=images,

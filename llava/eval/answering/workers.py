@@ -8,7 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +33,7 @@ def default_workers(device: Any) -> int:
 
 def prepared(
     answerer: Any, questions: Sequence[Any], num_workers: int = 0, ahead: int = 1
-) -> Iterator[tuple[Any, Any]]:
+) -> Generator[tuple[Any, Any], None, None]:
     """Yields (question, `Sample` or the `SampleError` that says why there is none), in order.
 
     answerer: an `Answerer`. num_workers: 0 prepares in this process, when a sample is asked for. ahead: samples that

@@ -18,7 +18,7 @@ from llava.utils import UserError
 try:
     import fcntl
 except ImportError:  # no POSIX locks on this system
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 _UNSUPPORTED = {
     getattr(errno, name) for name in ("ENOLCK", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EINVAL") if hasattr(errno, name)
@@ -100,6 +100,7 @@ class FileLock:
             if error.errno in (errno.ELOOP, errno.EMLINK):
                 raise self._planted() from None
             raise
+        mine = True  # to close, until the lock is held
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
@@ -111,12 +112,12 @@ class FileLock:
                     return False
                 if error.errno not in _UNSUPPORTED:
                     raise
-                self._tell_unsupported(os.strerror(error.errno))
+                self._tell_unsupported(os.strerror(error.errno or 0))
                 self.path.unlink(missing_ok=True)
                 return True
             # The last holder removes the file; who opened it before that holds a lock that nobody else can see.
             try:
-                current = os.lstat(self.path).st_ino
+                current: int | None = os.lstat(self.path).st_ino
             except FileNotFoundError:
                 current = None
             if current != status.st_ino:
@@ -125,12 +126,12 @@ class FileLock:
                 if not status.st_size or os.pread(descriptor, len(_MARK), 0) == _MARK.encode():
                     os.ftruncate(descriptor, 0)
                     os.pwrite(descriptor, f"{_MARK}{self._process} on {socket.gethostname()}".encode(), 0)
-            self._descriptor, descriptor = descriptor, None
+            self._descriptor, mine = descriptor, False
             self._key = status.st_dev, status.st_ino
             _held_here[self._key] = self
             return True
         finally:
-            if descriptor is not None:
+            if mine:
                 os.close(descriptor)
 
     def _held_in_this_process(self) -> bool:
@@ -164,6 +165,7 @@ class FileLock:
             descriptor = os.open(self._target, os.O_RDWR | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
         except OSError:
             return True  # not there yet, or not ours to write: its writer will say so
+        mine = True
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 return True
@@ -173,14 +175,14 @@ class FileLock:
                 return False
             if error.errno not in _UNSUPPORTED:
                 raise
-            self._tell_unsupported(os.strerror(error.errno))
+            self._tell_unsupported(os.strerror(error.errno or 0))
             return True
         else:
-            self._inode_lock, descriptor = descriptor, None
+            self._inode_lock, mine = descriptor, False
             _inode_locks.add(self)
             return True
         finally:
-            if descriptor is not None:
+            if mine:
                 os.close(descriptor)
 
     def _tell_unsupported(self, reason: str) -> None:
@@ -208,7 +210,8 @@ class FileLock:
         if self._descriptor is not None:
             with contextlib.suppress(OSError):
                 self.path.unlink()
-            _held_here.pop(self._key, None)
+            if self._key is not None:
+                _held_here.pop(self._key, None)
             os.close(self._descriptor)
             self._descriptor = None
 

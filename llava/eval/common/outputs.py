@@ -373,11 +373,11 @@ def _outputs(
             action.type.check(value, option)
             for path, kind in action.type.found(value, args):
                 yield option, path, kind, action
-        else:
+        elif isinstance(action.type, Kind):
             yield option, Path(value), action.type, action
             if os.fspath(value) not in STREAMS:
-                for path, kind in action.type.beside(Path(value)).items():
-                    yield option, path, kind, action
+                for path, other in action.type.beside(Path(value)).items():
+                    yield option, path, other, action
 
 
 def check_outputs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llava.jsonfiles import iter_jsonl_at, parse_line, require_keys
+from llava.jsonfiles import iter_jsonl, require_keys
 from llava.utils import UserError
 
 Item = TypeVar("Item")
@@ -48,64 +47,17 @@ class Question:
         return str(self.id), self.text
 
 
-class Selected(Sequence):
-    """Some items of a sequence, by position; copies nothing."""
-
-    def __init__(self, items: Sequence[Item], positions: Sequence[int]) -> None:
-        self._items, self._positions = items, positions
-
-    def __len__(self) -> int:
-        return len(self._positions)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return Selected(self._items, self._positions[index])
-        return self._items[int(self._positions[index])]
-
-    def __iter__(self) -> Iterator[Any]:
-        for position in self._positions:
-            yield self._items[int(position)]
-
-
-class QuestionFile(Sequence):
-    """The questions of a JSON-lines file, read again from it where they are needed.
-
-    Memory is 16 bytes per question, whatever its text. All lines are checked once, at the start.
+def read_questions(path: str | Path) -> list[Question]:
+    """All questions of a file.
 
     Raises:
         UserError: a line is bad (names file and line), or the file holds no question.
     """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = path
-        self._starts, self._lines = array("Q"), array("Q")
-        for start, number, record in iter_jsonl_at(path, "question file"):
-            _question(record, len(self._starts), f"{path}:{number}")
-            self._starts.append(start)
-            self._lines.append(number)
-        if not self._starts:
-            raise UserError(f"{path}: holds no question")
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return Selected(self, range(len(self))[index])
-        index = range(len(self))[index]
-        with open(self.path, "rb") as file:
-            file.seek(self._starts[index])
-            source = f"{self.path}:{self._lines[index]}"
-            return _question(parse_line(file.readline(), source, "question file"), index, source)
-
-    def __iter__(self) -> Iterator[Question]:
-        for index, (_, number, record) in enumerate(iter_jsonl_at(self.path, "question file")):
-            yield _question(record, index, f"{self.path}:{number}")
-
-
-def read_questions(path: str | Path) -> Sequence[Question]:
-    """All questions of a file; `UserError` names file and line of the first bad one."""
-    return QuestionFile(path)
+    records = iter_jsonl(path, "question file")
+    questions = [_question(record, index, f"{path}:{number}") for index, (number, record) in enumerate(records)]
+    if not questions:
+        raise UserError(f"{path}: holds no question")
+    return questions
 
 
 def _question(record: dict[str, Any], index: int, source: str) -> Question:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -83,9 +83,10 @@ def relative_flops(
 
     shape = DecoderShape(geometry.layers, geometry.hidden, geometry.intermediate, geometry.hidden, 2)
     leaving = retention_schedule(geometry.layers, geometry.visual_tokens, target_tokens, slope)
-    counts = leaving if counting == "nominal" else [geometry.visual_tokens, *leaving[:-1]]
-    pruned = sum(shape.layer_flops(text_tokens + count) for count in counts)
-    return 100 * pruned / (geometry.layers * shape.layer_flops(text_tokens + geometry.visual_tokens))
+    flops: Callable[[float], float] = shape.layer_flops  # type: ignore[assignment]  # the formula takes means as well
+    counts: Sequence[float] = leaving if counting == "nominal" else [geometry.visual_tokens, *leaving[:-1]]
+    pruned = sum(flops(text_tokens + count) for count in counts)
+    return 100 * pruned / (geometry.layers * flops(text_tokens + geometry.visual_tokens))
 
 
 def matching_prompt(geometry: Geometry, target_tokens: int, percent: float, counting: str = "processed") -> float:

@@ -62,7 +62,7 @@ class PeakMemory:
             return
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-            peak = torch.cuda.max_memory_allocated(self.device)
+            peak: int | None = torch.cuda.max_memory_allocated(self.device)
         else:
             peak = resident_bytes("VmHWM")
         self.bytes = None if peak is None else max(peak - self._before, 0)

@@ -54,7 +54,7 @@ def align(path: Path, questions: Sequence[Question]) -> list[Record | None]:
             waiting.setdefault((str(record["question_id"]), record["prompt"]), []).append(record)
     for records in waiting.values():
         records.reverse()
-    return [records.pop() if (records := waiting.get(question.key)) else None for question in questions]
+    return [own.pop() if (own := waiting.get(question.key)) else None for question in questions]
 
 
 def collect(name: str, questions: Sequence[Question], paths: Sequence[Path], grade: Grade | None = None) -> Answers:
@@ -130,10 +130,10 @@ def make_rows(
 
 def credits_csv(settings: Sequence[Any], benchmarks: Sequence[Answers]) -> str:
     """What every setting got for every question; where no benchmark has ground truth, agreement with dense."""
-    graded = {b.name: found for b in benchmarks if (found := grades(b)) is not None}
-    found = graded or {b.name: (agreement(b), [question.id for question in b.questions]) for b in benchmarks}
-    values = {name: credits for name, (credits, _) in found.items()}
-    return credits_table([s.label for s in settings], values, {name: ids for name, (_, ids) in found.items()})
+    graded = {b.name: own for b in benchmarks if (own := grades(b)) is not None}
+    told = graded or {b.name: (agreement(b), [question.id for question in b.questions]) for b in benchmarks}
+    values = {name: credits for name, (credits, _) in told.items()}
+    return credits_table([s.label for s in settings], values, {name: ids for name, (_, ids) in told.items()})
 
 
 def costs(records: Sequence[Record]) -> dict[str, Any]:

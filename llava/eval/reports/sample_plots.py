@@ -110,7 +110,7 @@ def plot_survivors(examples: Sequence[Example], config: Any, processor: Any, pat
     )
     kinds = ("hard", "typical", "easy")
     for row, example, kind in zip(axes, chosen, kinds, strict=True):
-        image = square_image(example.benchmark.image_folder, example.question.image, config, processor)
+        image = square_image(example.benchmark.image_folder, example.question.images[0], config, processor)
         grid = math.isqrt(example.trace.visual_tokens)
         _show(row[0], image, f"{example.trace.visual_tokens} patches")
         kept = example.trace.kept

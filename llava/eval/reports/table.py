@@ -82,7 +82,9 @@ def describe_table(args: Any) -> tuple[paper_tables.Table, list[tuple[str, int |
     budgets = [parse_count(text, "--budgets") for text in split_names(args.budgets)] or list(given.budgets)
     settings: list[tuple[str, int | None]] = [("dense", None)]
     for method in methods:
-        own = budgets or sorted((tokens for name, tokens in found if name == method), reverse=True)
+        own = budgets or sorted(
+            (tokens for name, tokens in found if name == method and tokens is not None), reverse=True
+        )
         settings += [(method, tokens) for tokens in own if method != "dense"]
     return replace(given, checkpoint=checkpoint), settings
 

@@ -52,7 +52,7 @@ def load_reviews(path: str, ignore: Sequence[str] = ()) -> tuple[list[dict[str, 
         known.add(str(record.get("question_id")))
         if str(record.get("question_id")) in ignore:
             continue
-        pair = record.get("tuple", record.get("score"))
+        pair: Any = record.get("tuple", record.get("score"))
         if _GRADES.problem(pair) is not None:
             raise UserError(f"{path}:{number}: needs 'tuple', two grades")
         if min(pair) < 0:

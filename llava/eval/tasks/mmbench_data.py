@@ -47,7 +47,7 @@ def is_empty(value: str | None) -> bool:
 
 def row_options(row: Mapping[str, str]) -> dict[str, str]:
     """Letter -> text of the options a row has: those before the first empty one."""
-    return dict(itertools.takewhile(lambda item: not is_empty(item[1]), ((c, row.get(c)) for c in OPTIONS)))
+    return dict(itertools.takewhile(lambda item: not is_empty(item[1]), ((c, row.get(c, "")) for c in OPTIONS)))
 
 
 def read_table(

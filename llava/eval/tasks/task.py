@@ -13,7 +13,7 @@ from llava.utils import UserError
 
 EVAL_ZIP = "LLaVA's eval.zip"  # where upstream's question files come from
 
-Answers = Sequence[dict[str, Any]]
+Answers = Sequence[Any]  # answers as dictionaries
 Grader = Callable[[Mapping[str, Any]], float | None]
 """An answer (``question_id``, ``prompt``, ``text``) to its credit from 0 to 1, None if there is no truth for it."""
 

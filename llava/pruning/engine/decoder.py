@@ -191,7 +191,7 @@ def decode(
     decoded = compat.cached_length(cache) - record.widths[0]
     positions = record.positions(decoded, new_tokens, batch, hidden_BQC.device)
     tables = compat.rotary_tables(decoder, hidden_BQC, positions.flatten(0, 1))
-    cos, sin = (table.unflatten(0, positions.shape[:2]).unbind() for table in tables)
+    cos, sin = (table.reshape(*positions.shape[:2], *table.shape[1:]).unbind() for table in tables)
 
     mask_of = record.masks(decoder.config, hidden_BQC, cache, decoded)
     states = []
