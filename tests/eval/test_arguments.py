@@ -134,8 +134,8 @@ def test_wrong_generation_options(values):
 
 
 def test_sampling_parameters_are_passed_only_when_sampling():
-    assert "temperature" not in GenerationOptions().generate_kwargs()
-    kwargs = GenerationOptions(temperature=0.7, top_p=0.9).generate_kwargs()
+    assert "temperature" not in GenerationOptions().generate_kwargs
+    kwargs = GenerationOptions(temperature=0.7, top_p=0.9).generate_kwargs
     assert (kwargs["do_sample"], kwargs["temperature"], kwargs["top_p"]) == (True, 0.7, 0.9)
 
 

@@ -247,7 +247,7 @@ def test_without_the_check_in_front_a_bad_question_costs_only_itself(loaded, dat
     with get_method("dense")().attach(model) as run:
         answers = list(answer_questions(answerer, questions, run, on_skip=lambda q, reason: skipped.append(q.id)))
     assert [a.question.id for a in answers] == [2] and skipped == [1]
-    assert question_problem(questions[1], "Fine?", "vicuna_v1", data / "images") is None
+    assert question_problem(questions[1], lambda question: "Fine?", "vicuna_v1", data / "images") is None
 
 
 @pytest.mark.parametrize("value", [3, {"a": 1}, ["a.png", 5], ["a.png", ""], [None], True])

@@ -176,7 +176,7 @@ class LlavaAdapter:
                 attention_mask=inputs.generation_mask(),
                 pad_token_id=self._pad_id(),
                 logits_processor=LogitsProcessorList([watch]),
-                **generation.generate_kwargs(),
+                **generation.generate_kwargs,
             )
         texts = self.tokenizer.batch_decode(output, skip_special_tokens=True)
         seconds = (encoded.seconds + time.perf_counter() - started) / count

@@ -1,4 +1,4 @@
-"""The answer file of a run: one JSON object per line, appended and flushed as answers come, resumable.
+"""The files of a run, answers and traces: one JSON object per line, appended and flushed as answers come, resumable.
 
 Knows LLaVA's answer format and nothing of models. Line order at the end of a run is question order.
 """
@@ -16,7 +16,7 @@ import shortuuid
 from llava.eval.answering.records import RecordFile, doubled, key_hash, match, question_hashes
 from llava.eval.answering.sums import FAILED, TOKENS, TokenTotals, first_difference, run_options
 from llava.eval.common.jsonio import require_keys
-from llava.eval.common.outputs import ANSWERS
+from llava.eval.common.outputs import ANSWERS, TRACES
 from llava.eval.common.questions import Question
 from llava.utils import UserError
 
@@ -170,3 +170,44 @@ class AnswerFile:
             self.finish(questions)
         finally:
             self._file.close()
+
+
+class TraceFile:
+    """Appends traces; does nothing without a path. Constructing proves that the file can be written.
+
+    A line is written before its answer, so no answer lacks one after a kill; a sample that is answered twice
+    because of that keeps one line when the run ends.
+
+    kept: also write the surviving visual tokens of every layer (large).
+    """
+
+    def __init__(self, path: str | None, resume: bool, kept: bool = False) -> None:
+        self._file = None if path is None else RecordFile(path, "trace file", TRACES)
+        self._resume, self._kept = resume, kept
+
+    def start(self) -> None:
+        """Empties the file unless the run is resumed; only now, when everything that can be wrong is checked."""
+        if self._file is not None:
+            self._file.open(keep=self._resume)
+
+    def append(self, answer: Any) -> None:
+        """Writes the trace of an `Answered`."""
+        if self._file is None:
+            return
+        decode = max(answer.seconds - answer.encode_seconds - answer.prefill_seconds, 0.0)
+        self._file.append(
+            {
+                "question_id": answer.question.id,
+                "prompt": answer.question.text,
+                **answer.trace.to_dict(kept=self._kept),
+                "encode_seconds": answer.encode_seconds,
+                "prefill_seconds": answer.prefill_seconds,
+                "decode_seconds": decode,
+                "seconds": answer.seconds,
+            }
+        )
+
+    def close(self, questions: Sequence[Question] = ()) -> None:
+        """Ends writing; with `questions`, one line per question in their order."""
+        if self._file is not None:
+            self._file.close(question_hashes(questions) if len(questions) else None, drop_repeats=True)

@@ -71,6 +71,13 @@ class Answerer:
             self._cache.popitem(last=False)
         return Sample(question, ids, tuple(pixels for pixels, _ in images), tuple(size for _, size in images), prompt)
 
+    def try_prepare(self, question: Question) -> Sample | SampleError:
+        """The sample, or why there is none."""
+        try:
+            return self.prepare(question)
+        except SampleError as error:
+            return error
+
     def prompt(self, question: Question) -> str:
         """The question in the model's template, with a placeholder for each image; raises `SampleError`."""
         text = question.text if self.prompt_text is None else self.prompt_text(question)
@@ -120,14 +127,17 @@ def check_conv_mode(name: str) -> None:
         raise UserError(f"--conv-mode: unknown template {name!r}; known: {', '.join(sorted(conv_templates))}")
 
 
-def question_problem(question: Question, text: str, conv_mode: str, image_folder: Path | None) -> str | None:
+def question_problem(
+    question: Question, prompt_text: Callable[[Question], str] | None, conv_mode: str, image_folder: Path | None
+) -> str | None:
     """Why the question cannot be asked, as far as that shows before an image is opened; None if it can.
 
-    text: what the model is asked, without template. image_folder: None if the images are no files.
+    prompt_text: see `Answerer`. image_folder: None if the images are no files.
     """
     if question.problem is not None:
         return question.problem
     try:
+        text = question.text if prompt_text is None else prompt_text(question)
         build_prompt(text, len(question.images), conv_mode)
         if image_folder is not None:
             for name in question.images:

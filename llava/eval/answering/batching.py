@@ -184,7 +184,11 @@ def answer_questions(
     """
     size = batch_size if isinstance(batch_size, BatchSize) else BatchSize(batch_size)
     batcher = Batcher(answerer, run, size, on_skip, on_fail)
-    with contextlib.closing(prepared(answerer, questions, num_workers, size.window)) as stream:
+    if num_workers < 1:
+        samples = ((question, answerer.try_prepare(question)) for question in questions)
+    else:
+        samples = prepared(answerer, questions, num_workers, size.window)
+    with contextlib.closing(samples) as stream:  # whatever happens, worker processes end here
         yield from batcher.answer_all(_readable(stream, on_skip))
 
 

@@ -211,7 +211,7 @@ class Chat:
     def _generate(self, run: Any, streamer: Any) -> Reply:
         ids: Any = tokenizer_image_token(self.prompt(), self.tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
         self._check_length(len(ids) + self._image_tokens)
-        options = self.generation.generate_kwargs()
+        options = dict(self.generation.generate_kwargs)
         if self.stop is not None:
             options["stopping_criteria"] = [KeywordsStoppingCriteria([self.stop], self.tokenizer, ids[None])]
         run.traces.clear()

@@ -11,10 +11,12 @@ import contextlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from llava.eval.answering.loading import load_adapter
+from llava.eval.answering.loop import Interrupts
 from llava.eval.answering.parallel import Whole, World, existing_parts
 from llava.eval.common.arguments import (
     MAX_IMAGE_PIXELS,
@@ -24,10 +26,9 @@ from llava.eval.common.arguments import (
     check_range,
     method_from_args,
 )
-from llava.eval.common.interrupts import Interrupts
 from llava.eval.common.jsonio import iter_jsonl, require_folder
 from llava.eval.common.outputs import TRACES
-from llava.eval.common.questions import Question
+from llava.eval.common.questions import Question, most_images
 from llava.utils import UserError, visible
 
 ZERO, KEEP = PADDING_ATTENTION = ("zero", "keep")
@@ -98,8 +99,8 @@ def run_questions(
     check_range("--num-workers", args.num_workers, 0, MAX_WORKERS)
     check_range("--max-image-pixels", args.max_image_pixels, 1)
     image_folder = Path(args.image_folder or ".")
-    most_images = max((len(question.images) for question in questions), default=0)
-    if most_images:
+    most = most_images(questions)
+    if most:
         require_folder(image_folder, "image folder")
 
     from llava.eval.answering.answerer import Answerer, check_conv_mode, question_problem
@@ -107,10 +108,8 @@ def run_questions(
 
     check_conv_mode(args.conv_mode)
 
-    def problem(question: Question) -> str | None:
-        text = question.text if prompt_text is None else prompt_text(question)
-        return question_problem(question, text, args.conv_mode, image_folder if images is None else None)
-
+    folder = image_folder if images is None else None
+    problem = partial(question_problem, prompt_text=prompt_text, conv_mode=args.conv_mode, image_folder=folder)
     if args.strict:
         for question in questions:
             if (reason := problem(question)) is not None:
@@ -134,7 +133,7 @@ def run_questions(
                 if args.device is None:
                     args.device = world.device()
                 adapter = load_adapter(args, args.conv_mode, masks_padding=padding == ZERO)
-                check_budget(method, adapter.most_visual_tokens(), most_images)
+                check_budget(method, adapter.most_visual_tokens(), most)
                 answerer = Answerer(
                     adapter,
                     image_folder,

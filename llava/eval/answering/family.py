@@ -177,7 +177,7 @@ class FamilyAdapter:
                 **values,
                 pad_token_id=pad,
                 logits_processor=LogitsProcessorList([watch]),
-                **generation.generate_kwargs(),
+                **generation.generate_kwargs,
             )
         texts = tokenizer.batch_decode(output[:, values["input_ids"].shape[1] :], skip_special_tokens=True)
         seconds = (encoded.seconds + time.perf_counter() - started) / count

@@ -41,18 +41,11 @@ def prepared(
     """
     if num_workers < 1 or _START_METHOD not in multiprocessing.get_all_start_methods():
         for question in questions:
-            yield question, _prepare(answerer, question)
+            yield question, answerer.try_prepare(question)
         return
     # A tokenizer that was used before a fork says on stderr, once per worker, that it goes on without threads.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     yield from _Workers(answerer, questions, num_workers, ahead).stream()
-
-
-def _prepare(answerer: Any, question: Any) -> Any:
-    try:
-        return answerer.prepare(question)
-    except SampleError as error:
-        return error
 
 
 class _Samples(Dataset):
@@ -63,7 +56,7 @@ class _Samples(Dataset):
 
     def __getitem__(self, positions: range) -> list[tuple[Any, Any]]:
         pack = _Packer()
-        return [(question, pack(_prepare(self.answerer, question))) for question in map(self._question, positions)]
+        return [(question, pack(self.answerer.try_prepare(question))) for question in map(self._question, positions)]
 
     def _question(self, position: int) -> Any:
         return self.questions[position]

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NoReturn
 
 from llava.eval.common.outputs import check_outputs
@@ -327,10 +328,11 @@ class GenerationOptions:
     def from_args(cls, args: argparse.Namespace) -> GenerationOptions:
         return cls(args.temperature, args.top_p, args.num_beams, args.max_new_tokens, args.seed)
 
-    @property
+    @cached_property
     def samples(self) -> bool:
         return self.temperature > 0
 
+    @cached_property
     def generate_kwargs(self) -> dict[str, Any]:
         """Keyword arguments of `generate`; sampling parameters are left out where they would only warn."""
         kwargs: dict[str, Any] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -111,6 +111,11 @@ def chunk(items: Sequence[Item], num_chunks: int, chunk_idx: int) -> Sequence[It
         raise UserError(f"--chunk-idx must be from 0 to {num_chunks - 1}, got {chunk_idx}")
     size = math.ceil(len(items) / num_chunks)
     return items[chunk_idx * size : (chunk_idx + 1) * size]
+
+
+def most_images(questions: Iterable[Question]) -> int:
+    """The largest number of images that a question has."""
+    return max((len(question.images) for question in questions), default=0)
 
 
 def spread(questions: Sequence[Question], limit: int | None) -> list[Question]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.eval.answering.loading import load_adapter
+from llava.eval.answering.loop import Interrupts
 from llava.eval.answering.metadata import checkpoint_fingerprint
 from llava.eval.common.arguments import (
     GenerationOptions,
@@ -24,10 +25,9 @@ from llava.eval.common.arguments import (
     check_range,
     split_names,
 )
-from llava.eval.common.interrupts import Interrupts
 from llava.eval.common.jsonio import read_json, require_folder, write_json, write_text_atomic
 from llava.eval.common.outputs import PICTURE, TABLE_MARKDOWN, JsonObject, OutputFolder, Text
-from llava.eval.common.questions import read_questions, spread
+from llava.eval.common.questions import most_images, read_questions, spread
 from llava.eval.reports.bootstrap import LEVEL, MAX_RESAMPLES, RESAMPLES
 from llava.eval.reports.comparison_tables import csv_table, markdown_report
 from llava.eval.reports.defaults import DEFAULT_BUDGETS, MAX_NEW_TOKENS, RESULTS, TINY, parse_budgets
@@ -226,9 +226,9 @@ def answer_missing(args: argparse.Namespace, experiment: Any) -> int:
     # One input for all settings: tiles are joined as pruning wants them, for dense too.
     args.method = next((s.method.name for s in experiment.settings if s.budget is not None), "dense")
     adapter = load_adapter(args, args.conv_mode)
-    most_images = max((len(question.images) for asked in experiment.sets for question in asked.questions), default=1)
+    most = max((most_images(asked.questions) for asked in experiment.sets), default=1)
     for setting in experiment.settings:
-        check_budget(setting.method, adapter.most_visual_tokens(), most_images, "--budgets")
+        check_budget(setting.method, adapter.most_visual_tokens(), most, "--budgets")
     write_json(Path(args.output_dir) / "run.json", describe_conditions(args.model_path, args.batch_size, adapter.model))
     generation = GenerationOptions(max_new_tokens=args.max_new_tokens)
     make_answerer = partial(Answerer, adapter, generation=generation)
