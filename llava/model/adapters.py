@@ -1,8 +1,7 @@
 """Checkpoints that hold only what training changed: LoRA matrices and projectors, laid over a base model's weights.
 
 Works on weights by name, before any model is built: low-rank updates are added in float32 and rounded once, so neither
-a second model nor a package for adapters is needed, and 8-bit or 4-bit loading quantizes the sum. Knows nothing of
-configurations.
+a second model nor a package for adapters is needed, and 8-bit or 4-bit loading quantizes the sum.
 
 LLaVA's files: `adapter_config.json` and `adapter_model.safetensors` or `.bin` (LoRA matrices, written by peft),
 `non_lora_trainables.bin` (whatever else was trained: the projector, sometimes the vision tower), `mm_projector.bin`

@@ -1,7 +1,7 @@
 """How the crops of one image become one sequence of visual tokens.
 
 Index arithmetic: an `Arrangement` says which patch of which crop stands where, and any per-patch tensor (features, CLS
-attention, keys of the tower) is gathered through it. Knows the checkpoint's settings for it, not towers or prompts.
+attention, keys of the tower) is gathered through it. The settings are the checkpoint's.
 
 Shapes: crop 0 is the whole image, then tiles row by row; P = p * p patches per crop; N tokens of the image.
 """

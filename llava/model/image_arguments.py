@@ -1,6 +1,6 @@
 """The forms in which callers may pass images and their sizes, brought to one: a list with an entry per image.
 
-Knows no model; what the entries mean together (crops, padding, placeholders) is checked where they are used.
+What the entries mean together (crops, padding, placeholders) is checked where they are used.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Prompts with images: placeholders out, visual tokens in, rows padded on the left.
 
 Turns token ids with image placeholders plus visual tokens into embeddings, masks, positions and the layout
-that says where the visual tokens are. Knows nothing of towers, crops or pruning methods.
+that says where the visual tokens are.
 
 Shapes: B rows, T ids per row, L tokens per row after splicing, C decoder width.
 """

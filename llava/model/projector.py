@@ -1,6 +1,6 @@
 """LLaVA's projectors of other depths than the two layers of LLaVA 1.5.
 
-The two-layer one is transformers' `LlavaMultiModalProjector`. Knows nothing of towers and checkpoints.
+The two-layer one is transformers' `LlavaMultiModalProjector`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Reduced images: from the crops of a prompt row to the tokens that reach the projector, in the order of the prompt.
 
 Stands between the tower and the projector when the attached method works there. The choice is the method's (see
-`llava.pruning.reduction`); this file knows arrangements of crops, budgets of rows, and where the newlines go.
+`llava.pruning.reduction`); here are arrangements of crops, budgets of rows, and the places of newlines.
 
 Shapes: P features per crop, K visual tokens left of an image, N tokens with newlines, C tower width.
 """

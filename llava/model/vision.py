@@ -1,7 +1,7 @@
 """Features and CLS attention of a CLIP vision tower.
 
 Runs the tower's own modules (any attention implementation) up to the selected layer and no further, and
-computes the few values that a pruning method declares. Knows nothing of prompts, projectors or the decoder.
+computes the few values that a pruning method declares.
 
 Shapes: N crops, P patches, T tokens of the tower (CLS + P), C tower width, H heads, D head width.
 """

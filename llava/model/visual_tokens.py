@@ -1,7 +1,7 @@
 """From the crops of a batch of images to visual tokens for the decoder: tower, reduction, projector, arrangement.
 
 Computes exactly what an attached pruning method declares, and lets it reduce the tokens where it works in front of the
-decoder. Knows no prompts.
+decoder.
 
 Shapes: P features per crop, N tokens of an image (newlines included), V visual tokens of an image, C widths.
 """

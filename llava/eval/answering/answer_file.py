@@ -1,6 +1,6 @@
 """The files of a run, answers and traces: one JSON object per line, appended and flushed as answers come, resumable.
 
-Knows LLaVA's answer format and nothing of models. Line order at the end of a run is question order.
+At the end of a run the lines are in question order.
 """
 
 from __future__ import annotations

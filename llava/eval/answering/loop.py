@@ -1,7 +1,5 @@
-"""One run over a list of questions: its files, counts, times, progress and summary.
-
-Knows what is written when and what is kept when something goes wrong; nothing of command lines beyond the flags it is
-given, and nothing of models but their answers.
+"""One run over a list of questions: its files, counts, times, progress and summary, and what is kept when something
+goes wrong.
 """
 
 from __future__ import annotations

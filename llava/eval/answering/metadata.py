@@ -1,7 +1,6 @@
 """The metadata of a run, beside its answers: `X.meta.json` for `X.jsonl`.
 
-Knows what identifies a run (options, checkpoint, question file, versions) and how runs are told apart; nothing of
-answers or models.
+They identify the run (options, checkpoint, question file, versions), so that runs are never mixed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A JSON-lines file that is appended to while a run lasts, survives its death, and ends in question order.
 
-Knows lines and the key of a question (its id and text); nothing of answers, traces or models. Memory stays at a few
+Lines belong to questions by a hash of id and text. Memory stays at a few
 bytes per line: lines are recognized by a hash and read again from the file where their text is needed.
 """
 

@@ -1,6 +1,6 @@
 """Command line flags shared by the evaluation tools, and the pruning method that they describe.
 
-Knows flags and defaults; loads no model. `--help` of every tool shows the same text for the same flag.
+`--help` of every tool shows the same text for the same flag.
 """
 
 from __future__ import annotations

@@ -1,10 +1,6 @@
-"""GQA accuracy (overall, binary, open, by type) of a LLaVA answer file or of converted predictions.
+"""GQA: exact match over the balanced questions, overall, binary, open and by type.
 
-    python -m llava.eval.eval_gqa --annotation-file testdev_balanced_questions.json \\
-        --result-file answers.jsonl
-
-Knows GQA's question file and exact-match scoring; does not compute consistency, validity or grounding, which
-need files LLaVA's evaluation does not use.
+Consistency, validity and grounding need files that LLaVA's evaluation does not use, and are not computed.
 """
 
 from __future__ import annotations

@@ -1,10 +1,4 @@
-"""LLaVA-Bench: adds up reviews, in which GPT-4 gave two answers to a question a grade from 1 to 10 each.
-
-    python -m llava.eval.summarize_gpt_review --dir reviews
-    python -m llava.eval.summarize_gpt_review --files reviews/llava-v1.5-7b.jsonl --ignore 3
-
-Knows the review files of LLaVA's evaluation (`tuple`: reference grade, model grade; `category`); asks no model.
-"""
+"""LLaVA-Bench: reviews, in which GPT-4 gave two answers to a question a grade from 1 to 10 each, added up."""
 
 from __future__ import annotations
 

@@ -1,10 +1,6 @@
-"""MME: perception and cognition totals and the fourteen subtasks, without the official tool.
+"""MME: per subtask 100 x accuracy over questions + 100 x accuracy over images (both questions of an image right).
 
-    python -m llava.eval.eval_mme --annotation-dir MME_Benchmark_release_version \\
-        --question-file llava_mme.jsonl --result-file answers.jsonl
-
-Knows the release's folder layout, LLaVA's question file and the score: per subtask 100 x accuracy over
-questions + 100 x accuracy over images (both questions of an image right).
+Perception and cognition are sums over subtasks, computed without the official tool, whose input can be written too.
 """
 
 from __future__ import annotations

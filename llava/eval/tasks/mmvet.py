@@ -1,10 +1,4 @@
-"""MM-Vet: total and per-capability score from graded answers.
-
-    python -m llava.eval.eval_mmvet --result-file ckpt_gpt-4-0613-grade-1runs.json --annotation-file mm-vet.json
-
-Knows the grade files that MM-Vet's evaluator leaves; grades nothing itself (a GPT model does that). The evaluator
-prints with one decimal, as this does; the JSON result keeps full precision.
-"""
+"""MM-Vet: total and per-capability score from the grade files that its evaluator, a GPT model, leaves."""
 
 from __future__ import annotations
 

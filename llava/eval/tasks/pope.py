@@ -1,9 +1,6 @@
-"""POPE: is the model's yes/no about objects in the image right? Per category and the mean F1.
+"""POPE: yes or no about objects in the picture, per category, and the mean F1.
 
-    python -m llava.eval.eval_pope --annotation-dir pope/coco --question-file llava_pope_test.jsonl \\
-        --result-file answers.jsonl
-
-Knows POPE's label files (`coco_pope_<category>.json`, one JSON object per line) and LLaVA's question file.
+Labels lie in `coco_pope_<category>.json`, one JSON object per line.
 """
 
 from __future__ import annotations

@@ -1,10 +1,4 @@
-"""ScienceQA accuracy of a LLaVA answer file: all problems, problems with an image, and by subject.
-
-    python -m llava.eval.eval_science_qa --base-dir scienceqa --result-file answers.jsonl \\
-        --output-file output.jsonl --output-result result.json
-
-Knows `problems.json` and `pid_splits.json`; needs no images.
-"""
+"""ScienceQA: accuracy over all problems of a split, those with a picture, and by subject."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""TextVQA accuracy of a LLaVA answer file.
-
-    python -m llava.eval.eval_textvqa --annotation-file TextVQA_0.5.1_val.json --result-file answers.jsonl
-
-Knows the TextVQA annotation format and LLaVA's prompt layouts; the metric itself is in `vqa_text`.
-"""
+"""TextVQA: soft accuracy against ten people's answers; the metric itself is in `vqa_text`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
-"""Answers as the benchmark servers take them: pure functions, one for each format, and lenient reading.
+"""What the converters for servers share: lenient reading of answers, joining, writing.
 
-Knows LLaVA answer files and upload formats; the command lines are in `scripts/convert_*.py`, workbooks in
-`mmbench_data`. What the functions return is dumped with the json module's defaults, as upstream does, so that the
-files agree byte for byte.
+What is written is dumped with the json module's defaults, as upstream does, so that the files agree byte for byte.
 """
 
 from __future__ import annotations

@@ -1,10 +1,4 @@
-"""VQA accuracy where VQAv2 or VizWiz answers are at hand (their test answers are not: the server grades those).
-
-    python -m llava.eval.eval_vqa --annotation-file v2_mscoco_val2014_annotations.json --result-file answers.jsonl
-    python -m llava.eval.eval_vqa --annotation-file test.json --question-file llava_test.jsonl --result-file a.jsonl
-
-Knows the annotation formats of both benchmarks, answer files and upload files; the metric is in `vqa_text`.
-"""
+"""VQAv2 and VizWiz: soft accuracy where their answers are at hand, and the uploads for their server."""
 
 from __future__ import annotations
 

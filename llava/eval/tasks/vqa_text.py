@@ -1,6 +1,6 @@
 """The answer normalization and soft accuracy of VQA, as TextVQA, VQAv2 and VizWiz use them.
 
-Knows strings only; nothing of files. Rules: VQA evaluation (Antol et al. 2015, section on evaluation) in the
+Rules: VQA evaluation (Antol et al. 2015, section on evaluation) in the
 variant of the TextVQA evaluator, whose order of steps differs slightly from the original VQA tool.
 """
 
