@@ -1,15 +1,17 @@
-"""docs/performance.md from the CSVs below benchmarks/results: targets, tables, plots; the text around them stays.
+"""docs/performance.md and the tables beside the results, from the CSVs below benchmarks/results.
 
     python -m benchmarks.report
     python -m benchmarks.report --check
 
-Measures nothing. What stands in the document depends on the CSVs alone; `--check` says whether it is up to date.
+The document gets the targets and a picture for each question, its text stays; the tables go into a file of their own.
+Measures nothing: what is written depends on the CSVs alone; `--check` says whether it is up to date.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import targets
@@ -20,10 +22,15 @@ from benchmarks.saved import Result, read_results
 from llava.eval.common import outputs
 from llava.eval.common.arguments import Parser
 from llava.eval.common.jsonio import read_text, write_text_atomic
-from llava.eval.common.tables import replace_between
+from llava.eval.common.tables import replace_between, wrap
 from llava.utils import UserError, cli_main
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
+_TABLES = (
+    "# Results\n\nMade by `python -m benchmarks.report` from the CSVs of this folder; what the figures mean is in "
+    "docs/performance.md."
+)
+TABLES = outputs.Text("tables of benchmark results", r"# Results")
 PLOTS = outputs.OutputFolder({"*--*.png": outputs.Picture("a plot of a saved result", SOURCE.encode())})
 _TARGETS = (
     "Figures of AutoPrune by budget (target tokens), computed from the results below, on every hardware that they were "
@@ -49,24 +56,37 @@ def paired(results: Iterable[Result]) -> list[tuple[Result, Result | None]]:
     return [(g[True], g.get(False)) if True in g else (g[False], None) for g in groups.values()]
 
 
-def render(results: Sequence[Result], folder: str) -> tuple[str, list[Result]]:
-    """The generated part, and the results that have a picture in it. folder: of the pictures, from the document."""
+@dataclass(frozen=True)
+class Rendered:
+    """The generated part of the document, the tables, and the results that have a picture in the document."""
+
+    document: str
+    tables: str
+    drawn: list[Result]
+
+
+def render(results: Sequence[Result], folder: str) -> Rendered:
+    """folder: of the pictures, from the document."""
     pairs = paired(results)
     headings = titles([result for result, _ in pairs])
-    parts = [f"### Targets\n\n{_TARGETS}", targets.table(targets.outcomes(results))]
-    drawn = []
+    shown = [f"### Targets\n\n{wrap(_TARGETS)}", targets.table(targets.outcomes(results))]
+    tables, drawn = [_TABLES], []
     for (result, other), heading in zip(pairs, headings, strict=True):
         name = picture_name(result)
-        drawn += [result] if name else []
-        parts.append(section(result, heading, [f"{folder}/{name}"] if name else [], other))
-    return "\n\n".join(parts), drawn
+        if name:
+            drawn.append(result)
+            shown.append(f"![{heading}]({folder}/{name})")
+        tables.append(section(result, heading, other))
+    return Rendered("\n\n".join(shown), wrap("\n\n".join(tables)) + "\n", drawn)
 
 
-def outdated(document: Path, text: str, pictures: Path, drawn: Sequence[Result]) -> list[str]:
+def outdated(documents: Mapping[Path, str], pictures: Path, drawn: Sequence[Result]) -> list[str]:
     """What `--check` complains about."""
-    found = []
-    if read_text(document, "document") != text:
-        found.append(f"{document}: its tables are not those of the CSVs")
+    found = [
+        f"{path}: its tables are not those of the CSVs"
+        for path, text in documents.items()
+        if not path.is_file() or read_text(path, "document") != text
+    ]
     for result in drawn:
         source = drawn_from(pictures / f"{result.stem}.png")
         if source != result.digest:
@@ -84,6 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--document", type=outputs.DOCUMENT, default=str(DOCUMENT), help="markdown file with the markers"
     )
     parser.add_argument(
+        "--tables", type=TABLES, default=None, help="markdown file of the tables; default: README.md beside the CSVs"
+    )
+    parser.add_argument(
         "--plots", type=PLOTS, default=None, help="folder of the plots; default: images/ beside the document"
     )
     parser.add_argument(
@@ -95,10 +118,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--results-dir: holds no CSV: {args.results_dir}; run a benchmark with --save first")
     document = Path(args.document)
     pictures = Path(args.plots) if args.plots else document.parent / "images"
-    generated, drawn = render(results, pictures.name)
-    text = replace_between(read_text(document, "document"), "results", generated, str(document))
+    rendered = render(results, pictures.name)
+    drawn = rendered.drawn
+    tables = Path(args.tables) if args.tables else Path(args.results_dir) / "README.md"
+    TABLES.check(tables)
+    text = replace_between(read_text(document, "document"), "results", rendered.document, str(document))
     if args.check:
-        complaints = outdated(document, text, pictures, drawn)
+        complaints = outdated({document: text, tables: rendered.tables}, pictures, drawn)
         for complaint in complaints:
             print(complaint, file=sys.stderr)
         print("up to date" if not complaints else "not up to date: run python -m benchmarks.report")
@@ -109,7 +135,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         path.unlink()
         print(f"removed {path}: no CSV has this picture")
     write_text_atomic(document, text)
-    print(f"wrote {len(results)} results into {document}")
+    write_text_atomic(tables, rendered.tables)
+    print(f"wrote {len(results)} results into {document} and {tables}")
     return 0
 
 

@@ -324,12 +324,11 @@ def notes(result: Result) -> list[str]:
     return sentences
 
 
-def section(result: Result, name: str, pictures: Sequence[str] = (), other: Result | None = None) -> str:
-    """Heading, table, what it was measured on, the other allocator's figures, pictures."""
+def section(result: Result, name: str, other: Result | None = None) -> str:
+    """Heading, table, what it was measured on, the other allocator's figures."""
     parts = [f"### {name}", table(result), " ".join([*notes(result), describe(result.env) + "."])]
     if other is not None:
         parts += both_allocators(result, other)
-    parts += [f"![{name}]({picture})" for picture in pictures]
     return "\n\n".join(parts)
 
 

@@ -300,7 +300,7 @@ def test_from_flags_to_the_document(tmp_path, capsys):
     document = tmp_path / "performance.md"
     document.write_text("<!-- results: begin -->\n<!-- results: end -->\n")
     report.main(["--results-dir", str(tmp_path), "--document", str(document)])
-    text = document.read_text()
+    text = (tmp_path / "README.md").read_text()
     assert "### Profile: tiny, float32, sdpa" in text and "norms and residuals" in text and "| dense, % |" in text
 
 
