@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from llava.eval.answering import command as answering
+from llava.eval.answering import loading
 from llava.eval.answering.answer_file import AnswerFile
 from llava.eval.answering.answerer import Answerer
 from llava.eval.model_vqa_loader import main
@@ -37,7 +37,11 @@ def many(data):
 
 
 def size(path):
-    return path.stat().st_size if path.exists() else 0
+    # Looking first would race with a run that removes what it made to see whether it can write.
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -108,7 +112,7 @@ def test_signal_while_the_model_is_loading(argv, many, monkeypatch):
         (many / "loading").touch()
         time.sleep(60)
 
-    monkeypatch.setattr(answering, "load_model", load)
+    monkeypatch.setattr(loading, "load_model", load)
     child = Child(lambda: main(argv()), many / "log")
     wait_until((many / "loading").exists, child)
     time.sleep(0.2)  # until it sleeps: an exception raised in a finalizer that happens to run would be lost
@@ -192,7 +196,7 @@ def test_run_killed_between_its_last_answer_and_the_sorting(argv, many, preloade
         assert Child(lambda: main(argv("--batch-size", 4)), many / "log").wait() == 9
     unsorted = (many / "a.jsonl").read_bytes()
     assert unsorted != whole and sorted(unsorted.splitlines()) == sorted(whole.splitlines())
-    monkeypatch.setattr(answering, "load_model", None)
+    monkeypatch.setattr(loading, "load_model", None)
     assert main(argv("--batch-size", 4)) == 0
     assert (many / "a.jsonl").read_bytes() == whole
     assert json.loads((many / "a.meta.json").read_text())["complete"]

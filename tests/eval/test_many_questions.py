@@ -1,4 +1,4 @@
-"""Question and answer files of any length: what is held is a few bytes per line."""
+"""Question and answer files of any length: what is held is one small object per question, bytes per answer."""
 
 import json
 import os
@@ -16,7 +16,7 @@ LINES = 100_000
 
 @needs_fork
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads the size of a process from /proc")
-def test_memory_stays_flat(tmp_path):
+def test_memory_grows_with_questions_alone(tmp_path):
     path = tmp_path / "q.jsonl"
     with open(path, "w") as file:
         for i in range(LINES):
@@ -42,8 +42,8 @@ def test_memory_stays_flat(tmp_path):
         (tmp_path / "grown").write_text(str(resident() - before))
 
     assert Child(work, tmp_path / "log").wait() == 0
-    # As a list of questions these lines take more than 50 MB.
-    assert int((tmp_path / "grown").read_text()) < 20e6
+    # A question is about half a kilobyte: all of VQAv2 test-dev 60 MB, beside a model of gigabytes.
+    assert int((tmp_path / "grown").read_text()) < 800 * LINES
 
 
 def test_match_against_a_naive_loop():

@@ -37,7 +37,8 @@ def both():
 def test_answers_are_those_of_the_packages_own_class(both, method):
     tokenizer, model, own, image_processor = both
     lines = (DATA / "llava_pope_test.jsonl").read_text().splitlines()
-    questions = [json.loads(line) for line in lines[:: max(len(lines) // COUNT, 1)]][:COUNT]
+    # An odd stride: questions with yes and no for an answer take turns in the file.
+    questions = [json.loads(line) for line in lines[:: max(len(lines) // COUNT - 1, 1) | 1]][:COUNT]
     assert len(questions) == COUNT
     yes = 0
     for question in questions:
