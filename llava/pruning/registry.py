@@ -19,9 +19,11 @@ _METHODS = {
     "pdrop": "PDrop",
     "prumerge_plus": "PruMergePlus",
     "random": "Random",
+    "scope": "Scope",
     "sparsevlm": "SparseVLM",
     "tome": "ToMe",
     "uniform": "Uniform",
+    "vispruner": "VisPruner",
     "visionzip": "VisionZip",
 }
 

@@ -18,7 +18,7 @@ from tests.pruning import naive
 I = IMAGE_TOKEN_INDEX  # noqa: E741
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 TARGET = 7
-NAMES = ["visionzip", "prumerge_plus", "hiprune", "tome"]
+NAMES = ["visionzip", "prumerge_plus", "hiprune", "tome", "vispruner", "scope"]
 OPTIONS = {"prumerge_plus": {"neighbors": 3}, "hiprune": {"alpha": 0.9}}
 
 

@@ -77,6 +77,32 @@ def hiprune(middle: Tensor, deep: Tensor, width: int, target: int, alpha: float)
     return sorted(chosen[:target])
 
 
+def vispruner(tokens: Tensor, cls: Tensor, target: int, ratio: float) -> list[int]:
+    order = ranked(cls)
+    important, left = order[: int(target * ratio)], order[int(target * ratio) :]
+    wanted = target - len(important)
+    while wanted and len(left) > wanted:
+        first, second = left[::2], left[1::2]
+        likeness = [max(cosine(tokens[i], tokens[j]) for j in second) for i in first]
+        best = sorted(range(len(first)), key=lambda place: (-likeness[place], place))
+        left = [first[place] for place in best[min(8, len(left) - wanted) :]] + second
+    return sorted(important + (left if wanted else []))
+
+
+def scope(tokens: Tensor, cls: Tensor, target: int, alpha: float) -> list[int]:
+    count, chosen = len(tokens), []
+    covered = [0.0] * count
+    while len(chosen) < target:
+        gains = {}
+        for i in set(range(count)) - set(chosen):
+            added = (max(cosine(tokens[i], tokens[j]) - covered[j], 0) for j in range(count) if j not in chosen)
+            gains[i] = sum(added) * float(cls[i]) ** alpha
+        best = max(sorted(gains), key=lambda i: gains[i])
+        chosen.append(best)
+        covered = [max(old, cosine(tokens[best], tokens[j])) for j, old in enumerate(covered)]
+    return sorted(chosen)
+
+
 def tome_step(tokens: list[Tensor], keys: list[Tensor], sizes: list[float], places: list[int], count: int, cls: bool):
     """One bipartite merge; lists of tokens, keys, sizes and places of what is left, even ones first."""
     evens, odds = range(0, len(tokens), 2), range(1, len(tokens), 2)

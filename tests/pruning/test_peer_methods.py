@@ -79,6 +79,16 @@ def test_hiprune_equals_a_naive_loop(target, alpha):
         assert torch.equal(got.tokens_KC, one.tokens_PC[expected])
 
 
+@pytest.mark.parametrize(("target", "option"), [(1, 0.5), (2, 0.5), (9, 0.25), (20, 0.0), (21, 0.7), (35, 1.0)])
+@pytest.mark.parametrize(("name", "key"), [("vispruner", "important_ratio"), ("scope", "alpha")])
+def test_vispruner_and_scope_equal_a_naive_loop(name, key, target, option):
+    crops = [crop(36, seed) for seed in range(3)]
+    for one, got in zip(crops, reduce(get_method(name)(**{key: option}), crops, target), strict=True):
+        expected = getattr(naive, name)(one.tokens_PC, one.facts["cls_attention"], target, option)
+        assert got.origin_K.tolist() == got.source_K.tolist() == expected
+        assert torch.equal(got.tokens_KC, one.tokens_PC[expected])
+
+
 @pytest.mark.parametrize(("tokens", "count", "has_cls"), [(13, 4, True), (12, 6, False), (9, 1, True), (2, 1, False)])
 def test_bipartite_merge_equals_a_naive_loop(tokens, count, has_cls):
     generator = torch.Generator().manual_seed(tokens)
@@ -207,7 +217,7 @@ def test_plans_meet_any_budget_within_one_token(name, layers, tokens):
 
 
 COUNTED = ["fastv", "sparsevlm", "pdrop", "autoprune", "random", "uniform", "fastervlm", "divprune", "visionzip"]
-COUNTED += ["prumerge_plus", "hiprune", "tome"]
+COUNTED += ["prumerge_plus", "hiprune", "tome", "vispruner", "scope"]
 
 
 @pytest.mark.parametrize("budget", ["nominal", "processed"])
@@ -281,6 +291,8 @@ def test_selection_time_is_measured_on_request(model):
         ("prumerge_plus", {"neighbors": -1}, "neighbors"),
         ("hiprune", {"alpha": 2.0}, "alpha"),
         ("hiprune", {"object_layer": 0}, "object_layer"),
+        ("vispruner", {"important_ratio": 1.5}, "important_ratio"),
+        ("scope", {"alpha": -1.0}, "alpha"),
         ("random", {"budget": "paper"}, "'nominal' or 'processed'"),
         ("autoprune", {"mi_layer": 6}, "6 layers"),
         ("autoprune", {"slope": -1.0}, "slope"),
@@ -292,7 +304,7 @@ def test_bad_options(model, name, options, message):
         get_method(name)(**options).attach(model)
 
 
-@pytest.mark.parametrize("name", ["visionzip", "prumerge_plus", "hiprune", "tome"])
+@pytest.mark.parametrize("name", ["visionzip", "prumerge_plus", "hiprune", "tome", "vispruner", "scope"])
 def test_the_cap_alone_is_budget_enough_in_front_of_the_decoder(name):
     assert get_method(name)(target_tokens=None, visual_token_num=8).aim is None
 

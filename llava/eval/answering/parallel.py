@@ -45,7 +45,7 @@ _PLAN = "plan.json"
 class World:
     """Which process this is (from 0), of how many, and its number on this machine.
 
-    The variables are those that accelerate's `PartialState` reads. It is not used itself because it also opens a process
+    The variables are those that accelerate's `PartialState` reads, which is not used because it also opens a process
     group: where a process never comes, the others wait in it for half an hour (measured with a limit of 20 s: 21 s) and
     end in a `DistStoreError`, and a death later on stops all that still talk to each other. Nothing here needs
     collectives; processes agree once and then work alone.

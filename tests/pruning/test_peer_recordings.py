@@ -1,0 +1,61 @@
+"""Methods against recordings of their authors' code, where those lie beside the checkout (`../shared/golden/peers`)."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from llava.pruning import get_method
+from llava.pruning.vision import CLS_ATTENTION, VisionView
+from tests.conftest import ROOT
+
+PEERS = ROOT.parent / "shared" / "golden" / "peers"
+# Method -> names of the features and of the attention of CLS, and of its options by the recording's parameters.
+RECORDED = {
+    "vispruner": ("features", "attn", {"important_ratio": "important_ratio"}),
+    "scope": ("features", "cls_attn", {"alpha": "alpha"}),
+}
+
+
+@cache
+def recording(name):
+    description = json.loads((PEERS / f"{name}.json").read_text(encoding="utf-8"))
+    return description["cases"], np.load(PEERS / f"{name}.npz")
+
+
+def cases():
+    for name in RECORDED:
+        if not (PEERS / f"{name}.json").is_file():
+            reason = f"{PEERS} has no recording of {name}"
+            yield pytest.param(name, "", marks=pytest.mark.skip(reason=reason), id=name)
+            continue
+        for case, content in recording(name)[0].items():
+            if content["params"].get("combined") != "add":  # an ablation that is left out, see the method
+                yield pytest.param(name, case, id=f"{name}-{case}")
+
+
+@pytest.mark.parametrize(("name", "case"), list(cases()))
+def test_the_authors_code_keeps_the_same_patches(name, case):
+    features, attention, options = RECORDED[name]
+    content, arrays = recording(name)
+    parameters = content[case]["params"]
+    source = parameters.get("inputs_of_case", case)
+    if f"{source}/{features}" not in arrays:
+        pytest.skip("its inputs are those of a case that is not here")
+    tokens = torch.from_numpy(arrays[f"{source}/{features}"]).float()
+    cls = torch.from_numpy(arrays[f"{source}/{attention}"]).float()
+    crops, patches = tokens.shape[:2]
+    side = round(patches**0.5)
+    view = VisionView(
+        tokens,
+        {CLS_ATTENTION: cls.mean(1) if cls.ndim == 3 else cls},
+        parameters.get("T") or parameters["visual_token_num"],
+        torch.arange(patches).expand(crops, -1),
+        (side, side),
+    )
+    method = get_method(name)(target_tokens=view.target, **{own: parameters[theirs] for own, theirs in options.items()})
+    assert method.reduce(view).origin_NK.tolist() == arrays[f"{case}/out_kept"].tolist()
