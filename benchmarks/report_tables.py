@@ -33,6 +33,8 @@ METHODS = {
     **_PAPER_NAMES,
     "fastervlm": "FasterVLM",
     "hiprune": "HiPrune",
+    "scope": "SCOPE",
+    "vispruner": "VisPruner",
     "pdrop": "PyramidDrop",
     "prumerge_plus": "PruMerge+",
     "random": "random",
