@@ -266,7 +266,7 @@ def _trace(decoder: nn.Module, method: AutoPrune, prompt: RandomPrompt, record: 
         tokens_in=counts[:-1],
         tokens_out=counts[1:],
         details={"mutual_information": information, "slope": record.slope, "merge_flops": record.merge_flops},
-        target_tokens=method.aim,
+        target_tokens=method.aim_of(visual),
         budget=method.budget_kind,
         origins=origins,
     )

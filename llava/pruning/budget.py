@@ -6,9 +6,18 @@ Two ways to count: *nominal* charges a layer with the visual tokens that leave i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 
 BUDGETS = ("nominal", "processed")
 _STEPS = 50
+
+
+def share_of(count: int, ratio: float) -> int:
+    """A share of ``count`` tokens, rounded down, at least 1.
+
+    The product is that of the decimal number as it was written: 0.29 of 100 is 29, where binary floats say 28.99...
+    """
+    return max(int(Decimal(str(float(ratio))) * count), 1)
 
 
 def mean_tokens(entering: int, leaving: Sequence[int], kind: str) -> float:

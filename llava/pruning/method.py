@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from llava.pruning.budget import BUDGETS
+from llava.pruning.budget import BUDGETS, share_of
 from llava.pruning.engine.run import PruningRun
 from llava.pruning.engine.view import LayerView
 from llava.pruning.types import OptionError, Rows, Selection
@@ -44,12 +44,15 @@ class PruningMethod:
             for every method, so that methods can be compared at equal cost.
         visual_token_num: before anything else keep at most this many visual tokens of each image, those with the
             highest CLS attention; an image of several crops keeps of each crop in proportion to its size.
+        target_ratio: the budget as a share of each prompt's visual tokens, above 0 and at most 1, instead of
+            ``target_tokens``; rounded down, at least one token.
     """
 
     target_tokens: int | None = None
     positions: str = "original"
     visual_token_num: int | None = None
     budget: str = "nominal"
+    target_ratio: float | None = None
 
     name: ClassVar[str]
     needs_cls: ClassVar[bool] = False
@@ -58,7 +61,18 @@ class PruningMethod:
     reduces_vision: ClassVar[bool] = False  # whether `reduce` takes part
     merges_in_tower: ClassVar[bool] = False  # whether `merge` takes part
 
+    def __new__(cls: type[MethodT], *args: Any, **options: Any) -> MethodT:
+        # Before the defaults are filled in: the only place that sees which of the two was given.
+        if all(options.get(name) is not None for name in ("target_tokens", "target_ratio")):
+            raise OptionError("target_tokens and target_ratio are two ways to give the budget: give one of them")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
+        ratio = self.target_ratio
+        if ratio is not None:
+            number = isinstance(ratio, int | float) and not isinstance(ratio, bool)
+            self.require("target_ratio", number and 0 < ratio <= 1, "must be above 0 and at most 1")
+            object.__setattr__(self, "target_tokens", None)  # the default of the class
         for option in ("target_tokens", "visual_token_num"):
             value = getattr(self, option)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -72,7 +86,7 @@ class PruningMethod:
             self.require(field.name, not isinstance(value, float) or math.isfinite(value), "must be a finite number")
         # What works in front of the decoder can do with the cap alone.
         free = type(self).target_tokens is None or self.reduces_vision or self.merges_in_tower
-        if self.target_tokens is None and self._replacement is None and not free:
+        if self.target_tokens is None and ratio is None and self._replacement is None and not free:
             options = " or ".join(filter(None, ("target_tokens", self.instead_of_target)))
             raise OptionError(f"{self.name} needs {options}")
 
@@ -109,17 +123,24 @@ class PruningMethod:
         """Which mean is to meet ``target_tokens``: ``nominal`` or ``processed``."""
         return "processed" if self.budget == "processed" else self.published_budget
 
-    @property
-    def target(self) -> int:
-        """``target_tokens`` of a method that cannot be without."""
+    def target_of(self, count: int) -> int:
+        """Budget in tokens for a prompt of ``count`` visual tokens, of a method that cannot be without."""
+        if self.target_ratio is not None:
+            return share_of(count, self.target_ratio)
         if self.target_tokens is None:
             raise OptionError(f"{self.name} needs target_tokens")
         return self.target_tokens
 
-    @property
-    def aim(self) -> int | None:
-        """The mean that the method tries to meet; None if other options decide how much is kept."""
-        return self.target_tokens if self._replacement is None else None
+    def targets(self, view: LayerView) -> tuple[int, ...]:
+        """:meth:`target_of` each row: a share counts what the prompt had, whatever was dropped since."""
+        return tuple(map(self.target_of, view.prompt_counts))
+
+    def aim_of(self, count: int) -> int | None:
+        """The mean that the method tries to meet in a prompt of ``count`` visual tokens; None if it has no budget, or
+        if other options decide how much is kept.
+        """
+        free = self.target_tokens is None and self.target_ratio is None
+        return None if free or self._replacement is not None else self.target_of(count)
 
     @property
     def _replacement(self) -> Any:
@@ -136,7 +157,10 @@ class PruningMethod:
 
     def settings(self) -> dict[str, Any]:
         """The values of all options, JSON-able: what is recorded of a method."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        if self.target_ratio is None:
+            del values["target_ratio"]  # records from before there was a choice stay equal
+        return values
 
     @classmethod
     def options(cls) -> dict[str, Any]:

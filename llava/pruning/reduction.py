@@ -64,12 +64,13 @@ def row_budget(method: Method, images: Sequence[Sequence[int]]) -> list[int]:
     """Budget of each crop of a row, in proportion to their patches; the cap (per image) bounds the row's budget.
 
     Args:
-        method: its ``target_tokens`` (None: no budget) and ``visual_token_num`` count.
+        method: its budget for so many patches (None: it has none) and ``visual_token_num`` count.
         images: patches per crop, for each image of the row.
     """
     counts = [count for image in images for count in image]
     most = sum(min(method.visual_token_num or sum(image), sum(image)) for image in images)
-    return crop_quotas(counts, most if method.target_tokens is None else min(method.target_tokens, most))
+    target = method.aim_of(sum(counts))
+    return crop_quotas(counts, most if target is None else min(target, most))
 
 
 def unreduced(tokens_KC: Tensor) -> ReducedCrop:

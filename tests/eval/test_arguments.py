@@ -20,7 +20,7 @@ LOADER_FLAGS = """
     --answers-file --attn-implementation --batch-size --budget --chunk-idx --conv-mode --device --dtype --gamma --help
     --image-folder --k0 --limit --max-new-tokens --max_new_tokens --method --method-args --model-base
     --model-path --no-resume --num-beams --num-chunks --num_beams --positions --question-file --resume --seed --strict
-    --target-token-num --temperature --top-p --top_p --trace-file --visual-token-num --x0 -h
+    --target-ratio --target-token-num --temperature --top-p --top_p --trace-file --visual-token-num --x0 -h
     --mm-patch-merge-type --overwrite --max-image-pixels --num-workers --padding-attention --quiet --trace-kept
 """.split()
 
@@ -74,7 +74,21 @@ def test_flags_and_method_args_reach_the_method():
 
 
 def test_dense_ignores_a_budget():
-    assert method_from_args(parse("--method", "dense", "--target-token-num", "64")).target_tokens is None
+    for budget in (("--target-token-num", "64"), ("--target-ratio", "0.11")):
+        method = method_from_args(parse("--method", "dense", *budget))
+        assert (method.target_tokens, method.target_ratio) == (None, None)
+        assert method_from_args(parse("--method", "2:fastv:0.5", *budget)).aim_of(576) is None
+
+
+def test_a_budget_as_a_share():
+    for flags in (("--target-ratio", "0.11"), ("--method-args", "target_ratio=0.11")):
+        method = method_from_args(parse(*flags))
+        assert (method.target_tokens, method.target_of(576), method.target_of(100)) == (None, 63, 11)
+        check_budget(method, 5)
+    first, last = method_from_args(
+        parse("--method", "divprune+fastv", "--method-args", "divprune.target_ratio=0.5", "--target-ratio", "0.29")
+    ).parts
+    assert (first.target_of(100), last.target_of(100)) == (50, 29)
 
 
 @pytest.mark.parametrize("name", ["random", "uniform"])
@@ -87,6 +101,15 @@ def test_other_methods_get_the_same_budget(name):
     [
         (["--target-token-num", "0"], ["--target-token-num", "at least 1", "0"]),
         (["--target-token-num", "-5"], ["--target-token-num", "-5"]),
+        (["--target-ratio", "0"], ["--target-ratio must be above 0 and at most 1, got 0.0"]),
+        (["--target-ratio", "1.5"], ["--target-ratio", "1.5"]),
+        (["--target-ratio", "nan"], ["--target-ratio", "nan"]),
+        (["--target-ratio", "0.1", "--target-token-num", "64"], ["--target-token-num and --target-ratio", "one"]),
+        (["--method-args", "target_ratio=0.1", "--target-token-num", "64"], ["--target-token-num and --target-ratio"]),
+        (["--method-args", "target_ratio=0.1,target_tokens=9"], ["--target-token-num and --target-ratio"]),
+        (["--method", "dense", "--target-ratio", "0.1", "--target-token-num", "4"], ["--target-ratio", "give one"]),
+        (["--method-args", "target_ratio=0.1", "--target-ratio", "0.1"], ["same option"]),
+        (["--method-args", "target_ratio=2"], ["target_ratio must be above 0 and at most 1, got 2.0"]),
         (["--visual-token-num", "0"], ["--visual-token-num", "at least 1"]),
         (["--method", "nosuch"], ["--method", "nosuch", "autoprune", "dense"]),
         (["--method-args", "nosuch=1"], ["nosuch", "x0", "target_tokens"]),
@@ -159,7 +182,7 @@ def test_budget_compositions_and_schedules_from_flags():
     assert (first.target_tokens, last.target_tokens, last.x0, last.mi_layer) == (128, 32, 5.0, 0)
     with pytest.raises(UserError, match="--method divprune.autoprune: .*give the budget of divprune too"):
         method_from_args(parse("--method", "divprune+autoprune"))
-    assert method_from_args(parse("--method", "2:fastv:0.5;16:random:0.5")).aim is None
+    assert method_from_args(parse("--method", "2:fastv:0.5;16:random:0.5")).aim_of(576) is None
     with pytest.raises(UserError, match="--method: schedule entry '2:fastv' must be"):
         method_from_args(parse("--method", "2:fastv"))
 

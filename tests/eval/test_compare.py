@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from llava.eval import compare
+from llava.eval import compare, compare_report
 from llava.eval.common.questions import Question
 from llava.eval.reports import results
 from llava.eval.reports import settings as variants
@@ -375,6 +375,9 @@ def test_bad_input(argv, data, capsys):
         (["--variants", write_json(data / "v.json", [{"label": "x"}])], ["v.json", "variant 1", "method"]),
         (["--budgets", "0"], ["--budgets"]),
         (["--budgets", "17"], ["--budgets", "17", "16"]),
+        (["--budgets", "4,1.5"], ["--budgets", "shares", "1.5"]),
+        (["--target-ratio", "0.5,4"], ["--target-ratio", "0.5,4"]),
+        (["--target-ratio", "0.5", "--budgets", "4"], ["--budgets and --target-ratio"]),
         (["--benchmarks", "pope"], ["--question-file", "--benchmarks"]),
         (["--conv-mode", "nosuch"], ["--conv-mode"]),
         (["--resamples", 3], ["--resamples"]),
@@ -383,6 +386,26 @@ def test_bad_input(argv, data, capsys):
     general = ["--model-path", data, "--output-dir", data / "o"]
     fails_with_one_line(compare.main, [*general, "--benchmarks", "nosuch"], capsys, "--benchmarks", "nosuch", "pope")
     fails_with_one_line(compare.main, [*general, "--data-dir", data / "images"], capsys, "--data-dir")
+
+
+def test_shares_as_budgets(argv, data, capsys):
+    """A quarter of 16 tokens is 4 of them, and is called a share in every table."""
+    assert compare.main(argv("--methods", "uniform", "--budgets", "4,0.25,1,1.0")) == 0
+    out = capsys.readouterr().out
+    rows = {row["label"]: row for row in read_json(data / "out/compare.json")["rows"]}
+    assert list(rows) == ["dense", "uniform 4", "uniform 0.25", "uniform 1", "uniform 1.0"]
+    assert [row["tokens_processed"] for row in rows.values()] == [16, 4, 4, 1, 16]
+    assert (rows["uniform 0.25"]["budget"], rows["uniform 0.25"]["options"]["target_ratio"]) == (0.25, 0.25)
+    assert "target_ratio" not in rows["uniform 4"]["options"]
+    assert "| uniform | 4 |" in out and "| uniform | 0.25 of all |" in out and "a share of each prompt's" in out
+    answers = answer_files(data)
+    texts = [[json.loads(line)["text"] for line in answers[f"uniform_{b}.jsonl"].splitlines()] for b in ("4", "0.25")]
+    assert texts[0] == texts[1]
+    compare_report.main([str(data / "out/compare.json"), "--matrix"])
+    header = capsys.readouterr().out.splitlines()[0]
+    assert header == "|  | budget 4 | budget 1 | budget 1.0 of all | budget 0.25 of all |"
+    versus = [data / "out/compare.json", "--versus", "uniform 1"]
+    fails_with_one_line(compare_report.main, versus, capsys, "no other setting has the budget")
 
 
 def test_answers_of_another_run_are_refused(argv, capsys):

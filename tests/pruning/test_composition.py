@@ -23,7 +23,7 @@ def test_options_of_the_parts():
     first, last = method.parts
     assert (first.name, first.target_tokens) == ("divprune", 30)
     assert (last.name, last.target_tokens, last.x0) == ("autoprune", 8, 3.0)
-    assert method.name == "divprune+autoprune" and method.positions == "compact" and method.aim == 8
+    assert method.name == "divprune+autoprune" and method.positions == "compact" and method.aim_of(576) == 8
     assert compose("divprune+fastv", **{"divprune.target_tokens": 9, "fastv.layer": "3"}).parts[1].layer == 3
     both = compose("divprune+fastv", **{"divprune.target_tokens": 9, "budget": "processed", "visual_token_num": "20"})
     assert [part.budget for part in both.parts] == ["processed"] * 2 and both.visual_token_num == 20
@@ -69,7 +69,7 @@ def test_the_second_method_works_on_what_the_first_left(model):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("divprune+autoprune", {}, r"give the budget of divprune too, as divprune.target_tokens=..."),
+        ("divprune+autoprune", {}, r"give the budget of divprune too, as divprune.target_tokens=... or divprune.targ"),
         ("divprune+autoprune", {"divprune.x0": 3}, "no option 'divprune.x0'; valid options: target_tokens"),
         ("divprune+divprune", {}, "a method may take part once"),
         ("dense+fastv", {}, "dense prunes nothing"),

@@ -182,7 +182,7 @@ def test_pdrop_asks_the_next_layer(model):
 
 
 def test_pdrop_with_published_settings():
-    assert PDrop(ratio=0.5)._plan(576, 32) == {8: 288, 16: 144, 24: 72}
+    assert PDrop(ratio=0.5)._plan(576, 576, 32) == {8: 288, 16: 144, 24: 72}
     assert plan_stages(576, 32, 270, None) == {8: 288, 16: 144, 24: 72}
     with pytest.raises(OptionError, match="8/16/24"):
         PDrop(layers="16/8")
@@ -306,7 +306,7 @@ def test_bad_options(model, name, options, message):
 
 @pytest.mark.parametrize("name", ["visionzip", "prumerge_plus", "hiprune", "tome", "vispruner", "scope"])
 def test_the_cap_alone_is_budget_enough_in_front_of_the_decoder(name):
-    assert get_method(name)(target_tokens=None, visual_token_num=8).aim is None
+    assert get_method(name)(target_tokens=None, visual_token_num=8).aim_of(576) is None
 
 
 def test_missing_facts_are_named(model):

@@ -35,6 +35,7 @@ DTYPE_HELP = (
 # flag -> option of the method; x0, k0 and gamma exist only where the method declares them.
 _METHOD_FLAGS = {
     "--target-token-num": "target_tokens",
+    "--target-ratio": "target_ratio",
     "--visual-token-num": "visual_token_num",
     "--budget": "budget",
     "--positions": "positions",
@@ -187,6 +188,14 @@ def add_pruning_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"budget: mean number of visual tokens per decoder layer; {DEFAULT_TARGET_TOKENS} if not given",
     )
     group.add_argument(
+        "--target-ratio",
+        type=float,
+        default=None,
+        metavar="R",
+        help="budget as a share of each prompt's visual tokens, above 0 and at most 1 (0.11), instead of "
+        "--target-token-num; for models whose pictures have different numbers of tokens",
+    )
+    group.add_argument(
         "--budget",
         choices=("nominal", "processed"),
         default=None,
@@ -243,6 +252,9 @@ def method_options(args: argparse.Namespace) -> dict[str, Any]:
         value = _value(args, flag)
         if value is not None and value < 1:
             raise UserError(f"{flag} must be at least 1, got {value}")
+    ratio = _value(args, "--target-ratio")
+    if ratio is not None and not 0 < ratio <= 1:
+        raise UserError(f"--target-ratio must be above 0 and at most 1, got {ratio}")
     options: dict[str, Any] = parse_method_args(args.method_args)
     for flag, option in _METHOD_FLAGS.items():
         value = _value(args, flag)
@@ -251,10 +263,13 @@ def method_options(args: argparse.Namespace) -> dict[str, Any]:
         if option in options:
             raise UserError(f"{flag} and --method-args {option}=... are the same option: give one of them")
         options[option] = value
+    if "target_tokens" in options and "target_ratio" in options:
+        raise UserError("--target-token-num and --target-ratio are two ways to give the budget: give one of them")
     if args.method == "dense" or ":" in args.method:
         # One script runs all with the same flags; a budget means nothing without pruning or for given shares.
         options.pop("target_tokens", None)
-    else:
+        options.pop("target_ratio", None)
+    elif "target_ratio" not in options:
         options.setdefault("target_tokens", DEFAULT_TARGET_TOKENS)
     return options
 

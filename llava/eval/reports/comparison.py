@@ -30,7 +30,16 @@ from llava.eval.common.outputs import PICTURE, TABLE_MARKDOWN, JsonObject, Outpu
 from llava.eval.common.questions import most_images, read_questions, spread
 from llava.eval.reports.bootstrap import LEVEL, MAX_RESAMPLES, RESAMPLES
 from llava.eval.reports.comparison_tables import csv_table, markdown_report
-from llava.eval.reports.defaults import DEFAULT_BUDGETS, MAX_NEW_TOKENS, RESULTS, TINY, parse_budgets
+from llava.eval.reports.defaults import (
+    BUDGETS_HELP,
+    DEFAULT_BUDGETS,
+    MAX_NEW_TOKENS,
+    RESULTS,
+    TINY,
+    Budget,
+    parse_budgets,
+    parse_ratios,
+)
 from llava.eval.reports.differences import credits_path
 from llava.eval.reports.results import collect, credits_csv, make_rows
 from llava.eval.reports.settings import Setting, Variant, ablation_variants, make_settings, read_variants
@@ -63,7 +72,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="ready variants of AutoPrune: groups by commas (parts, x0, k0, gamma), all if none is named",
     )  # fmt: skip
     group.add_argument("--variants", default=None, metavar="FILE", help="JSON or YAML list of label, method, options")
-    group.add_argument("--budgets", default=",".join(map(str, DEFAULT_BUDGETS)), help="target tokens, by commas")
+    default = ",".join(map(str, DEFAULT_BUDGETS))
+    group.add_argument("--budgets", default=None, help=f"{BUDGETS_HELP} (default: {default})")
+    group.add_argument(
+        "--target-ratio", default=None, metavar="R,...", help="shares as budgets, by commas, instead of --budgets"
+    )
     group.add_argument(
         "--budget", choices=("nominal", "processed"), default="nominal", help="which mean of tokens meets the budget"
     )
@@ -169,6 +182,15 @@ def chosen_variants(args: argparse.Namespace) -> list[Variant]:
     return variants
 
 
+def chosen_budgets(args: argparse.Namespace) -> list[Budget]:
+    """What --budgets or --target-ratio names, or the default."""
+    if args.target_ratio is not None:
+        if args.budgets is not None:
+            raise UserError("--budgets and --target-ratio are two ways to give the budgets: --budgets takes shares too")
+        return parse_ratios(args.target_ratio)
+    return list(DEFAULT_BUDGETS) if args.budgets is None else parse_budgets(args.budgets)
+
+
 def available_settings(args: argparse.Namespace) -> list[Setting]:
     """The settings; ablations of options that AutoPrune does not have are left out, and named."""
     from llava.pruning import get_method
@@ -180,7 +202,7 @@ def available_settings(args: argparse.Namespace) -> list[Setting]:
             if variant in variants and not set(variant.options) <= known:
                 print(f"left out: {variant.label} (this version of AutoPrune has no such option)", file=sys.stderr)
                 variants.remove(variant)
-    return make_settings(variants, parse_budgets(args.budgets), args.budget)
+    return make_settings(variants, chosen_budgets(args), args.budget)
 
 
 def chosen_sets(args: argparse.Namespace) -> list[Any]:

@@ -19,7 +19,7 @@ _ESTIMATE = Fields(dict.fromkeys(("value", "low", "high"), NUMBER))
 _ROW = Fields(
     {
         **dict.fromkeys(("label", "variant"), TEXT),
-        "budget": optional(WHOLE),
+        "budget": optional(NUMBER),
         "accuracy": MapOf(_ESTIMATE),
         **dict.fromkeys(("mean_accuracy", "retained"), optional(_ESTIMATE)),
         "agreement": _ESTIMATE,
@@ -50,6 +50,13 @@ def _interval(estimate: Mapping[str, float] | None, unit: str = "%") -> str:
     return f"{estimate['value']:.1f}{unit} ({estimate['low']:.1f} to {estimate['high']:.1f})"
 
 
+def budget_name(budget: float | None) -> str:
+    """A budget as tables show it: tokens, or the share that a float is."""
+    if budget is None:
+        return "–"
+    return f"{budget} of all" if isinstance(budget, float) else str(budget)
+
+
 def markdown_table(result: Mapping[str, Any]) -> str:
     """One line per setting."""
     names = [b["name"] for b in result["benchmarks"] if b["graded"]]
@@ -58,7 +65,7 @@ def markdown_table(result: Mapping[str, Any]) -> str:
     header += ["same answer as dense", "tokens, nominal", "tokens, processed", "FLOPs", "KV", "peak memory", "prefill"]
     rows = []
     for row in result["rows"]:
-        cells = [row["variant"], "–" if row["budget"] is None else str(row["budget"])]
+        cells = [row["variant"], budget_name(row["budget"])]
         cells += [f"{row['accuracy'][name]['value']:.1f}" for name in names]
         cells += [_interval(row["mean_accuracy"]), _interval(row["retained"])] if names else []
         cells += [_interval(row["agreement"]), f"{row['tokens_nominal']:.1f}", f"{row['tokens_processed']:.1f}"]
@@ -69,10 +76,18 @@ def markdown_table(result: Mapping[str, Any]) -> str:
     return tables.markdown_table(header, rows)
 
 
+def sorted_budgets(rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    """The budgets of all rows: falling tokens, then falling shares."""
+    found = {budget_name(row["budget"]): row["budget"] for row in rows if row["budget"] is not None}
+    return sorted(found.values(), key=lambda budget: (isinstance(budget, float), -budget))
+
+
 def markdown_notes(result: Mapping[str, Any]) -> str:
     """What was measured, on what, and how the figures are meant."""
     run = result["run"]
     budget = "of processed tokens" if run["budget"] == "processed" else "as each method's paper counts them"
+    if any(isinstance(row["budget"], float) for row in result["rows"]):
+        budget += '; "of all": a share of each prompt\'s visual tokens'
     counts = ", ".join(f"{b['name']} {b['answered']} of {b['available']}" for b in result["benchmarks"])
     dense = result["rows"][0]
     return (
@@ -93,8 +108,9 @@ def markdown_notes(result: Mapping[str, Any]) -> str:
 def markdown_matrix(result: Mapping[str, Any], figure: str = "mean_accuracy") -> str:
     """One line per variant, one column per budget: the figure with its interval and the processed tokens."""
     rows = result["rows"]
-    budgets = sorted({row["budget"] for row in rows if row["budget"] is not None}, reverse=True)
-    cells = {(row["variant"], row["budget"]): row for row in rows}
+    # By name: 1 and 1.0 are a token and all tokens.
+    budgets = [budget_name(budget) for budget in sorted_budgets(rows)]
+    cells = {(row["variant"], budget_name(row["budget"])): row for row in rows}
     counted = " processed" if result["run"]["budget"] == "processed" else ""
     header = ["", *(f"budget {budget}{counted}" for budget in budgets)]
     dense = rows[0]

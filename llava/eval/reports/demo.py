@@ -29,7 +29,7 @@ from llava.eval.common.jsonio import read_json, require_folder, write_json, writ
 from llava.eval.common.outputs import PICTURE, TABLE_MARKDOWN, JsonObject, OutputFolder
 from llava.eval.common.questions import spread
 from llava.eval.common.tables import markdown_table as pipe_table
-from llava.eval.reports.defaults import DEFAULT_BUDGETS, MAX_NEW_TOKENS, RESULTS, TINY, parse_budgets
+from llava.eval.reports.defaults import BUDGETS_HELP, DEFAULT_BUDGETS, MAX_NEW_TOKENS, RESULTS, TINY, parse_budgets
 from llava.eval.reports.paper_tables import retained_percent
 from llava.eval.reports.results import collect, costs
 from llava.eval.reports.settings import Variant, make_settings
@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data-dir", default=str(TINY / "data" / "eval"), help="benchmark data, upstream's layout")
     parser.add_argument("--output-dir", type=OUTPUT, default=str(RESULTS / "demo"), help="where the results go")
     parser.add_argument("--method", default="autoprune", help="pruning method that is compared with dense")
-    parser.add_argument("--budgets", default=",".join(map(str, DEFAULT_BUDGETS)), help="target tokens, by commas")
+    parser.add_argument("--budgets", default=",".join(map(str, DEFAULT_BUDGETS)), help=BUDGETS_HELP)
     parser.add_argument("--limit", type=int, default=0, help="questions per benchmark, spread over it; 0: all of them")
     parser.add_argument("--batch-size", type=int, default=8, help="questions per forward pass")
     parser.add_argument("--quiet", action="store_true", help="no progress")
@@ -120,7 +120,10 @@ def run(args: argparse.Namespace) -> None:
     written = ["demo.md", "demo.json"]
     if plot_survivors(examples, model.config, adapter.image_processor, output / "survivors.png"):
         written.append("survivors.png")
-    if plot_retention_curves(examples, budgets[-1], output / "retention.png"):
+    targets = [e.trace.target_tokens for e in examples if e.trace.target_tokens is not None]
+    # Of a share, what it is on average.
+    target = budgets[-1] if isinstance(budgets[-1], int) else round(statistics.fmean(targets or [1]))
+    if plot_retention_curves(examples, target, output / "retention.png"):
         written.append("retention.png")
     for name in written:
         print(f"wrote {output / name}")

@@ -101,7 +101,8 @@ def differences(
     budget = rows[reference]["budget"]
     chosen = [known.index(label) for label in labels[1:]]
     if not chosen:
-        chosen = [i for i, row in enumerate(rows) if i != reference and budget in (None, row["budget"])]
+        # As text: 1 and 1.0 are a token and all tokens.
+        chosen = [i for i, row in enumerate(rows) if i != reference and str(budget) in ("None", str(row["budget"]))]
     if not chosen:
         raise UserError(f"--versus: no other setting has the budget of {labels[0]!r}; name the others behind it")
     relative = {name: values[:, chosen] - values[:, [reference]] for name, values in credits.items()}

@@ -12,6 +12,7 @@ from typing import Any
 
 from llava.eval.common.arguments import find_method, with_options
 from llava.eval.common.jsonio import read_json, read_text
+from llava.eval.reports.defaults import Budget
 from llava.utils import UserError
 
 DENSE = "dense"
@@ -29,10 +30,12 @@ class Variant:
 
 @dataclass(frozen=True)
 class Setting:
-    """A variant at a budget (None for dense), and the pruning method that it makes."""
+    """A variant at a budget (a float: a share of each prompt's visual tokens; None for dense), and the pruning method
+    that it makes.
+    """
 
     variant: Variant
-    budget: int | None
+    budget: Budget | None
     method: Any
 
     @property
@@ -112,7 +115,7 @@ def _read_yaml(path: str) -> Any:
 
 
 def make_settings(
-    variants: Iterable[Variant], budgets: Sequence[int], accounting: str = "nominal", flag: str = "--methods"
+    variants: Iterable[Variant], budgets: Sequence[Budget], accounting: str = "nominal", flag: str = "--methods"
 ) -> list[Setting]:
     """Dense first, then every variant at every budget.
 
@@ -124,7 +127,8 @@ def make_settings(
         if variant.method == DENSE:
             continue
         for budget in budgets:
-            options = {**variant.options, "target_tokens": budget}
+            options = {k: v for k, v in variant.options.items() if k not in ("target_tokens", "target_ratio")}
+            options["target_ratio" if isinstance(budget, float) else "target_tokens"] = budget
             if accounting != "nominal":
                 options["budget"] = accounting
             method = with_options(find_method(variant.method, flag), options, variant.label)

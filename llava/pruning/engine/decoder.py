@@ -110,7 +110,8 @@ def prefill(
     def view(layer: int, rows: tuple[int, ...], attention: VisualAttention | None) -> LayerView:
         probabilities, relevance = (None, None) if attention is None else attention
         ids, facts = prompt.samples, prompt.facts
-        return LayerView(layer, num_layers, sequences.counts, rows, probabilities, relevance, ids, sequences, facts)
+        counts, had = sequences.counts, tuple(recorder.visual_tokens)
+        return LayerView(layer, num_layers, counts, had, rows, probabilities, relevance, ids, sequences, facts)
 
     # In front of layer 0: the cap per image, then methods that select among the embeddings.
     with timer():
@@ -295,7 +296,8 @@ class _Recorder:
                     for name, values in report.items()
                     if values is not None and self.start_counts[row]
                 },
-                target_tokens=method.aim,
+                target_tokens=method.aim_of(self.visual_tokens[row]),
+                target_ratio=method.target_ratio,
                 budget=method.budget_kind,
                 _origins=partial(_origins_of_row, self.origins, self.counts_out, row),
             )

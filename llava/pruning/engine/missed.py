@@ -20,6 +20,9 @@ _FEW, _SHARE = 8, 0.04
 
 @dataclass
 class _Tally:
+    """``of_all``: means are shares of the visual tokens."""
+
+    of_all: bool = False
     samples: int = 0
     missed: int = 0
     least: float = float("inf")
@@ -30,7 +33,7 @@ class MissedBudgets:
     """Counts, per method and budget, the samples and those whose mean is off by more than rounding."""
 
     def __init__(self) -> None:
-        self._tallies: dict[tuple[str, int, str], _Tally] = {}
+        self._tallies: dict[tuple[str, str, str], _Tally] = {}
 
     def add(self, method: str, traces: Iterable[Trace]) -> None:
         """Count the samples that had visual tokens and a budget."""
@@ -38,31 +41,33 @@ class MissedBudgets:
             error = trace.budget_error
             if error is None or trace.target_tokens is None or not trace.visual_tokens:
                 continue
-            tally = self._tallies.setdefault((method, trace.target_tokens, trace.budget), _Tally())
+            # Rows whose targets are one share of their tokens have one budget, not as many as there are targets.
+            ratio = trace.target_ratio
+            wanted = f"{trace.target_tokens} visual tokens" if ratio is None else f"{ratio} of the visual tokens"
+            tally = self._tallies.setdefault((method, wanted, trace.budget), _Tally(of_all=ratio is not None))
             tally.samples += 1
             if abs(error) > (_ROUNDING if trace.target_tokens > _FEW else _SHARE * trace.target_tokens):
                 tally.missed += 1
-                mean = trace.mean_tokens(trace.budget)
+                mean = trace.mean_tokens(trace.budget) / (trace.visual_tokens if tally.of_all else 1)
                 tally.least, tally.most = min(tally.least, mean), max(tally.most, mean)
 
     def report(self) -> None:
         """Say what was missed, or leave it to :func:`missed_budgets` around; then start anew."""
         around = _AROUND.get()
-        for (method, target, budget), tally in self._tallies.items():
+        for (method, wanted, budget), tally in self._tallies.items():
             if around is not None:
-                around._join((method, target, budget), tally)
+                around._join((method, wanted, budget), tally)
             elif tally.missed:
-                means = f"{tally.least:.1f}"
-                if f"{tally.most:.1f}" != means:
-                    means += f" to {tally.most:.1f}"
+                least, most = (f"{mean:.{3 if tally.of_all else 1}f}" for mean in (tally.least, tally.most))
+                means = least if least == most else f"{least} to {most}"
                 _LOGGER.warning(
-                    "%s: for %d of %d samples these options cannot meet %d visual tokens per layer; their %s mean is "
-                    "%s", method, tally.missed, tally.samples, target, budget, means,
+                    "%s: for %d of %d samples these options cannot meet %s per layer; their %s mean is %s",
+                    method, tally.missed, tally.samples, wanted, budget, means,
                 )  # fmt: skip
         self._tallies.clear()
 
-    def _join(self, key: tuple[str, int, str], other: _Tally) -> None:
-        own = self._tallies.setdefault(key, _Tally())
+    def _join(self, key: tuple[str, str, str], other: _Tally) -> None:
+        own = self._tallies.setdefault(key, _Tally(of_all=other.of_all))
         own.samples += other.samples
         own.missed += other.missed
         own.least, own.most = min(own.least, other.least), max(own.most, other.most)

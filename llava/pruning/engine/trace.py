@@ -47,6 +47,7 @@ class Trace:
         scoring_flops: multiply-adds spent on attention rows for scores.
         details: what the method reported, by name.
         target_tokens: mean that the method was to meet; None if it had no budget.
+        target_ratio: the share of ``visual_tokens`` that it comes from; None if it was given in tokens.
         budget: how that mean counts, ``nominal`` or ``processed``.
         structure_tokens: how many of ``text_tokens`` are newline tokens of an image (LLaVA-1.6 with unpadding). They
             count in costs and cache, not in the means of visual tokens.
@@ -61,6 +62,7 @@ class Trace:
     details: dict[str, Any] = field(default_factory=dict)
     structure_tokens: int = 0
     target_tokens: int | None = None
+    target_ratio: float | None = None
     budget: str = "nominal"
     _origins: Callable[[], list[Tensor]] = field(default=list, repr=False)  # asked when somebody reads `kept`
 
@@ -134,6 +136,7 @@ class Trace:
             "dense_flops": self.dense_flops(),
             "selection_flops": self.selection_flops(),
             "kv_bytes": self.kv_bytes(),
+            **({} if self.target_ratio is None else {"target_ratio": self.target_ratio}),
             **self.details,
         }
         if kept:

@@ -38,6 +38,7 @@ class LayerView:
         layer: index of the layer just run, or ``BEFORE_DECODER``.
         num_layers: layers of the decoder.
         counts: visual tokens per row, before this selection.
+        prompt_counts: visual tokens per row that the prompt had before anything was dropped.
         query_rows: attention rows per batch row (at least 1).
         attention_BHTV: float32 probabilities of the declared rows over the visual tokens, not renormalized, zero in
             the padding; None if no rows were declared.
@@ -50,6 +51,7 @@ class LayerView:
     layer: int
     num_layers: int
     counts: tuple[int, ...]
+    prompt_counts: tuple[int, ...]
     query_rows: tuple[int, ...]
     attention_BHTV: Any  # Tensor | None: a method knows what it declared
     relevance_BV: Any

@@ -52,9 +52,8 @@ class Composition(PruningMethod):
     def merges_in_tower(self) -> bool:  # type: ignore[override]
         return self.members[0].merges_in_tower
 
-    @property
-    def aim(self) -> int | None:
-        return self.members[-1].aim
+    def aim_of(self, count: int) -> int | None:
+        return self.members[-1].aim_of(count)
 
     @property
     def budget_kind(self) -> str:
@@ -139,8 +138,10 @@ class CompositionSpec:
             own[place][option if dot else key] = value
         cap = own[-1].pop("visual_token_num", None)
         for kind, values in zip(self.kinds[:-1], own, strict=False):
-            if "target_tokens" not in values and kind.options().get("target_tokens") is not None:
-                raise OptionError(f"{self.name}: give the budget of {kind.name} too, as {kind.name}.target_tokens=...")
+            free = kind.options().get("target_tokens") is None
+            if not free and "target_tokens" not in values and "target_ratio" not in values:
+                ways = " or ".join(f"{kind.name}.{option}=..." for option in ("target_tokens", "target_ratio"))
+                raise OptionError(f"{self.name}: give the budget of {kind.name} too, as {ways}")
             if "budget" in own[-1]:
                 values.setdefault("budget", own[-1]["budget"])
         members = tuple(kind.from_options(values) for kind, values in zip(self.kinds, own, strict=True))
@@ -151,6 +152,7 @@ class CompositionSpec:
         return Composition(
             members=members,
             target_tokens=last.target_tokens,
+            target_ratio=last.target_ratio,
             positions=last.positions,
             budget=last.budget,
             visual_token_num=cap,

@@ -34,7 +34,7 @@ class DivPrune(DecoderMethod):
         return {BEFORE_DECODER: Rows.NONE}
 
     def select(self, view: LayerView, memory: SimpleNamespace) -> Selection:
-        return self.choose(view, tuple(min(self.target, count) for count in view.counts))
+        return self.choose(view, tuple(map(min, self.targets(view), view.counts)))
 
     def choose(self, view: LayerView, keep: tuple[int, ...]) -> Selection:
         order = max_min_order(view.hidden_BVC, view.counts, max(keep))

@@ -36,7 +36,7 @@ class FasterVLM(DecoderMethod):
         return {BEFORE_DECODER: Rows.NONE}
 
     def select(self, view: LayerView, memory: SimpleNamespace) -> Selection:
-        return self.choose(view, tuple(min(self.target, count) for count in view.counts))
+        return self.choose(view, tuple(map(min, self.targets(view), view.counts)))
 
     def choose(self, view: LayerView, keep: tuple[int, ...]) -> Selection:
         return Selection(top_k(view.cls_attention_BV, view.counts, keep), keep)

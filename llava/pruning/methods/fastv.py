@@ -53,13 +53,14 @@ class FastV(DecoderMethod):
         return {self.layer - 1: self.rows}
 
     def select(self, view: LayerView, memory: SimpleNamespace) -> Selection:
-        return self.choose(view, tuple(self._keep(count, view.num_layers) for count in view.counts))
+        rows = zip(view.counts, view.prompt_counts, strict=True)
+        return self.choose(view, tuple(self._keep(count, had, view.num_layers) for count, had in rows))
 
     def choose(self, view: LayerView, keep: tuple[int, ...]) -> Selection:
         return Selection(top_k(view.relevance_BV, view.counts, keep), keep)
 
-    def _keep(self, count: int, num_layers: int) -> int:
+    def _keep(self, count: int, prompt_count: int, num_layers: int) -> int:
         if self.ratio is not None:
             return round(count * (1 - self.ratio))
-        left = (num_layers * self.target - self.layer * count) // (num_layers - self.layer)
+        left = (num_layers * self.target_of(prompt_count) - self.layer * count) // (num_layers - self.layer)
         return min(max(left, 1), count)

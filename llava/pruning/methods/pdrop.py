@@ -69,18 +69,19 @@ class PDrop(DecoderMethod):
 
     def select(self, view: LayerView, memory: SimpleNamespace) -> Selection | None:
         if not hasattr(memory, "plans"):
-            memory.plans = [self._plan(count, view.num_layers) for count in view.counts]
+            rows = zip(view.counts, view.prompt_counts, strict=True)
+            memory.plans = [self._plan(count, had, view.num_layers) for count, had in rows]
         keep = tuple(
             min(plan.get(view.layer + 1, count), count) for plan, count in zip(memory.plans, view.counts, strict=True)
         )
         return None if keep == view.counts else Selection(top_k(view.relevance_BV, view.counts, keep), keep)
 
-    def _plan(self, count: int, num_layers: int) -> Mapping[int, int]:
+    def _plan(self, count: int, prompt_count: int, num_layers: int) -> Mapping[int, int]:
         layers = None if self.layers is None else parse_layers(self.layers)
         if self.ratio is not None:
             layers = layers or _spaced(num_layers // (_STAGES + 1) or 1, num_layers)
             return {layer: max(int(count * self.ratio**stage), 1) for stage, layer in enumerate(layers, 1)}
-        return plan_stages(count, num_layers, self.target, layers)
+        return plan_stages(count, num_layers, self.target_of(prompt_count), layers)
 
 
 def _spaced(spacing: int, num_layers: int) -> tuple[int, ...]:

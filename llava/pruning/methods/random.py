@@ -35,7 +35,7 @@ class Random(DecoderMethod):
         return {BEFORE_DECODER: Rows.NONE}
 
     def select(self, view: LayerView, memory: SimpleNamespace) -> Selection:
-        return self.choose(view, tuple(min(self.target, count) for count in view.counts))
+        return self.choose(view, tuple(map(min, self.targets(view), view.counts)))
 
     def choose(self, view: LayerView, keep: tuple[int, ...]) -> Selection:
         scores = torch.zeros(len(view.counts), max(view.counts))

@@ -47,8 +47,7 @@ class Schedule(DecoderMethod):
         """Without the stages: the name says them."""
         return {key: value for key, value in super().settings().items() if key not in ("text", "entries")}
 
-    @property
-    def aim(self) -> int | None:
+    def aim_of(self, count: int) -> int | None:
         return None
 
     @property

@@ -76,7 +76,8 @@ class SparseVLM(DecoderMethod):
         layers = self._layers(view.num_layers)
         if view.layer == BEFORE_DECODER:
             memory.raters = text_raters(view.hidden_BVC, view.counts, view.text_BTC, view.query_rows)
-            memory.keep = [self._keep(count, view.num_layers, layers) for count in view.counts]
+            rows = zip(view.counts, self.targets(view), strict=True)
+            memory.keep = [self._keep(count, target, view.num_layers, layers) for count, target in rows]
             return None
         stage = layers.index(view.layer)
         raters = memory.raters.to(view.device)  # chosen where the embeddings are
@@ -87,8 +88,8 @@ class SparseVLM(DecoderMethod):
         ]
         return keep_and_recycle(view, scores, steps, memory)
 
-    def _keep(self, count: int, num_layers: int, layers: tuple[int, ...]) -> tuple[int, ...]:
-        return keep_list(count, num_layers, layers, self.target, self.budget_kind, self.recycle_fraction)
+    def _keep(self, count: int, target: int, num_layers: int, layers: tuple[int, ...]) -> tuple[int, ...]:
+        return keep_list(count, num_layers, layers, target, self.budget_kind, self.recycle_fraction)
 
 
 def text_raters(hidden_BVC: Tensor, counts: tuple[int, ...], text_BTC: Tensor, rows: tuple[int, ...]) -> Tensor:

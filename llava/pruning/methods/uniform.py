@@ -29,7 +29,7 @@ class Uniform(DecoderMethod):
         return {BEFORE_DECODER: Rows.NONE}
 
     def select(self, view: LayerView, memory: SimpleNamespace) -> Selection:
-        return self.choose(view, tuple(min(self.target, count) for count in view.counts))
+        return self.choose(view, tuple(map(min, self.targets(view), view.counts)))
 
     def choose(self, view: LayerView, keep: tuple[int, ...]) -> Selection:
         chosen = torch.full((len(keep), max(keep)), max(view.counts))

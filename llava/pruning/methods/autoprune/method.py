@@ -142,7 +142,8 @@ class AutoPrune(DecoderMethod):
         if not self.coarse_cut:
             return view.counts
         charged = view.num_layers if self.budget == "processed" else None
-        return tuple(coarse_token_count(n, self.target, self.coarse_factor, charged) for n in view.counts)
+        rows = zip(view.counts, self.targets(view), strict=True)
+        return tuple(coarse_token_count(count, target, self.coarse_factor, charged) for count, target in rows)
 
     def _cut(self, view: LayerView, memory: SimpleNamespace) -> Selection:
         scores = torch.zeros((), device=view.device)
@@ -170,12 +171,12 @@ class AutoPrune(DecoderMethod):
                     curve=self.curve or "logistic",
                 ),
                 coarse,
-                self.target,
+                target,
                 self.recycle_fraction,
                 first=self._first,
                 entering=tokens,
             )
-            for slope, coarse, tokens in zip(slopes, memory.coarse, entering, strict=True)
+            for slope, coarse, target, tokens in zip(slopes, memory.coarse, self.targets(view), entering, strict=True)
         ]
 
     def _slopes(self, view: LayerView, memory: SimpleNamespace) -> list[float]:
