@@ -31,6 +31,7 @@ TOOLS = {
 }
 METHODS = {
     **_PAPER_NAMES,
+    "dart": "DART",
     "fastervlm": "FasterVLM",
     "hiprune": "HiPrune",
     "scope": "SCOPE",

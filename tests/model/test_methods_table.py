@@ -21,6 +21,7 @@ TARGET = 6
 # Options where the defaults are meant for other sizes than 3 layers and 16 patches.
 OPTIONS = {
     "autoprune": {"x0": 1.5},
+    "dart": {"layer": 1, "target_tokens": 12},
     "dense": {"target_tokens": None},
     "fastv": {"layer": 1, "ratio": 0.5},
     "visionzip+autoprune": {"visionzip.target_tokens": 12, "x0": 1.5},

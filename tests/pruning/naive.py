@@ -103,6 +103,20 @@ def scope(tokens: Tensor, cls: Tensor, target: int, alpha: float) -> list[int]:
     return sorted(chosen)
 
 
+def dart(keys: Tensor, states: Tensor, first: int, count: int, keep: int, visual: int, text: int) -> list[int]:
+    """``keys`` [heads, tokens, D] and normed ``states`` [tokens, C] of a prompt with one image, text behind it."""
+    norms = keys.double().abs().sum((0, 2))
+    pivots = ranked(norms, range(first, first + count))[: min(visual, keep)]
+    chosen = list(pivots)
+    walked = list(set(pivots + ranked(norms, range(first + count, len(norms)))[:text]))
+    for place, pivot in enumerate(walked):
+        total = keep - min(visual, keep)
+        quota = total // len(walked) + (place < total % len(walked))
+        left = [i for i in range(first, first + count) if i not in chosen]
+        chosen += sorted(left, key=lambda i: (cosine(states[i], states[pivot]), i))[:quota]
+    return sorted(i - first for i in chosen)
+
+
 def tome_step(tokens: list[Tensor], keys: list[Tensor], sizes: list[float], places: list[int], count: int, cls: bool):
     """One bipartite merge; lists of tokens, keys, sizes and places of what is left, even ones first."""
     evens, odds = range(0, len(tokens), 2), range(1, len(tokens), 2)

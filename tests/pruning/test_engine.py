@@ -61,6 +61,8 @@ METHODS = {
     "uniform": get_method("uniform")(target_tokens=9, positions="compact"),
     "last-row": LastRowTop(),
     "fastv": get_method("fastv")(target_tokens=22),
+    "dart": get_method("dart")(target_tokens=22),
+    "dart-compact": get_method("dart")(target_tokens=20, layer=1, text_pivots=2, positions="compact"),
     "fastervlm": get_method("fastervlm")(target_tokens=9),
     "divprune": get_method("divprune")(target_tokens=9),
     "sparsevlm": get_method("sparsevlm")(target_tokens=20),

@@ -170,6 +170,18 @@ def test_sparsevlm_uses_the_published_lists(target, keep):
     assert keep_list(576, 32, (2, 6, 15), target, "nominal", 0.3) == keep
 
 
+@pytest.mark.parametrize(("target", "pivots"), [(17, (4, 4)), (20, (4, 4)), (25, (1, 0)), (33, (3, 2)), (48, (4, 4))])
+def test_dart_equals_a_naive_loop(model, target, pivots):
+    batch = Batch(model)
+    method = get_method("dart")(target_tokens=target, visual_pivots=pivots[0], text_pivots=pivots[1])
+    _, _, (trace,) = generate(model, method, batch.alone(0), new_tokens=1)
+    with torch.no_grad():
+        output = model.model(inputs_embeds=batch.embeds[0][None], output_hidden_states=True, use_cache=True)
+        states, keys = model.model.norm(output.hidden_states[2][0]), output.past_key_values.layers[1].keys[0]
+    keep = min(max((6 * target - 2 * 48) // 4, 1), 48)
+    assert trace.kept[1].tolist() == naive.dart(keys, states, 4, 48, keep, *pivots)
+
+
 def test_pdrop_asks_the_next_layer(model):
     """Row of the last token, from the norm and projections of the layer that has not run yet."""
     batch = Batch(model)
@@ -217,7 +229,7 @@ def test_plans_meet_any_budget_within_one_token(name, layers, tokens):
 
 
 COUNTED = ["fastv", "sparsevlm", "pdrop", "autoprune", "random", "uniform", "fastervlm", "divprune", "visionzip"]
-COUNTED += ["prumerge_plus", "hiprune", "tome", "vispruner", "scope"]
+COUNTED += ["prumerge_plus", "hiprune", "tome", "vispruner", "scope", "dart"]
 
 
 @pytest.mark.parametrize("budget", ["nominal", "processed"])
@@ -239,7 +251,7 @@ def test_budgets_are_met_or_the_nearest_is_reported(name, budget):
         assert trace.budget_error == trace.mean_tokens(method.budget_kind) - min(target, 48)
         reached[target] = trace.mean_tokens(method.budget_kind)
     # What cannot be avoided: full layers in front of the first selection, one token behind it.
-    full = {"fastv": 2, "pdrop": 1, "sparsevlm": 2, "autoprune": 1}.get(name, 0)
+    full = {"fastv": 2, "dart": 2, "pdrop": 1, "sparsevlm": 2, "autoprune": 1}.get(name, 0)
     if budget == "nominal" and name in ("sparsevlm", "autoprune"):
         full -= 1
     floor = (48 * full + 12 - full) / 12
@@ -293,6 +305,9 @@ def test_selection_time_is_measured_on_request(model):
         ("hiprune", {"object_layer": 0}, "object_layer"),
         ("vispruner", {"important_ratio": 1.5}, "important_ratio"),
         ("scope", {"alpha": -1.0}, "alpha"),
+        ("dart", {"visual_pivots": 0}, "visual_pivots"),
+        ("dart", {"text_pivots": -1}, "text_pivots"),
+        ("dart", {"layer": 6}, "6 layers"),
         ("random", {"budget": "paper"}, "'nominal' or 'processed'"),
         ("autoprune", {"mi_layer": 6}, "6 layers"),
         ("autoprune", {"slope": -1.0}, "slope"),

@@ -8,8 +8,11 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from transformers import DynamicCache
 
-from llava.pruning import get_method
+from llava.pruning import VisualLayout, get_method
+from llava.pruning.engine.sequence import Sequences
+from llava.pruning.engine.view import LayerView, SampleIds
 from llava.pruning.vision import CLS_ATTENTION, VisionView
 from tests.conftest import ROOT
 
@@ -27,8 +30,8 @@ def recording(name):
     return description["cases"], np.load(PEERS / f"{name}.npz")
 
 
-def cases():
-    for name in RECORDED:
+def cases(*names):
+    for name in names:
         if not (PEERS / f"{name}.json").is_file():
             reason = f"{PEERS} has no recording of {name}"
             yield pytest.param(name, "", marks=pytest.mark.skip(reason=reason), id=name)
@@ -38,7 +41,7 @@ def cases():
                 yield pytest.param(name, case, id=f"{name}-{case}")
 
 
-@pytest.mark.parametrize(("name", "case"), list(cases()))
+@pytest.mark.parametrize(("name", "case"), list(cases(*RECORDED)))
 def test_the_authors_code_keeps_the_same_patches(name, case):
     features, attention, options = RECORDED[name]
     content, arrays = recording(name)
@@ -59,3 +62,44 @@ def test_the_authors_code_keeps_the_same_patches(name, case):
     )
     method = get_method(name)(target_tokens=view.target, **{own: parameters[theirs] for own, theirs in options.items()})
     assert method.reduce(view).origin_NK.tolist() == arrays[f"{case}/out_kept"].tolist()
+
+
+@pytest.mark.parametrize(("name", "case"), list(cases("dart")))
+def test_dart_keeps_the_same_tokens(name, case):
+    content, arrays = recording(name)
+    parameters = content[case]["params"]
+    source = parameters.get("inputs_of_case", case)
+    if f"{source}/K_states" not in arrays:
+        pytest.skip("its inputs are those of a case that is not here")
+    if case.endswith("verbatim"):
+        pytest.skip("the reshape that mixes tokens is a stated deviation")
+    keys, states = (torch.from_numpy(arrays[f"{source}/{array}"]).float() for array in ("K_states", "last_layer_state"))
+    first, count = parameters["image_token_start_index"], parameters["N"]
+    images, words = parameters["pivot_image_token"], parameters["pivot_text_token"]
+    budget = parameters["max_num_trunction"]
+    if parameters["retain_token_num_for_llava_next"] is not None:
+        budget = min(parameters["retain_token_num_for_llava_next"], count - images)
+    kept = images + (images + words) * (budget // (images + words))
+    for padding in (0, 3):  # in front: a row of a batch
+        keys, states = (torch.nn.functional.pad(side, (0, 0, padding, 0)) for side in (keys, states))
+        cache = DynamicCache()
+        cache.update(keys, keys, 0)
+        start = first + padding
+        layout = VisualLayout.from_spans([[(start, start + count)]])
+        length = (parameters["seq"],)
+        view = LayerView(
+            0,
+            2,
+            (count,),
+            (count,),
+            (parameters["seq"] - first - count,),
+            None,
+            None,
+            SampleIds((0,)),
+            Sequences.start(states, layout, length, None, False),
+            {},
+            cache,
+            torch.nn.Identity(),
+        )
+        method = get_method("dart")(visual_pivots=images, text_pivots=words)
+        assert method.choose(view, (kept,)).keep_BK[0].tolist() == arrays[f"{case}/out_kept_sorted"].tolist()

@@ -111,7 +111,9 @@ def prefill(
         probabilities, relevance = (None, None) if attention is None else attention
         ids, facts = prompt.samples, prompt.facts
         counts, had = sequences.counts, tuple(recorder.visual_tokens)
-        return LayerView(layer, num_layers, counts, had, rows, probabilities, relevance, ids, sequences, facts)
+        return LayerView(
+            layer, num_layers, counts, had, rows, probabilities, relevance, ids, sequences, facts, cache, decoder.norm
+        )
 
     # In front of layer 0: the cap per image, then methods that select among the embeddings.
     with timer():

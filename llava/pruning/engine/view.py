@@ -5,7 +5,7 @@ Shapes: B batch rows, V visual tokens (padded at the end), H heads, T query rows
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llava import compat
 from llava.pruning.engine.sequence import Sequences
 from llava.pruning.selection import on_device
-from llava.pruning.types import UnsupportedError
+from llava.pruning.types import BEFORE_DECODER, OptionError, UnsupportedError
 from llava.pruning.vision import CLS_ATTENTION
 
 
@@ -46,6 +47,8 @@ class LayerView:
         samples: running number of each sample; methods use :attr:`sample_ids`.
         sequences: the engine's state; methods use the properties below instead.
         initial_facts: what the vision tower said, by name and original visual index, ``[B, N, ...]``.
+        cache: keys and values of the layers that have run; methods use :attr:`keys_BGND`.
+        norm: the norm behind the decoder's last layer; methods use :meth:`normed`.
     """
 
     layer: int
@@ -58,6 +61,8 @@ class LayerView:
     samples: SampleIds
     sequences: Sequences
     initial_facts: Mapping[str, Tensor]
+    cache: Any = None
+    norm: Callable[[Tensor], Tensor] | None = None
 
     @property
     def sample_ids(self) -> tuple[int, ...]:
@@ -81,6 +86,42 @@ class LayerView:
     def hidden_of(self, index_BK: Tensor) -> Tensor:
         """Hidden states of some visual tokens only, ``[B, K, C]``; indices ``[B, K]`` below V."""
         return self.sequences.hidden_of(index_BK)
+
+    def hidden_at(self, slots_BK: Tensor) -> Tensor:
+        """Hidden states of any tokens, ``[B, K, C]``, by their places in the left-padded sequence ``[B, K]``."""
+        return self.sequences.hidden_BNC.gather(
+            1, slots_BK[:, :, None].expand(-1, -1, self.sequences.hidden_BNC.shape[2])
+        )
+
+    def normed(self, hidden_BKC: Tensor) -> Tensor:
+        """Hidden states behind the norm that follows the decoder's last layer."""
+        assert self.norm is not None  # of a prefill
+        return self.norm(hidden_BKC).to(self.device)
+
+    @property
+    def keys_BGND(self) -> Tensor:
+        """Keys of all tokens of the layer just run, after rotary embedding, ``[B, key heads, N, D]``, padded in front.
+
+        Raises:
+            OptionError: no layer has been run.
+        """
+        if self.layer == BEFORE_DECODER:
+            raise OptionError("this method looks at keys, and there are none in front of layer 0")
+        return compat.cached_keys(self.cache, self.layer).to(self.device)
+
+    @property
+    def slots_BV(self) -> Tensor:
+        """Places of the visual tokens in the left-padded sequence, ``[B, V]``; of no meaning behind ``counts[i]``."""
+        return self.sequences.slots_BV
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens per row, text included, padding not."""
+        return self.sequences.lengths
+
+    def of_visual(self, values_BN: Tensor) -> Tensor:
+        """Columns of the visual tokens, ``[B, ..., V]`` of ``[B, ..., N]``; of no meaning behind ``counts[i]``."""
+        return self.sequences.gather_visual(values_BN)
 
     @cached_property
     def query_rows_B(self) -> Tensor | int:
