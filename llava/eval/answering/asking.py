@@ -15,7 +15,7 @@ from llava.eval.common.arguments import (
     check_budget,
     method_from_args,
 )
-from llava.utils import visible
+from llava.utils import UserError, visible
 
 MAX_NEW_TOKENS = 512
 
@@ -44,7 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
     """All flags of the tool."""
     parser = Parser(
         prog="python -m llava.eval.run_llava",
-        description="Ask LLaVA one question about images under a visual-token pruning method.",
+        description="Ask LLaVA, or a model of transformers, one question about images under a visual-token pruning "
+        "method.",
     )
     add_chat_arguments(parser)
     parser.add_argument("--query", required=True, help="the question; <image-placeholder> marks where images belong")
@@ -52,11 +53,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def open_chat(args: argparse.Namespace, query: str | None = None) -> tuple[Any, Any]:
-    """The `Chat` and the pruning method that the flags describe; everything is checked before the model loads, the
+    """The `Talk` and the pruning method that the flags describe; everything is checked before the model loads, the
     first question too if it is known.
     """
     method = method_from_args(args)
     generation = GenerationOptions.from_args(args)
+
+    from llava.eval.answering.family import family_folder
+
+    if (family := family_folder(args.model_path)) is not None:
+        return _open_family(args, family, generation, query), method
 
     from llava.conversation import build_prompt
     from llava.eval.answering.adapter import max_visual_tokens
@@ -73,6 +79,25 @@ def open_chat(args: argparse.Namespace, query: str | None = None) -> tuple[Any, 
     if images:
         check_budget(method, max_visual_tokens(model), len(images))
     return Chat(tokenizer, model, image_processor, images, conv_mode, generation), method
+
+
+def _open_family(args: argparse.Namespace, family: str, generation: GenerationOptions, query: str | None) -> Any:
+    """The conversation with a folder of a family of transformers."""
+    from llava.eval.answering.chat import load_images, require_unicode
+    from llava.eval.answering.family import FamilyAdapter, load_family
+    from llava.eval.answering.family_chat import FamilyChat, message_parts
+
+    for bits in (8, 4):
+        if getattr(args, f"load_{bits}bit"):
+            raise UserError(f"--load-{bits}bit is for LLaVA checkpoints: {args.model_path} is a {family} folder")
+    if args.conv_mode is not None:
+        text = f"[WARNING] --conv-mode {args.conv_mode} is not used: {family} has a chat template of its own"
+        print(visible(text), file=sys.stderr)
+    images = load_images(args.image_file, args.sep, args.allow_private_redirects)
+    if query is not None:
+        require_unicode(query, "--query")
+        message_parts(query, len(images))
+    return FamilyChat(FamilyAdapter(*load_family(args), family), images, generation)
 
 
 def eval_model(args: Any) -> str:

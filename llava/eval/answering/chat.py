@@ -132,9 +132,82 @@ class Reply:
     trace: Any
 
 
+class Talk:
+    """Turns of a conversation, whatever the model: what a turn does with them, and that failed ones leave no trace.
+
+    Attributes:
+        model: what a method's `attach` takes.
+        tokenizer: for what is streamed.
+        roles: how the user and the model are called.
+    """
+
+    model: Any
+    tokenizer: Any
+    generation: GenerationOptions
+    roles: tuple[str, str]
+
+    def prompt(self) -> str:
+        """The conversation so far, as the model gets it."""
+        raise NotImplementedError
+
+    def ask(self, text: str, run: Any, streamer: Any = None) -> Reply:
+        """Adds a question and its answer to the conversation.
+
+        A turn that fails, is interrupted or has an empty answer leaves the conversation as it was.
+
+        Args:
+            text: the question.
+            run: what the pruning method's `attach` returned for this model.
+            streamer: gets the tokens of the answer as they come.
+
+        Raises:
+            UserError: misplaced image placeholders, text that is not valid Unicode, or the conversation no longer fits
+                the model or the memory.
+        """
+        require_unicode(text, "the question")
+        turns = self._turns()
+        before = len(turns)
+        answer = ""
+        try:
+            self._begin(text)
+            with _memory_in_words():
+                reply = self._generate(run, streamer)
+            answer = reply.text
+        finally:
+            if answer:
+                self._settle(answer)
+            else:
+                del turns[before:]
+        return reply
+
+    def _turns(self) -> list[Any]:
+        """The turns so far."""
+        raise NotImplementedError
+
+    def _begin(self, text: str) -> None:
+        """Adds a question to the turns."""
+        raise NotImplementedError
+
+    def _settle(self, answer: str) -> None:
+        """Adds the answer to it."""
+        raise NotImplementedError
+
+    def _generate(self, run: Any, streamer: Any) -> Reply:
+        raise NotImplementedError
+
+
+def check_length(tokens: int, limit: float) -> None:
+    """Raises `UserError` if a conversation of so many tokens leaves the model no room for an answer."""
+    if tokens >= limit:
+        raise UserError(
+            f"the conversation has {tokens} tokens or more, and this model takes {limit} with the answer: "
+            "ask something shorter, show fewer images or start again"
+        )
+
+
 @dataclass
-class Chat:
-    """A conversation with a loaded model about `images` (RGB, shown with the first question).
+class Chat(Talk):
+    """A conversation with a loaded LLaVA about `images` (RGB, shown with the first question).
 
     Attributes:
         conversation: the turns so far.
@@ -169,48 +242,32 @@ class Chat:
         styles = (SeparatorStyle.SINGLE, SeparatorStyle.MPT)
         return self.conversation.sep if self.conversation.sep_style in styles else None
 
+    @property
+    def roles(self) -> tuple[str, str]:  # type: ignore[override]
+        user, assistant = self.conversation.roles[:2]
+        return user, assistant
+
     def prompt(self) -> str:
-        """The conversation so far, as the model gets it."""
         return self.conversation.get_prompt()
 
-    def ask(self, text: str, run: Any, streamer: Any = None) -> Reply:
-        """Adds a question and its answer to the conversation.
-
-        A turn that fails, is interrupted or has an empty answer leaves the conversation as it was.
-
-        Args:
-            text: the question.
-            run: what the pruning method's `attach` returned for this model.
-            streamer: gets the tokens of the answer as they come.
-
-        Raises:
-            UserError: misplaced image placeholders, text that is not valid Unicode, or the conversation no longer fits
-                the model or the memory.
-        """
-        require_unicode(text, "the question")
+    def _turns(self) -> list[Any]:
         turns: Any = self.conversation.messages  # a list in a copy of a template
-        before = len(turns)
-        first = before == self.conversation.offset
+        return turns
+
+    def _begin(self, text: str) -> None:
+        first = len(self._turns()) == self.conversation.offset
         start_end = getattr(self.model.config, "mm_use_im_start_end", False)
         message = with_image_tokens(text, len(self.images) if first else 0, start_end)
         self.conversation.append_message(self.conversation.roles[0], message)
         self.conversation.append_message(self.conversation.roles[1], None)
-        answer = ""
-        try:
-            with _memory_in_words():
-                reply = self._generate(run, streamer)
-            answer = reply.text
-        finally:
-            if answer:
-                # A placeholder that the model itself wrote is the place of no image.
-                turns[-1][1] = answer.replace(DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER)
-            else:
-                del turns[before:]
-        return reply
+
+    def _settle(self, answer: str) -> None:
+        # A placeholder that the model itself wrote is the place of no image.
+        self._turns()[-1][1] = answer.replace(DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER)
 
     def _generate(self, run: Any, streamer: Any) -> Reply:
         ids: Any = tokenizer_image_token(self.prompt(), self.tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
-        self._check_length(len(ids) + self._image_tokens)
+        check_length(len(ids) + self._image_tokens, self._limit)
         options = dict(self.generation.generate_kwargs)
         if self.stop is not None:
             options["stopping_criteria"] = [KeywordsStoppingCriteria([self.stop], self.tokenizer, ids[None])]
@@ -226,16 +283,9 @@ class Chat:
         trace = run.traces[-1]
         tokens = trace.text_tokens + trace.visual_tokens
         # Of a first prompt that is too long the model has cut the end, the question, and answered what was left.
-        self._check_length(tokens)
+        check_length(tokens, self._limit)
         self._image_tokens = tokens - len(ids)
         text = self.tokenizer.batch_decode(output, skip_special_tokens=True)[0]
         if self.stop is not None:
             text = text.split(self.stop)[0]
         return Reply(text.strip(), trace)
-
-    def _check_length(self, tokens: int) -> None:
-        if tokens >= self._limit:
-            raise UserError(
-                f"the conversation has {tokens} tokens or more, and this model takes {self._limit} with the answer: "
-                "ask something shorter, show fewer images or start again"
-            )

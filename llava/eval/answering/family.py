@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +42,7 @@ def family_folder(model_path: str) -> str | None:
 def load_family(args: argparse.Namespace) -> tuple[Any, Any]:
     """Processor and model for the model flags."""
     import transformers
+    from transformers.utils import logging as transformers_logging
 
     if args.model_base is not None:
         raise UserError("--model-base is for LLaVA checkpoints: a model of transformers is one folder")
@@ -48,6 +50,8 @@ def load_family(args: argparse.Namespace) -> tuple[Any, Any]:
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise UserError(f"--device: {args.device!r} is not a device") from None
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()  # as for LLaVA's own checkpoints
     dtype = default_dtype(str(device)) if args.dtype == "auto" else args.dtype
     kwargs: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     if args.attn_implementation is not None:
@@ -141,19 +145,28 @@ class FamilyAdapter:
     def encode(self, samples: Sequence[Sample], with_cls_attention: bool) -> Encoded:
         """What the processor makes of a batch, on the model's device; the tower runs in `generate`."""
         started = time.perf_counter()
-        images = [list(sample.pixels) for sample in samples]
-        given: dict[str, Any] = {"text": [sample.prompt for sample in samples], "return_tensors": "pt", "padding": True}
+        values = self.inputs([sample.prompt for sample in samples], [list(sample.pixels) for sample in samples])
+        return Encoded(tuple(samples), values, time.perf_counter() - started)
+
+    def inputs(self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> dict[str, Any]:
+        """What the model takes, on its device, of prompts with their images."""
+        given: dict[str, Any] = {"text": list(prompts), "return_tensors": "pt", "padding": True}
         if any(images):
             # Idefics3 counts images by prompt; the others want them in reading order, OneVision by prompt too.
-            given["images"] = images if self._nests else [own for own in images if own]
+            given["images"] = list(images) if self._nests else [own for own in images if own]
             if not self._nests and self.family != "llava_onevision":
                 given["images"] = [image for own in images for image in own]
         values = self.processor(**given).to(self.model.device)
-        values = {
+        return {
             name: value.to(self.model.dtype) if torch.is_tensor(value) and value.is_floating_point() else value
             for name, value in values.items()
         }
-        return Encoded(tuple(samples), values, time.perf_counter() - started)
+
+    @property
+    def pad_id(self) -> int:
+        """What fills rows that are done."""
+        tokenizer = self.processor.tokenizer
+        return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     @property
     def _nests(self) -> bool:
@@ -171,11 +184,10 @@ class FamilyAdapter:
         watch = FiniteWatch(count)
         started = time.perf_counter()
         tokenizer, values = self.processor.tokenizer, encoded.inputs
-        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         with torch.inference_mode():
             output = self.model.generate(
                 **values,
-                pad_token_id=pad,
+                pad_token_id=self.pad_id,
                 logits_processor=LogitsProcessorList([watch]),
                 **generation.generate_kwargs,
             )

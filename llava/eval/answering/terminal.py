@@ -20,7 +20,8 @@ def build_parser() -> argparse.ArgumentParser:
     """All flags of the tool."""
     parser = Parser(
         prog="python -m llava.serve.cli",
-        description="Chat with LLaVA about images in the terminal, under a visual-token pruning method.",
+        description="Chat with LLaVA, or a model of transformers, about images in the terminal, under a visual-token "
+        "pruning method.",
     )
     add_chat_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show the prompt of every turn on stderr")
@@ -44,7 +45,7 @@ def converse(chat: Any, run: Any, method_name: str, debug: bool = False) -> None
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             super().on_finalized_text(visible(text, one_line=False), stream_end)
 
-    user, assistant = (_shown(role) for role in chat.conversation.roles)
+    user, assistant = (_shown(role) for role in chat.roles)
     # Beams are only decided at the end: nothing can be shown before.
     streams = chat.generation.num_beams == 1
     while True:

@@ -118,7 +118,9 @@ def run(args: argparse.Namespace) -> None:
     write_json(output / "demo.json", result)
     write_text_atomic(output / "demo.md", report + "\n")
     written = ["demo.md", "demo.json"]
-    if plot_survivors(examples, model.config, adapter.image_processor, output / "survivors.png"):
+    if adapter.family is not None:
+        print(f"no survivors.png: it needs LLaVA's square of patches, and this is {adapter.family}")
+    elif plot_survivors(examples, model.config, adapter.image_processor, output / "survivors.png"):
         written.append("survivors.png")
     targets = [e.trace.target_tokens for e in examples if e.trace.target_tokens is not None]
     # Of a share, what it is on average.
