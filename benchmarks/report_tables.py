@@ -31,6 +31,7 @@ TOOLS = {
 }
 METHODS = {
     **_PAPER_NAMES,
+    "cdpruner": "CDPruner",
     "dart": "DART",
     "fastervlm": "FasterVLM",
     "hiprune": "HiPrune",

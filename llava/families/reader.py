@@ -82,6 +82,7 @@ class FamilyReader:
     def _place(self, method: str, name: str, fact: VisionFact, layers: int, modality: str) -> Place:
         layer = self._family.used_layer(self._model, modality) if fact.layer is None else fact.layer % layers
         value = fact.value
+        value.check_known()
         if fact.layer is not None and not -layers <= fact.layer < layers:
             raise UnsupportedError(
                 f"method '{method}' asks for layer {fact.layer} of a tower of {layers} ({self.family})"

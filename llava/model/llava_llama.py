@@ -31,6 +31,7 @@ from llava.model.multimodal import (
     count_placeholders,
     positions_from_mask,
     splice,
+    text_ids,
 )
 from llava.model.projector import DEFAULT_PROJECTOR, Projector, projector_depth, projector_dtype
 from llava.model.vision import VisionTower, encode_crops
@@ -146,6 +147,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         image_masks: Sequence[Tensor | None] | None = None,
         with_cls_attention: bool = False,
         images_per_row: Sequence[int] | None = None,
+        texts: Sequence[Tensor] | None = None,
     ) -> list[VisualTokens]:
         """Visual tokens of every image, in order; reduced, if a pruning run is attached that works before the decoder.
 
@@ -157,6 +159,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
                 overrides what `image_sizes` says. None for an image: nothing of it is padding.
             with_cls_attention: compute the CLS attention of each token too.
             images_per_row: images of each prompt, which share a pruning budget; default: every image has its own.
+            texts: embeddings `[T, C]` of each prompt's text, for pruning methods that look at it.
 
         Raises:
             UserError: sizes, masks and images do not fit together.
@@ -210,6 +213,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
                 [1] * len(stacks) if images_per_row is None else images_per_row,
                 with_cls_attention,
                 run,
+                texts,
             )
 
     def _features_per_crop(self) -> int:
@@ -266,7 +270,10 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         check_ids(input_ids, attention_mask)
         placeholders = count_placeholders(input_ids, attention_mask)
         check_image_count(placeholders, len(split_images(images)))
-        visual = self.encode_visual_tokens(images, image_sizes, image_masks, with_cls_attention, placeholders)
+        texts = None
+        if run is not None and run.method.parts[0].reads_text:
+            texts = [embed(ids) for ids in text_ids(input_ids, attention_mask)]
+        visual = self.encode_visual_tokens(images, image_sizes, image_masks, with_cls_attention, placeholders, texts)
         max_length = getattr(self.config, "tokenizer_model_max_length", None)
         return splice(embed, input_ids, visual, attention_mask, labels, max_length)
 

@@ -94,6 +94,17 @@ def count_placeholders(input_ids: Tensor, attention_mask: Tensor | None = None) 
     return found.sum(dim=1).tolist()
 
 
+def text_ids(input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Tensor]:
+    """Ids of each row's text behind its last image; of all its text, if it ends in an image. Padding is left out."""
+    texts = []
+    for row, ids in enumerate(input_ids):
+        real = ids if attention_mask is None else ids[attention_mask[row].bool()]
+        places = (real == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
+        behind = real[places[-1] + 1 :] if places else real
+        texts.append(behind if len(behind) else real[real != IMAGE_TOKEN_INDEX])
+    return texts
+
+
 def positions_from_mask(attention_mask: Tensor) -> Tensor:
     """`[B, L]` positions that start at 0 with each row's first token; padding gets 0."""
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)

@@ -8,7 +8,7 @@ Shapes: P features per crop, K visual tokens left of an image, N tokens with new
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,6 +81,9 @@ def reduce_images(
     cls_tokens: Sequence[Tensor] | None,
     arrangements: Sequence[Arrangement],
     targets: Sequence[Sequence[int]],
+    rows: Sequence[int],
+    project: Callable[[Tensor], Tensor],
+    texts: Sequence[Tensor] | None,
 ) -> list[ReducedImage]:
     """Let the method reduce all crops of a batch and put the images together.
 
@@ -91,6 +94,9 @@ def reduce_images(
         cls_tokens: per image `[crops, C]`, if there are any.
         arrangements: per image.
         targets: per image, tokens of each crop, see `crop_targets`.
+        rows: per image the prompt that it belongs to.
+        project: the projector, for methods that look behind it.
+        texts: per prompt the embeddings of its text; None: nobody asks.
     """
     crops: list[Crop] = []
     flat_targets: list[int] = []
@@ -107,10 +113,11 @@ def reduce_images(
                     patches[own].to(values.device, non_blocking=True),
                     arrangement.patches,
                     None if cls_tokens is None else cls_tokens[i][crop],
+                    rows[i],
                 )
             )
         flat_targets += targets[i]
-    reduced = iter(reduce_crops(method, crops, flat_targets))
+    reduced = iter(reduce_crops(method, crops, flat_targets, project, texts))
     return [
         put_together(arrangement, [next(reduced) for _ in own])
         for arrangement, own in zip(arrangements, targets, strict=True)

@@ -71,6 +71,7 @@ def layer_facts(layer: nn.Module, hidden_NTC: Tensor, values: set[TowerValue]) -
     key_NHTD = key_NTC.unflatten(-1, heads).transpose(1, 2)
     facts: dict[TowerValue, Tensor] = {}
     for value in values:
+        value.check_known()
         if value is TowerValue.KEYS:
             facts[value] = key_NHTD.float().mean(1)
         elif value is TowerValue.WIDE_KEYS:

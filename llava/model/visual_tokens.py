@@ -37,6 +37,7 @@ def encode_images(
     images_per_row: Sequence[int],
     with_cls_attention: bool,
     run: Any | None,
+    texts: Sequence[Tensor] | None = None,
 ) -> list[VisualTokens]:
     """Visual tokens of every image.
 
@@ -50,6 +51,7 @@ def encode_images(
         images_per_row: images of each prompt; they share a budget.
         with_cls_attention: compute the CLS attention even if the method does not ask for it.
         run: the attached pruning run, if any.
+        texts: embeddings of each prompt's text, for methods that look at it.
     """
     facts = {} if run is None else run.vision_facts(len(tower.vision_tower.encoder.layers))
     if with_cls_attention:
@@ -92,9 +94,12 @@ def encode_images(
                 None if encoded.cls_NC is None else encoded.cls_NC.split(counts),
                 arrangements,
                 crop_targets(run.method.parts[0], arrangements, images_per_row),
+                [row for row, images in enumerate(images_per_row) for _ in range(images)],
+                partial(_project, projector),
+                texts,
             )
         return _projected(images, arranged, projector, newline)
-    projected = projector(features.to(projector_dtype(projector, features.dtype))).split(counts)
+    projected = _project(projector, features).split(counts)
     return [
         VisualTokens(
             arrangement.tokens(crops, newline),
@@ -108,6 +113,10 @@ def encode_images(
     ]
 
 
+def _project(projector: nn.Module, features_NPC: Tensor) -> Tensor:
+    return projector(features_NPC.to(projector_dtype(projector, features_NPC.dtype)))
+
+
 def _projected(
     images: Sequence[ReducedImage],
     facts: Sequence[Mapping[str, Tensor]],
@@ -116,7 +125,7 @@ def _projected(
 ) -> list[VisualTokens]:
     """Only what is left goes through the projector, in one piece."""
     features = torch.cat([image.features_KC for image in images])
-    parts = projector(features.to(projector_dtype(projector, features.dtype))[None])[0]
+    parts = _project(projector, features[None])[0]
     tokens = []
     for image, own, projected in zip(images, facts, parts.split([len(i.features_KC) for i in images]), strict=True):
         spans, newlines = image.spans()

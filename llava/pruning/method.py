@@ -60,6 +60,7 @@ class PruningMethod:
     instead_of_target: ClassVar[str | None] = None  # an option that replaces `target_tokens` where it is given
     reduces_vision: ClassVar[bool] = False  # whether `reduce` takes part
     merges_in_tower: ClassVar[bool] = False  # whether `merge` takes part
+    reads_text: ClassVar[bool] = False  # whether `reduce` looks at the text of the prompt
 
     def __new__(cls: type[MethodT], *args: Any, **options: Any) -> MethodT:
         # Before the defaults are filled in: the only place that sees which of the two was given.

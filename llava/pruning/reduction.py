@@ -9,7 +9,7 @@ Shapes: P patches of a crop, K tokens left, C channels, B rows, N tokens of a ro
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,7 @@ class Crop:
         patches_P: their indices in the raster of the crop; None: all patches, in order.
         patches: number of patches of the whole crop.
         cls_C: the CLS token, if any.
+        prompt: number of the prompt that it is of.
     """
 
     tokens_PC: Tensor
@@ -39,6 +40,7 @@ class Crop:
     patches_P: Tensor | None = None
     patches: int | None = None
     cls_C: Tensor | None = None
+    prompt: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,22 @@ def unreduced(tokens_KC: Tensor) -> ReducedCrop:
     return ReducedCrop(tokens_KC, index, index, torch.zeros_like(index, dtype=torch.bool))
 
 
-def reduce_crops(method: Method, crops: Sequence[Crop], targets: Sequence[int]) -> list[ReducedCrop]:
-    """Let a method reduce crops to their budgets; crops that need not shrink are left alone."""
+def reduce_crops(
+    method: Method,
+    crops: Sequence[Crop],
+    targets: Sequence[int],
+    project: Callable[[Tensor], Tensor] | None = None,
+    texts: Sequence[Tensor] | None = None,
+) -> list[ReducedCrop]:
+    """Let a method reduce crops to their budgets; crops that need not shrink are left alone.
+
+    Args:
+        method: what reduces.
+        crops: of all prompts.
+        targets: tokens that each crop may keep.
+        project: the projector, see :class:`~llava.pruning.vision.VisionView`.
+        texts: text of each prompt, see there.
+    """
     stacks: dict[tuple[int, int, bool], list[int]] = {}
     results: dict[int, ReducedCrop] = {}
     for i, (crop, target) in enumerate(zip(crops, targets, strict=True)):
@@ -103,6 +119,9 @@ def reduce_crops(method: Method, crops: Sequence[Crop], targets: Sequence[int]) 
             torch.stack([raster if crop.patches_P is None else crop.patches_P for crop in chosen]),
             (width, width) if width * width == patches else (patches, 1),
             None if without_cls else torch.stack([crop.cls_C for crop in chosen if crop.cls_C is not None]),
+            project,
+            tuple(crop.prompt for crop in chosen),
+            texts,
         )
         reduction = method.reduce(view)
         behind = torch.zeros_like(reduction.origin_NK, dtype=torch.bool)
@@ -171,12 +190,20 @@ def reduce_prompt(
                 members = on_device([first + i for i, own in enumerate(image) if own == crop], device)
                 place = places_of[members]
                 own_facts = {name: values[row].to(device)[members] for name, values in facts.items()}
-                crops.append(Crop(hidden_BNC[row, place], own_facts))
+                crops.append(Crop(hidden_BNC[row, place], own_facts, prompt=row))
                 places.append((members, place))
                 ends.append(end)
             first += len(image)
         # Let the method reduce them, within the row's budget.
-        reduced = reduce_crops(method, crops, row_budget(method, sizes))
+        texts = None
+        if method.reads_text:
+            taken = {*slots, *between}
+            begin = min(layout.text_starts[row], width) if slots else start
+            words = (
+                range(begin, width) if begin < width else [slot for slot in range(start, width) if slot not in taken]
+            )
+            texts = [*[hidden_BNC[row, :0]] * row, hidden_BNC[row, on_device(list(words), device).long()]]
+        reduced = reduce_crops(method, crops, row_budget(method, sizes), texts=texts)
         # Put the row together again: every token has a key, the slot it stood at or stands behind. Text keeps its own.
         # Origins: -2 no visual token, -1 merged, else the index of the patch.
         visual = set(slots)

@@ -11,6 +11,7 @@ from llava.pruning.types import OptionError
 
 _METHODS = {
     "autoprune": "AutoPrune",
+    "cdpruner": "CDPruner",
     "dart": "Dart",
     "dense": "Dense",
     "divprune": "DivPrune",

@@ -10,11 +10,14 @@ leave, C width of the features.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from llava.pruning.types import UnsupportedError
 
 
 class TowerValue(enum.Enum):
@@ -25,10 +28,19 @@ class TowerValue(enum.Enum):
     KEYS = "key of the patch, mean over heads"
     WIDE_CLS_ATTENTION = "attention that CLS pays to the patch if all heads are taken as one wide head"
     WIDE_KEYS = "key of the patch, all heads side by side"
+    CLIP_RELEVANCE = "relevance of the patch to the question in CLIP's joint space; no tower knows it, callers give it"
+
+    def check_known(self) -> None:
+        """Raise an :class:`UnsupportedError` for what no tower can say."""
+        if self is TowerValue.CLIP_RELEVANCE:
+            raise UnsupportedError(
+                "relevance=clip needs CLIP's text encoder and projections, which this model does not have: use "
+                "relevance=text, or give facts={'relevance': ...} with set_visual on a bare decoder"
+            )
 
     @property
     def is_attention(self) -> bool:
-        return self not in (TowerValue.KEYS, TowerValue.WIDE_KEYS)
+        return self not in (TowerValue.KEYS, TowerValue.WIDE_KEYS, TowerValue.CLIP_RELEVANCE)
 
 
 @dataclass(frozen=True)
@@ -59,6 +71,10 @@ class VisionView:
         patches_NP: index of each patch in the raster of its crop; patches that the prompt leaves out are missing.
         grid: (width, height) of the crop in patches; (number of tokens, 1) where they do not form a square.
         cls_NC: the tower's CLS token; None where there is none (bare decoder, or CLS is among the tokens).
+        project: the projector, for methods that look behind it; None where the tokens are projected already.
+        prompts: number of the prompt that each crop belongs to.
+        texts: by that number the embeddings ``[T, D]`` of the text behind the prompt's last image (of all its text, if
+            it ends in an image); None unless the method ``reads_text``.
     """
 
     tokens_NPC: Tensor
@@ -67,6 +83,31 @@ class VisionView:
     patches_NP: Tensor
     grid: tuple[int, int]
     cls_NC: Tensor | None = None
+    project: Callable[[Tensor], Tensor] | None = None
+    prompts: tuple[int, ...] = ()
+    texts: Sequence[Tensor] | None = None
+
+    @cached_property
+    def projected_NPD(self) -> Tensor:
+        """The features as the decoder would get them."""
+        return self.tokens_NPC if self.project is None else self.project(self.tokens_NPC)
+
+    @cached_property
+    def text_NTD(self) -> Tensor:
+        """Text of each crop's prompt, ``[N, T, D]``, zeros behind :attr:`text_lengths`.
+
+        Raises:
+            UnsupportedError: images were encoded without a prompt.
+        """
+        if self.texts is None:
+            raise UnsupportedError("this method looks at the text of the prompt, and images were encoded without one")
+        texts = [self.texts[prompt].to(self.tokens_NPC.device) for prompt in self.prompts]
+        return nn.utils.rnn.pad_sequence(texts, batch_first=True)
+
+    @property
+    def text_lengths(self) -> tuple[int, ...]:
+        """Text tokens of each crop's prompt."""
+        return tuple(len((self.texts or ())[prompt]) for prompt in self.prompts)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.pruning import BEFORE_DECODER, PruningMethod, Rows, Selection, get_method
+from llava.pruning import BEFORE_DECODER, PruningMethod, Rows, Selection, UnsupportedError, get_method
 from llava.utils import UserError
 from tests.model.tiny import GRID, IMAGE_SIDE, PATCHES, tiny_images, tiny_model
 from tests.pruning import naive
@@ -18,7 +18,7 @@ from tests.pruning import naive
 I = IMAGE_TOKEN_INDEX  # noqa: E741
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 TARGET = 7
-NAMES = ["visionzip", "prumerge_plus", "hiprune", "tome", "vispruner", "scope"]
+NAMES = ["visionzip", "prumerge_plus", "hiprune", "tome", "vispruner", "scope", "cdpruner"]
 OPTIONS = {"prumerge_plus": {"neighbors": 3}, "hiprune": {"alpha": 0.9}}
 
 
@@ -111,6 +111,27 @@ def test_hiprune_from_pixels(model):
         torch.testing.assert_close(
             got[i], project(model, list(out.hidden_states[-2][i, 1:][kept])), atol=1e-4, rtol=1e-4
         )
+
+
+def test_cdpruner_from_pixels(model):
+    """Projected features, and the embeddings of the text behind the image alone."""
+    pixels = tiny_images(2)
+    got, rows = visual_embeddings(model, pixels, "cdpruner")
+    _, out = tower_outputs(pixels)
+    word = model.get_input_embeddings().weight[5].detach()
+    for i in range(2):
+        projected = project(model, list(out.hidden_states[-2][i, 1:]))
+        relevance = [naive.cosine(token, word) for token in projected]
+        kept = naive.cdpruner(projected, relevance, TARGET, min(relevance), max(relevance))
+        assert rows[i].origins.tolist() == kept
+        torch.testing.assert_close(got[i], projected[kept], atol=1e-4, rtol=1e-4)
+
+
+def test_relevance_of_clip_is_refused_where_nobody_knows_it(model):
+    with pytest.raises(UnsupportedError, match="relevance=text"):
+        visual_embeddings(model, tiny_images(1), "cdpruner", relevance="clip")
+    with method("cdpruner").attach(model), pytest.raises(UnsupportedError, match="without one"):
+        model.encode_visual_tokens(tiny_images(1))
 
 
 @pytest.mark.parametrize("target", [TARGET, 1])

@@ -103,6 +103,22 @@ def scope(tokens: Tensor, cls: Tensor, target: int, alpha: float) -> list[int]:
     return sorted(chosen)
 
 
+def cdpruner(tokens: Tensor, relevance: list[float], target: int, low: float, high: float) -> list[int]:
+    """By volumes: always the patch with which the determinant of the chosen ones' kernel grows most."""
+    weights = [(value - low + 1e-6) / (high - low) for value in relevance]
+    unit = tokens.double() / tokens.double().norm(dim=1, keepdim=True)
+    kernel = torch.tensor(weights).double()[:, None] * (unit @ unit.T) * torch.tensor(weights).double()
+    chosen: list[int] = []
+    while len(chosen) < target:
+        volumes = {
+            i: float(torch.linalg.slogdet(kernel[[*chosen, i]][:, [*chosen, i]])[1])
+            for i in range(len(tokens))
+            if i not in chosen
+        }
+        chosen.append(max(volumes, key=lambda i: (volumes[i], -i)))
+    return sorted(chosen)
+
+
 def dart(keys: Tensor, states: Tensor, first: int, count: int, keep: int, visual: int, text: int) -> list[int]:
     """``keys`` [heads, tokens, D] and normed ``states`` [tokens, C] of a prompt with one image, text behind it."""
     norms = keys.double().abs().sum((0, 2))

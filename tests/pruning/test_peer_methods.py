@@ -89,6 +89,39 @@ def test_vispruner_and_scope_equal_a_naive_loop(name, key, target, option):
         assert torch.equal(got.tokens_KC, one.tokens_PC[expected])
 
 
+@pytest.mark.parametrize("target", [1, 2, 9, 12])
+@pytest.mark.parametrize("kind", ["text", "clip"])
+def test_cdpruner_equals_a_naive_loop(kind, target):
+    """Crops 0 and 2 are of one prompt: their relevance is normalized together."""
+    generator = torch.Generator().manual_seed(target)
+    crops = [crop(36, seed) for seed in range(3)]
+    for one, prompt in zip(crops, (0, 1, 0), strict=True):
+        one.facts["relevance"] = torch.randn(36, generator=generator)
+        object.__setattr__(one, "prompt", prompt)
+    texts = [torch.randn(length, 12, generator=generator) for length in (3, 5)]
+    got = reduce_crops(get_method("cdpruner")(relevance=kind), crops, [target] * 3, texts=texts)
+    given = [
+        [float(value) for value in one.facts["relevance"]]
+        if kind == "clip"
+        else [
+            sum(naive.cosine(token, word) for word in texts[one.prompt]) / len(texts[one.prompt])
+            for token in one.tokens_PC
+        ]
+        for one in crops
+    ]
+    for place, members in ((0, (0, 2)), (1, (1,)), (2, (0, 2))):
+        bounds = [bound(given[member]) for member in members for bound in (min, max)]
+        expected = naive.cdpruner(crops[place].tokens_PC, given[place], target, min(bounds), max(bounds))
+        assert got[place].origin_K.tolist() == got[place].source_K.tolist() == expected
+
+
+def test_cdpruner_beyond_the_rank_of_the_features_keeps_the_first_patches():
+    one = crop(36, 0)
+    object.__setattr__(one, "tokens_PC", one.tokens_PC[:4].repeat(9, 1))
+    (got,) = reduce(get_method("cdpruner")(relevance="none"), [one], 9)
+    assert got.origin_K.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8]
+
+
 @pytest.mark.parametrize(("tokens", "count", "has_cls"), [(13, 4, True), (12, 6, False), (9, 1, True), (2, 1, False)])
 def test_bipartite_merge_equals_a_naive_loop(tokens, count, has_cls):
     generator = torch.Generator().manual_seed(tokens)
@@ -229,7 +262,7 @@ def test_plans_meet_any_budget_within_one_token(name, layers, tokens):
 
 
 COUNTED = ["fastv", "sparsevlm", "pdrop", "autoprune", "random", "uniform", "fastervlm", "divprune", "visionzip"]
-COUNTED += ["prumerge_plus", "hiprune", "tome", "vispruner", "scope", "dart"]
+COUNTED += ["prumerge_plus", "hiprune", "tome", "vispruner", "scope", "dart", "cdpruner"]
 
 
 @pytest.mark.parametrize("budget", ["nominal", "processed"])
@@ -305,6 +338,7 @@ def test_selection_time_is_measured_on_request(model):
         ("hiprune", {"object_layer": 0}, "object_layer"),
         ("vispruner", {"important_ratio": 1.5}, "important_ratio"),
         ("scope", {"alpha": -1.0}, "alpha"),
+        ("cdpruner", {"relevance": "image"}, "relevance"),
         ("dart", {"visual_pivots": 0}, "visual_pivots"),
         ("dart", {"text_pivots": -1}, "text_pivots"),
         ("dart", {"layer": 6}, "6 layers"),
@@ -319,7 +353,7 @@ def test_bad_options(model, name, options, message):
         get_method(name)(**options).attach(model)
 
 
-@pytest.mark.parametrize("name", ["visionzip", "prumerge_plus", "hiprune", "tome", "vispruner", "scope"])
+@pytest.mark.parametrize("name", ["visionzip", "prumerge_plus", "hiprune", "tome", "vispruner", "scope", "cdpruner"])
 def test_the_cap_alone_is_budget_enough_in_front_of_the_decoder(name):
     assert get_method(name)(target_tokens=None, visual_token_num=8).aim_of(576) is None
 

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from llava.pruning import VisualLayout, get_method
 from llava.pruning.engine.sequence import Sequences
 from llava.pruning.engine.view import LayerView, SampleIds
+from llava.pruning.methods.cdpruner import clip_relevance, normalized
 from llava.pruning.vision import CLS_ATTENTION, VisionView
 from tests.conftest import ROOT
 
@@ -61,6 +62,31 @@ def test_the_authors_code_keeps_the_same_patches(name, case):
         (side, side),
     )
     method = get_method(name)(target_tokens=view.target, **{own: parameters[theirs] for own, theirs in options.items()})
+    assert method.reduce(view).origin_NK.tolist() == arrays[f"{case}/out_kept"].tolist()
+
+
+@pytest.mark.parametrize(("name", "case"), list(cases("cdpruner")))
+def test_cdpruner_keeps_the_same_patches(name, case):
+    content, arrays = recording(name)
+    parameters = content[case]["params"]
+    source = parameters.get("inputs_of_case", case)
+    if f"{source}/features" not in arrays:
+        pytest.skip("its inputs are those of a case that is not here")
+    tokens, patches, texts = (
+        torch.from_numpy(arrays[f"{source}/{array}"]).float() for array in ("features", "image_embeds", "text_embeds")
+    )
+    relevance = clip_relevance(patches, texts)
+    prompts = (0,) * len(tokens)  # the recording normalizes over its batch: tiles of one image
+    torch.testing.assert_close(normalized(relevance, prompts), torch.from_numpy(arrays[f"{case}/out_relevance"]))
+    view = VisionView(
+        tokens,
+        {"relevance": relevance},
+        parameters["visual_token_num"],
+        torch.arange(tokens.shape[1]).expand(len(tokens), -1),
+        (tokens.shape[1], 1),
+        prompts=prompts,
+    )
+    method = get_method(name)(relevance="clip")
     assert method.reduce(view).origin_NK.tolist() == arrays[f"{case}/out_kept"].tolist()
 
 
