@@ -15,13 +15,14 @@ from llava.pruning.methods.autoprune.method import AutoPrune
 from llava.pruning.methods.dense import Dense
 from llava.pruning.registry import build_method, get_method, list_methods
 from llava.pruning.selection import dpc_knn_merge
-from llava.pruning.types import BEFORE_DECODER, OptionError, Rows, Selection, UnsupportedError
+from llava.pruning.types import BEFORE_DECODER, LayerFact, OptionError, Rows, Selection, UnsupportedError
 
 __all__ = [
     "BEFORE_DECODER",
     "AutoPrune",
     "DecoderMethod",
     "Dense",
+    "LayerFact",
     "LayerView",
     "OptionError",
     "PruningMethod",

@@ -5,8 +5,12 @@ Two ways to count: *nominal* charges a layer with the visual tokens that leave i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
+from functools import lru_cache
+
+import numpy as np
 
 BUDGETS = ("nominal", "processed")
 _STEPS = 50
@@ -30,6 +34,14 @@ def mean_tokens(entering: int, leaving: Sequence[int], kind: str) -> float:
     """
     counts = leaving if kind == "nominal" else [entering, *leaving[:-1]]
     return sum(counts) / len(leaving)
+
+
+def one_cut(count: int, num_layers: int, layer: int, target: int) -> int:
+    """Tokens that a single cut in front of ``layer`` leaves of ``count``, at least one, so that the layers process
+    ``target`` in the mean.
+    """
+    left = (num_layers * target - layer * count) // (num_layers - layer)
+    return min(max(left, 1), count)
 
 
 def nearest_plan(plan: Callable[[float], list[int]], entering: int, target: int, kind: str) -> float:
@@ -94,3 +106,74 @@ def crop_quotas(sizes: Sequence[int], cap: int) -> list[int]:
     for crop in by_remainder[: cap - sum(quotas)]:
         quotas[crop] += 1
     return quotas
+
+
+def _wanted(current: int, wanted: int) -> int:
+    return min(current, wanted)
+
+
+@dataclass(frozen=True)
+class PublishedLists:
+    """Budgets for which a paper lists the tokens that stay after each of three layers.
+
+    Attributes:
+        layers: layers after which tokens are dropped.
+        depth: layers of the published decoder.
+        tokens: visual tokens of the published prompts.
+        lists: tokens that stay after each of the layers, by budget.
+    """
+
+    layers: tuple[int, int, int]
+    depth: int
+    tokens: int
+    lists: Mapping[int, tuple[int, int, int]]
+
+    def __hash__(self) -> int:
+        return hash((self.layers, self.depth, self.tokens, *self.lists.items()))
+
+    def scaled(self, num_layers: int) -> tuple[int, ...]:
+        """The layers at another depth."""
+        return scaled_layers(self.layers, self.depth, num_layers)
+
+    @lru_cache(maxsize=1024)  # noqa: B019  a handful of lists, which live as long as the program
+    def keep(
+        self,
+        count: int,
+        num_layers: int,
+        layers: tuple[int, ...],
+        target: int,
+        kind: str,
+        left: Callable[[int, int], int] = _wanted,
+    ) -> tuple[int, ...]:
+        """Tokens to keep after each of ``layers``: the published list where there is one, else one in between.
+
+        Args:
+            count: tokens in front of the first cut.
+            num_layers: layers of the decoder.
+            layers: layers after which tokens are dropped.
+            target: wanted mean.
+            kind: how it is counted; the lists count as ``nominal``.
+            left: tokens behind a cut of so many to so many; more than wanted where dropped tokens are merged.
+        """
+        published = (self.tokens, self.depth, self.layers, "nominal")
+        if (count, num_layers, layers, kind) == published and target in self.lists:
+            return self.lists[target]
+        # A path through the published lists, from one token each to all tokens; its parameter is solved for the mean.
+        lists = [self.lists[budget] for budget in sorted(self.lists)]
+        knots = np.array([(1, 1, 1), *lists, (self.tokens,) * 3], dtype=float) / self.tokens * count
+        stages = np.linspace(0, 2, len(layers)) if len(layers) != 3 else np.arange(3)
+
+        def keep(parameter: float) -> list[int]:
+            place = parameter * (len(knots) - 1)
+            row = [np.interp(place, np.arange(len(knots)), knots[:, stage]) for stage in range(3)]
+            return [max(1, min(round(np.interp(stage, np.arange(3), row)), count)) for stage in stages]
+
+        def plan(parameter: float) -> list[int]:
+            wanted, leaving, current = dict(zip(layers, keep(parameter), strict=True)), [], count
+            for layer in range(num_layers):
+                if layer in wanted:
+                    current = left(current, wanted[layer])
+                leaving.append(current)
+            return leaving
+
+        return tuple(keep(nearest_plan(plan, count, target, kind)))

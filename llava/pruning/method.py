@@ -15,7 +15,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,7 +24,7 @@ from torch import nn
 from llava.pruning.budget import BUDGETS, share_of
 from llava.pruning.engine.run import PruningRun
 from llava.pruning.engine.view import LayerView
-from llava.pruning.types import OptionError, Rows, Selection
+from llava.pruning.types import LayerFact, OptionError, Rows, Selection
 from llava.pruning.vision import Reduction, TowerMerge, TowerView, VisionFact, VisionView
 
 MethodT = typing.TypeVar("MethodT", bound="PruningMethod")
@@ -98,6 +98,10 @@ class PruningMethod:
 
     def stages(self, num_layers: int) -> Mapping[int, Rows]:
         """Layers after which the method selects (or ``BEFORE_DECODER``), with the attention rows it needs there."""
+        return {}
+
+    def layer_facts(self, num_layers: int) -> Mapping[int, Collection[LayerFact]]:
+        """What the layers of :meth:`stages` have to say beside attention rows; nothing else is kept of them."""
         return {}
 
     def vision_facts(self, tower_layers: int) -> Mapping[str, VisionFact]:
@@ -190,12 +194,15 @@ class DecoderMethod(PruningMethod):
     """Selects between decoder layers. Give :meth:`stages` and :meth:`select`."""
 
     rows: ClassVar[Rows] = Rows.NONE  # attention rows that `choose` looks at
+    facts: ClassVar[frozenset[LayerFact]] = frozenset()  # facts of the layer that `choose` looks at
 
     def select(self, view: LayerView, memory: types.SimpleNamespace) -> Selection | None:
         """Choose among ``view``'s visual tokens; None leaves them all.
 
         ``memory`` is new in every prefill and lives until its end: whatever the method has to remember from one layer
-        to the next. What it leaves there under ``report`` (name -> one value per row) goes into the trace.
+        to the next. What it leaves there under ``report`` (name -> one value per row) goes into the trace. What it
+        leaves under ``carried`` (name -> ``[B, V]``) is remembered per visual token: it follows every selection, also
+        those of other methods, and is 0 for merged tokens.
         """
         raise NotImplementedError
 

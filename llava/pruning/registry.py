@@ -10,11 +10,13 @@ from llava.pruning.method import PruningMethod
 from llava.pruning.types import OptionError
 
 _METHODS = {
+    "adaptinfer": "AdaptInfer",
     "autoprune": "AutoPrune",
     "cdpruner": "CDPruner",
     "dart": "Dart",
     "dense": "Dense",
     "divprune": "DivPrune",
+    "entropyprune": "EntropyPrune",
     "fastervlm": "FasterVLM",
     "fastv": "FastV",
     "hiprune": "HiPrune",
@@ -24,6 +26,7 @@ _METHODS = {
     "scope": "Scope",
     "sparsevlm": "SparseVLM",
     "tome": "ToMe",
+    "transprune": "TransPrune",
     "uniform": "Uniform",
     "vispruner": "VisPruner",
     "visionzip": "VisionZip",

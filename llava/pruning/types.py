@@ -19,6 +19,18 @@ class Rows(enum.Enum):
     TEXT = "text"  # every token behind the last visual token
     LAST = "last"  # the last token of the prompt
     NEXT_LAST = "next_last"  # the last token, as the next layer would attend: with that layer's norm and projections
+    NEXT_TEXT = "next_text"  # every token behind the last visual token, as the next layer would attend
+
+
+class LayerFact(enum.Enum):
+    """What a layer can tell beside attention rows; see :meth:`~llava.pruning.engine.view.LayerView.layer_fact`.
+
+    Shapes: B rows, V visual tokens, H query heads, D head width, T text rows, N tokens, C channels.
+    """
+
+    QUERIES = "queries of the visual tokens as the layer attends with them, [B, H, V, D]"
+    TEXT_ATTENTION = "float32 probabilities of the rows of Rows.TEXT over the tokens of these rows, [B, H, T, T]"
+    BLOCKS = "what goes into and comes out of attention and MLP, for all tokens: BlockStates of [B, N, C]"
 
 
 class UnsupportedError(ValueError):

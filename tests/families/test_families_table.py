@@ -138,8 +138,10 @@ def compare_with_oracle(tiny: Tiny, prompt, method):
 METHODS = {
     "autoprune": {"recycle_fraction": 0.0, "positions": "original"},
     "fastv": {},
+    "entropyprune": {},
     "hiprune": {"positions": "original"},
     "pdrop": {"positions": "original"},
+    "transprune": {"positions": "original"},
 }
 
 

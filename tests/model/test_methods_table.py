@@ -24,6 +24,7 @@ OPTIONS = {
     "dart": {"layer": 1, "target_tokens": 12},
     "dense": {"target_tokens": None},
     "fastv": {"layer": 1, "ratio": 0.5},
+    "entropyprune": {"layer": 1, "ratio": 0.5},
     "visionzip+autoprune": {"visionzip.target_tokens": 12, "x0": 1.5},
     "divprune+fastv": {"divprune.target_tokens": 12, "layer": 1},
 }

@@ -178,3 +178,36 @@ def raters(visual: Tensor, text: Tensor) -> list[bool]:
     average = sum(received) / len(received)
     chosen = [value > average for value in received]
     return chosen if any(chosen) else [True] * len(text)
+
+
+def head_entropy(states: Tensor) -> float:
+    """Of one token's ``[heads, width]``: entropy of its Gram matrix, heads centered, by its characteristic roots."""
+    heads = len(states)
+    rows = [row.double() - states.double().mean(0) for row in states]
+    gram = torch.tensor([[float(a @ b) / heads for b in rows] for a in rows], dtype=torch.float64)
+    roots = [max(float(root.real), 1e-10) for root in torch.linalg.eigvals(gram)]
+    return -sum(root * math.log(root) for root in roots) / math.log(heads)
+
+
+def transition(before: Tensor, after: Tensor) -> list[float]:
+    """Of the tokens of one prompt: change of length times the share of ``exp(1 - cosine)``."""
+    weights = [math.exp(1 - cosine(a, b)) for a, b in zip(before, after, strict=True)]
+    pairs = zip(before.double(), after.double(), weights, strict=True)
+    return [float(b.norm() / a.norm()) * weight / sum(weights) for a, b, weight in pairs]
+
+
+def text_guided_score(text: Tensor, attention: Tensor, smoothing: float) -> list[float]:
+    """Of one prompt: ``[H, T, T]`` and ``[H, T, V]``; the importance of a text token times what it attends to."""
+    heads, rows = range(len(text)), range(text.shape[1])
+    text = text.double()
+    both = [[[float(a[i, j] + a[j, i]) if i != j else float(a[i, i]) for j in rows] for i in rows] for a in text]
+    mean = sum(both[h][i][j] for h in heads for i in rows for j in rows) / (len(heads) * len(rows) ** 2)
+    scores = []
+    for v in range(attention.shape[2]):
+        score = 0.0
+        for h in heads:
+            for j in rows:
+                importance = sum(smoothing * both[h][i][j] + (1 - smoothing) * mean for i in rows)
+                score += importance * float(attention[h, j, v])
+        scores.append(score)
+    return scores

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from llava.pruning import Dense, PruningMethod, Rows, UnsupportedError, VisualLayout
+from llava.pruning import Dense, LayerFact, PruningMethod, Rows, UnsupportedError, VisualLayout
 from llava.pruning.engine.support import CHECKED_DECODERS, NEXT_LAYER_DECODERS
 
 FULL = {"layer_types": ["full_attention"] * 4}
@@ -35,12 +35,20 @@ class KeepAll(PruningMethod):
     """Looks at every layer and drops nothing."""
 
     rows_wanted: str = "none"
+    facts_wanted: tuple[LayerFact, ...] = ()
     name: ClassVar[str] = "keep_all"
 
     def stages(self, num_layers):
         return dict.fromkeys(range(num_layers - 1), Rows(self.rows_wanted))
 
+    def layer_facts(self, num_layers):
+        return dict.fromkeys(range(num_layers - 1), self.facts_wanted)
+
     def select(self, view, memory):
+        memory.report["facts"] = [
+            memory.report.get("facts", [[]])[0]
+            + [view.layer_facts | {"keys": view.of_visual(view.keys_BGND.transpose(2, 3)).transpose(2, 3)}]
+        ] * len(view.counts)
         memory.report.setdefault("relevance", [[] for _ in view.counts])
         if view.relevance_BV is not None:
             for row, count in enumerate(view.counts):
@@ -108,8 +116,9 @@ def test_nothing_dropped_is_the_stock_decoder(name, lengths):
     assert logits.std() > 0.02
     kinds = [Rows.NONE, Rows.TEXT, Rows.LAST, *[Rows.NEXT_LAST] * (f"{name}Model" in NEXT_LAYER_DECODERS)]
     for rows in kinds if name != "Gemma2" else [Rows.NONE]:
+        facts = {Rows.NONE: (LayerFact.BLOCKS, LayerFact.QUERIES), Rows.TEXT: (LayerFact.TEXT_ATTENTION,)}.get(rows, ())
         for positions in ("original", "compact"):
-            with KeepAll(rows_wanted=rows.value, positions=positions).attach(model) as run:
+            with KeepAll(rows_wanted=rows.value, facts_wanted=facts, positions=positions).attach(model) as run:
                 run.set_visual(layout)
                 own_tokens, own_logits = generated(model, embeds, mask)
             assert torch.equal(own_tokens, tokens), (rows, positions)
@@ -125,15 +134,55 @@ def test_scores_are_the_rows_of_the_attention_map(name):
     embeds, _, layout = prompts([40])
     with torch.no_grad():
         maps = model(inputs_embeds=embeds, output_attentions=True).attentions
-    for rows, shift in ((Rows.LAST, 0), (Rows.NEXT_LAST, 1)):
-        if rows is Rows.NEXT_LAST and f"{name}Model" not in NEXT_LAYER_DECODERS:
+    for rows, shift in ((Rows.LAST, 0), (Rows.NEXT_LAST, 1), (Rows.TEXT, 0), (Rows.NEXT_TEXT, 1)):
+        if shift and f"{name}Model" not in NEXT_LAYER_DECODERS:
             continue
+        text = rows in (Rows.TEXT, Rows.NEXT_TEXT)
         with KeepAll(rows_wanted=rows.value).attach(model) as run, torch.no_grad():
             run.set_visual(layout)
             model(inputs_embeds=embeds)
         for layer, relevance in enumerate(run.traces[0].details["relevance"]):
-            expected = maps[layer + shift][0, :, -1, 4:20].mean(0)
+            expected = maps[layer + shift][0, :, 20 if text else -1 :, 4:20].mean((0, 1))
             torch.testing.assert_close(relevance, expected, atol=2e-6, rtol=1e-4)
+
+
+ADDS_WITHIN = ("Exaone4", "Gemma2", "Glm4", "Olmo2", "Cohere2", "Cohere")
+"""These norm what attention and MLP return before they add it, or scale it."""
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_facts_of_a_layer_are_those_of_the_decoder(name):
+    """Queries and keys: their softmax is the map's, within the picture. Blocks: what was added is their outputs."""
+    model = random_decoder(name, "eager")
+    embeds, mask, layout = prompts([40, 33])
+    with torch.no_grad():
+        given = {"inputs_embeds": embeds, "attention_mask": mask}
+        output = model(**given, output_attentions=True, output_hidden_states=True)
+    capped = name == "Gemma2"  # its scores are refused
+    wanted = (LayerFact.QUERIES, LayerFact.BLOCKS, *[LayerFact.TEXT_ATTENTION] * (not capped))
+    with KeepAll(rows_wanted="none" if capped else "text", facts_wanted=wanted).attach(model) as run, torch.no_grad():
+        run.set_visual(layout)
+        model(inputs_embeds=embeds, attention_mask=mask)
+    for layer, facts in enumerate(run.traces[0].details["facts"]):
+        queries, keys = facts[LayerFact.QUERIES], facts["keys"]
+        keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
+        scaling = model.model.layers[layer].self_attn.scaling
+        logits = (queries @ keys.transpose(2, 3) * scaling).masked_fill(~torch.ones(16, 16).tril().bool(), -torch.inf)
+        blocks = facts[LayerFact.BLOCKS]
+        for row, (first, text) in enumerate(((4, 20), (11, 13))):
+            own = output.attentions[layer][row]
+            if not capped:
+                inside = own[:, first : first + 16, first : first + 16]
+                torch.testing.assert_close(
+                    logits[row].softmax(2), inside / inside.sum(2, keepdim=True), atol=1e-5, rtol=1e-4
+                )
+                rows = facts[LayerFact.TEXT_ATTENTION][row]
+                torch.testing.assert_close(rows[:, -text:, -text:], own[:, -text:, -text:], atol=2e-6, rtol=1e-4)
+                assert not rows[:, : 20 - text].any() and not rows[:, :, : 20 - text].any()
+            if name not in ADDS_WITHIN:
+                added = blocks.attention_out[row] + blocks.mlp_out[row]
+                before, after = output.hidden_states[layer][row], output.hidden_states[layer + 1][row]
+                torch.testing.assert_close((before + added)[-33:], after[-33:], atol=1e-4, rtol=1e-4)
 
 
 REFUSED = {

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llava.pruning import OptionError, get_method
-from llava.pruning.budget import scaled_layers
+from llava.pruning.methods import adaptinfer, sparsevlm
 from llava.pruning.methods.pdrop import PDrop, plan_stages
 from llava.pruning.methods.sparsevlm import keep_list, text_raters
 from llava.pruning.methods.tome import bipartite_merge, merges_now
+from llava.pruning.methods.transprune import plan_cuts, transition
 from llava.pruning.recycling import prune_step
 from llava.pruning.reduction import Crop, reduce_crops
 from llava.pruning.vision import merge_tokens
@@ -226,6 +228,91 @@ def test_pdrop_asks_the_next_layer(model):
     assert trace.target_tokens is None and trace.budget_error is None
 
 
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("states", ["queries", "keys"])
+def test_entropyprune_equals_a_naive_loop(states, kv_heads):
+    """States from the projections and the rotary embedding of transformers' own layer."""
+    own = random_llama(kv_heads=kv_heads)
+    batch = Batch(own)
+    method = get_method("entropyprune")(layer=2, ratio=0.5, states=states)
+    _, _, (trace,) = generate(own, method, batch.alone(0), new_tokens=1)
+    with torch.no_grad():
+        hidden = own(inputs_embeds=batch.embeds[0][None], output_hidden_states=True).hidden_states[1]
+        layer = own.model.layers[1]
+        normed = layer.input_layernorm(hidden)
+        q, k = (
+            getattr(layer.self_attn, f"{name}_proj")(normed).unflatten(2, (-1, 16)).transpose(1, 2) for name in "qk"
+        )
+        cos, sin = own.model.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
+        q, k = apply_rotary_pos_emb(q, k, cos, sin)
+    entropy = [naive.head_entropy({"queries": q, "keys": k}[states][0, :, i]) for i in range(4, 52)]
+    assert trace.kept[1].tolist() == sorted(naive.ranked(entropy)[:24])
+    assert trace.tokens_in == [48, 48, 24, 24, 24, 24]
+
+
+@pytest.mark.parametrize("smoothing", [1.0, 0.3])
+def test_adaptinfer_equals_a_naive_loop(model, smoothing):
+    batch = Batch(model)
+    method = get_method("adaptinfer")(target_tokens=20, layers="1/3/4", smoothing=smoothing, positions="original")
+    _, _, (trace,) = generate(model, method, batch.alone(0), new_tokens=1)
+    _, maps = eager_states(batch, 0)
+    score = naive.text_guided_score(maps[1][0, :, 52:, 52:], maps[1][0, :, 52:, 4:52], smoothing)
+    assert trace.kept[1].tolist() == sorted(naive.ranked(score)[: trace.tokens_out[1]]) and trace.tokens_out[1] < 48
+    # A row is scored by its own text, however long that of its neighbors is.
+    for row, other in zip((0, 3), generate(model, method, batch.together([0, 3]), new_tokens=1)[2], strict=True):
+        (alone,) = generate(model, method, batch.alone(row), new_tokens=1)[2]
+        assert [kept.tolist() for kept in other.kept] == [kept.tolist() for kept in alone.kept]
+
+
+def test_adaptinfer_uses_the_published_lists():
+    for target, keep in {32: (40, 12, 0), 48: (80, 24, 2), 64: (133, 27, 3), 128: (290, 72, 18)}.items():
+        assert adaptinfer._PUBLISHED.keep(576, 32, (1, 10, 20), target, "nominal") == keep
+
+
+def test_transprune_equals_a_naive_loop(model):
+    """Two cuts of a prompt, from the states that transformers' own layers show."""
+    batch, seen = Batch(model), {}
+    method = get_method("transprune")(layers="2/4", shares="0.75/0.25", positions="original")
+    _, _, (trace,) = generate(model, method, batch.alone(0), new_tokens=1)
+    modules = {
+        f"{name}{index}": getattr(model.model.layers[index], name) for index in (1,) for name in ("self_attn", "mlp")
+    }
+    hooks = [
+        module.register_forward_hook(
+            lambda _, args, kwargs, out, name=name: seen.update(
+                {name: (args[0] if args else kwargs["hidden_states"], out[0] if isinstance(out, tuple) else out)}
+            ),
+            with_kwargs=True,
+        )
+        for name, module in modules.items()
+    ]
+    _, maps = eager_states(batch, 0)
+    with torch.no_grad():
+        model(inputs_embeds=batch.embeds[0][None])
+    for hook in hooks:
+        hook.remove()
+    moved = [
+        sum(parts)
+        for parts in zip(
+            *(naive.transition(*(t.flatten(0, -2) for t in seen[f"{n}1"])) for n in ("self_attn", "mlp")), strict=True
+        )
+    ][4:52]
+    attention = maps[2][0, :, 52:, 4:52].double().mean((0, 1))
+    score = [a / sum(moved) + float(b) / float(attention.sum()) for a, b in zip(moved, attention, strict=True)]
+    assert trace.kept[1].tolist() == sorted(naive.ranked(score)[:36])
+    assert trace.tokens_in == [48, 48, 36, 36, 12, 12] and set(trace.kept[3].tolist()) <= set(trace.kept[1].tolist())
+
+
+def test_transprune_with_published_settings():
+    assert get_method("transprune")(shares="0.875/0.625/0.125")._plan(576, 576, 32) == {7: 504, 9: 360, 12: 72}
+    before = torch.randn(2, 9, 5, generator=torch.Generator().manual_seed(0))
+    after = before.flip(2) * 2
+    real = torch.tensor([[False, False, *[True] * 7], [True] * 9])
+    for row, values in enumerate(transition(before, after, real)):
+        expected = torch.tensor(naive.transition(before[row][real[row]], after[row][real[row]]))
+        torch.testing.assert_close(values[real[row]], expected, atol=1e-6, rtol=1e-5)
+
+
 def test_pdrop_with_published_settings():
     assert PDrop(ratio=0.5)._plan(576, 576, 32) == {8: 288, 16: 144, 24: 72}
     assert plan_stages(576, 32, 270, None) == {8: 288, 16: 144, 24: 72}
@@ -234,22 +321,25 @@ def test_pdrop_with_published_settings():
 
 
 @pytest.mark.parametrize(("layers", "tokens"), [(32, 576), (12, 576), (32, 2880)])
-@pytest.mark.parametrize("name", ["sparsevlm", "sparsevlm-processed", "pdrop"])
+@pytest.mark.parametrize("name", ["sparsevlm", "sparsevlm-processed", "pdrop", "transprune", "adaptinfer"])
 def test_plans_meet_any_budget_within_one_token(name, layers, tokens):
     """On paper, at real sizes: from the smallest mean that is possible to all tokens."""
-    kind = "nominal" if name == "sparsevlm" else "processed"
-    stages = scaled_layers((2, 6, 15), 32, layers)
+    kind = "nominal" if name in ("sparsevlm", "adaptinfer") else "processed"
+    stages = (adaptinfer._PUBLISHED if name == "adaptinfer" else sparsevlm._PUBLISHED).scaled(layers)
 
     def mean(target: int) -> float:
-        if name == "pdrop":
-            keep = plan_stages(tokens, layers, target, None)
+        if name in ("pdrop", "transprune"):
+            keep = {"pdrop": plan_stages, "transprune": plan_cuts}[name](tokens, layers, target, None)
+        elif name == "adaptinfer":
+            counts = adaptinfer._PUBLISHED.keep(tokens, layers, stages, target, kind)
+            keep = {stage + 1: count for stage, count in zip(stages, counts, strict=True)}
         else:
             counts = keep_list(tokens, layers, stages, target, kind, 0.3)
             keep = {stage + 1: count for stage, count in zip(stages, counts, strict=True)}
         current, leaving = tokens, []
         for layer in range(layers):
             if layer + 1 in keep:
-                step = prune_step(current, min(keep[layer + 1], current), 0.0 if name == "pdrop" else 0.3)
+                step = prune_step(current, min(keep[layer + 1], current), 0.3 if "sparsevlm" in name else 0.0)
                 current = step.total
             leaving.append(current)
         charged = leaving if kind == "nominal" else [tokens, *leaving[:-1]]
@@ -263,6 +353,7 @@ def test_plans_meet_any_budget_within_one_token(name, layers, tokens):
 
 COUNTED = ["fastv", "sparsevlm", "pdrop", "autoprune", "random", "uniform", "fastervlm", "divprune", "visionzip"]
 COUNTED += ["prumerge_plus", "hiprune", "tome", "vispruner", "scope", "dart", "cdpruner"]
+COUNTED += ["entropyprune", "transprune", "adaptinfer"]
 
 
 @pytest.mark.parametrize("budget", ["nominal", "processed"])
@@ -284,8 +375,9 @@ def test_budgets_are_met_or_the_nearest_is_reported(name, budget):
         assert trace.budget_error == trace.mean_tokens(method.budget_kind) - min(target, 48)
         reached[target] = trace.mean_tokens(method.budget_kind)
     # What cannot be avoided: full layers in front of the first selection, one token behind it.
-    full = {"fastv": 2, "dart": 2, "pdrop": 1, "sparsevlm": 2, "autoprune": 1}.get(name, 0)
-    if budget == "nominal" and name in ("sparsevlm", "autoprune"):
+    full = {"fastv": 2, "dart": 2, "entropyprune": 2, "pdrop": 1, "sparsevlm": 2, "autoprune": 1}
+    full = (full | {"transprune": 1, "adaptinfer": 1}).get(name, 0)
+    if budget == "nominal" and name in ("sparsevlm", "autoprune", "adaptinfer"):
         full -= 1
     floor = (48 * full + 12 - full) / 12
     for target, mean in reached.items():
@@ -342,6 +434,15 @@ def test_selection_time_is_measured_on_request(model):
         ("dart", {"visual_pivots": 0}, "visual_pivots"),
         ("dart", {"text_pivots": -1}, "text_pivots"),
         ("dart", {"layer": 6}, "6 layers"),
+        ("entropyprune", {"states": "hidden"}, "'queries' or 'keys'"),
+        ("entropyprune", {"layer": 6}, "6 layers"),
+        ("adaptinfer", {"layers": "3/2"}, "1/10/20"),
+        ("adaptinfer", {"layers": "3/9"}, "6 layers"),
+        ("adaptinfer", {"smoothing": 1.5}, "smoothing"),
+        ("transprune", {"layers": "0/2"}, "from 1"),
+        ("transprune", {"layers": "2/6"}, "6 layers"),
+        ("transprune", {"shares": "0.5/0.6/0.1"}, "falling shares"),
+        ("transprune", {"shares": "0.5", "layers": "1/2"}, r"as many as there are layers \(2\)"),
         ("random", {"budget": "paper"}, "'nominal' or 'processed'"),
         ("autoprune", {"mi_layer": 6}, "6 layers"),
         ("autoprune", {"slope": -1.0}, "slope"),

@@ -28,7 +28,7 @@ RECORDED = {
 @cache
 def recording(name):
     description = json.loads((PEERS / f"{name}.json").read_text(encoding="utf-8"))
-    return description["cases"], np.load(PEERS / f"{name}.npz")
+    return description.get("cases", {}), np.load(PEERS / f"{name}.npz")
 
 
 def cases(*names):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from llava.pruning.engine.layer_inputs import LayerInputsOf
 from llava.pruning.engine.sequence import Sequences, padding_mask
 from llava.pruning.scores import attended, attention_rows, received_attention, rotate_rows
 from llava.pruning.selection import counts_to_mask, on_device
+from llava.pruning.types import LayerFact
 
 
 class VisualAttention(NamedTuple):
@@ -33,6 +34,7 @@ class RowScores:
     They are computed inside the layer, in front of its own attention: there queries and keys are still in the
     processor's caches; behind the MLP its weights have driven them out. On a CPU, where attention takes a good part of
     a layer's time, the layer takes the outputs of these rows from the same probabilities and attends for the others.
+    Facts of the layer that are made of the same tensors are taken here, too.
     """
 
     def __init__(
@@ -41,7 +43,9 @@ class RowScores:
         self.frames, self.timer = frames, timer
         self._watch = compat.AttentionWatch([layer.self_attn for layer in layers], self._see)
         self._rows: tuple[int, ...] | None = None
+        self._wanted: frozenset[LayerFact] = frozenset()
         self._found: VisualAttention | None = None
+        self._facts: dict[LayerFact, Tensor] = {}
 
     def __enter__(self) -> RowScores:
         self._watch.__enter__()
@@ -50,9 +54,11 @@ class RowScores:
     def __exit__(self, *exc: object) -> None:
         self._watch.__exit__(*exc)
 
-    def of_next(self, sequences: Sequences, rows: tuple[int, ...] | None) -> None:
-        """Say which rows the layer that runs next has to score, per batch row the last ``rows[i]``; None: no rows."""
-        self._sequences, self._rows = sequences, rows
+    def of_next(self, sequences: Sequences, rows: tuple[int, ...] | None, facts: Collection[LayerFact] = ()) -> None:
+        """Say which rows the layer that runs next has to score, per batch row the last ``rows[i]``, and which facts
+        are wanted of it; None: no rows.
+        """
+        self._sequences, self._rows, self._wanted = sequences, rows, _SEEN_HERE.intersection(facts)
 
     def take(self) -> VisualAttention | None:
         """What the layer that has just run found; None if no rows were asked for."""
@@ -61,10 +67,23 @@ class RowScores:
             raise RuntimeError("the layer did not ask transformers for its attention function, so its rows are unknown")
         return found
 
+    def take_facts(self) -> dict[LayerFact, Tensor]:
+        """The facts that were wanted of the layer that has just run."""
+        facts, self._facts = self._facts, {}
+        if self._wanted - set(facts):
+            raise RuntimeError("the layer did not ask transformers for its attention function, so it tells nothing")
+        return facts
+
     def _see(self, attention: Any, query_BHND: Tensor, key_BGND: Tensor, value_BGND: Tensor) -> Tensor | None:
-        if self._rows is None:
+        if self._rows is None and not self._wanted:
             return None
         with self.timer():
+            if LayerFact.QUERIES in self._wanted:
+                self._facts[LayerFact.QUERIES] = self._sequences.gather_visual(query_BHND.transpose(2, 3)).transpose(
+                    2, 3
+                )
+            if self._rows is None:
+                return None
             here = self._sequences
             if here.hidden_BNC.device != query_BHND.device:  # the layer lives on another one
                 here = here.advance(here.hidden_BNC.to(query_BHND.device))
@@ -72,21 +91,29 @@ class RowScores:
             mask = self.frames.row_mask(here, most)
             probabilities = attention_rows(query_BHND[:, :, -most:], key_BGND, attention.scaling, mask)
             self._found = visual_attention(probabilities, here, self._rows)
+            if LayerFact.TEXT_ATTENTION in self._wanted:
+                self._facts[LayerFact.TEXT_ATTENTION] = text_attention(probabilities, self._rows)
         return attended(probabilities, value_BGND) if query_BHND.device.type == "cpu" else None
 
 
-def next_layer_attention(layer: Any, sequences: Sequences, frames: LayerInputsOf) -> VisualAttention:
-    """What the last token will attend to in ``layer``, which has not run yet."""
+_SEEN_HERE = frozenset({LayerFact.QUERIES, LayerFact.TEXT_ATTENTION})
+
+
+def next_layer_attention(
+    layer: Any, sequences: Sequences, frames: LayerInputsOf, rows: tuple[int, ...]
+) -> VisualAttention:
+    """What the last ``rows[i]`` tokens of each batch row will attend to in ``layer``, which has not run yet."""
     attention, here = layer.self_attn, sequences.hidden_BNC.device
     there = sequences.advance(sequences.hidden_BNC.to(compat.execution_device(layer.input_layernorm)))
     frame = frames.of(there)
     normed = layer.input_layernorm(there.hidden_BNC)
     # The decoders in support.NEXT_LAYER_DECODERS project this way, some with a norm over each head (Qwen3).
-    queries = _heads(attention, "q", normed[:, -1:])
-    queries = rotate_rows(queries, *(table[:, -1:] for table in frame.rotary))
+    most = max(rows)
+    queries = _heads(attention, "q", normed[:, -most:])
+    queries = rotate_rows(queries, *(table[:, -most:] for table in frame.rotary))
     keys = rotate_rows(_heads(attention, "k", normed), *frame.rotary)
-    probabilities = attention_rows(queries, keys, attention.scaling, frames.row_mask(there, 1))
-    found = visual_attention(probabilities, there, (1,) * len(queries))
+    probabilities = attention_rows(queries, keys, attention.scaling, frames.row_mask(there, most))
+    found = visual_attention(probabilities, there, rows)
     return VisualAttention(*(values.to(here) for values in found))
 
 
@@ -109,3 +136,13 @@ def visual_attention(attention_BHTN: Tensor, sequences: Sequences, rows: tuple[i
     if min(sequences.counts) < max(sequences.counts):
         attention = attention * counts_to_mask(sequences.counts, attention.shape[-1], device)[:, None, None, :]
     return VisualAttention(attention, received_attention(attention, divisor))
+
+
+def text_attention(attention_BHTN: Tensor, rows: tuple[int, ...]) -> Tensor:
+    """Attention of each row's last ``rows[i]`` tokens to each other, ``[B, H, T, T]``, zero in the padding in front."""
+    most = max(rows)
+    attention = attention_BHTN[..., -most:]
+    if min(rows) < most:
+        real = padding_mask(rows, most, attention.device)
+        attention = attention * (real[:, :, None] & real[:, None])[:, None]
+    return attention

@@ -6,7 +6,7 @@ stock loop sizes one mask and one set of rotary tables by layer 0 and uses them 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +19,7 @@ from torch import Tensor
 from llava import compat
 from llava.pruning.engine.attention import RowScores, VisualAttention, next_layer_attention
 from llava.pruning.engine.cache import CacheRecord
+from llava.pruning.engine.layer_facts import BlockWatch
 from llava.pruning.engine.layer_inputs import LayerInputsOf
 from llava.pruning.engine.layout import VisualLayout
 from llava.pruning.engine.patch_ids import PatchIds
@@ -28,7 +29,7 @@ from llava.pruning.engine.token_cap import cap_by_cls
 from llava.pruning.engine.trace import DecoderShape, Trace
 from llava.pruning.engine.view import LayerView, SampleIds
 from llava.pruning.selection import on_device
-from llava.pruning.types import BEFORE_DECODER, Rows, Selection
+from llava.pruning.types import BEFORE_DECODER, LayerFact, Rows, Selection
 from llava.pruning.vision import ReducedRow
 
 
@@ -104,27 +105,31 @@ def prefill(
     )
     sequences.added_BNF, sequences.index_BN = prompt.added_BNF, prompt.index_BN
     recorder = _Recorder(decoder, sequences, prompt)
-    parts = [_Part(part, part.stages(num_layers)) for part in method.parts]
+    parts = [_Part(part, part.stages(num_layers), part.layer_facts(num_layers)) for part in method.parts]
     query_rows = _text_rows(sequences, prompt.layout)
 
-    def view(layer: int, rows: tuple[int, ...], attention: VisualAttention | None) -> LayerView:
-        probabilities, relevance = (None, None) if attention is None else attention
+    def view(layer: int, rows: tuple[int, ...], *more: Any) -> LayerView:
         ids, facts = prompt.samples, prompt.facts
         counts, had = sequences.counts, tuple(recorder.visual_tokens)
-        return LayerView(
-            layer, num_layers, counts, had, rows, probabilities, relevance, ids, sequences, facts, cache, decoder.norm
-        )
+        return LayerView(layer, num_layers, counts, had, rows, ids, sequences, facts, cache, decoder.norm, *more)
+
+    def selected(selection: Selection | None) -> Sequences:
+        """The sequences behind a selection; what the methods carry along follows it."""
+        if selection is None:
+            return sequences
+        for part in parts:
+            part.follow(selection)
+        return sequences.apply(selection)
 
     # In front of layer 0: the cap per image, then methods that select among the embeddings.
     with timer():
         cap = None if prompt.reduced is not None else method.visual_token_num
         if cap is not None and max(sequences.counts) > cap:
-            capped = cap_by_cls(view(BEFORE_DECODER, query_rows, None), prompt.layout, cap)
+            capped = cap_by_cls(view(BEFORE_DECODER, query_rows), prompt.layout, cap)
             sequences = sequences if capped is None else sequences.apply(capped)
         for part in parts:
             if BEFORE_DECODER in part.stages and max(sequences.counts) > 0:
-                selection = part.select(view(BEFORE_DECODER, query_rows, None))
-                sequences = sequences if selection is None else sequences.apply(selection)
+                sequences = selected(part.select(view(BEFORE_DECODER, query_rows)))
 
     frames = LayerInputsOf(decoder)
     # Layer by layer: run it (attention rows are computed inside where asked for), show the method, drop tokens.
@@ -132,9 +137,11 @@ def prefill(
     rows_of = {Rows.TEXT: query_rows, Rows.LAST: last}
     # Of several methods at one place at most the first looks at attention, see Composition.stages.
     asked = {layer: rows for part in reversed(parts) for layer, rows in part.stages.items()}
-    scored = [layer for index, layer in enumerate(decoder.layers) if asked.get(index) in rows_of]
+    told = {layer: facts for part in reversed(parts) for layer, facts in part.facts.items()}
+    scored = [layer for index, layer in enumerate(decoder.layers) if asked.get(index) in rows_of or told.get(index)]
+    watched = [layer for index, layer in enumerate(decoder.layers) if LayerFact.BLOCKS in told.get(index, ())]
     states = []
-    with RowScores(scored, frames, timer) as scores:
+    with RowScores(scored, frames, timer) as scores, BlockWatch(watched) as blocks:
         for index, layer in enumerate(decoder.layers):
             frame = frames.of(sequences)
             recorder.entering(sequences)
@@ -142,8 +149,8 @@ def prefill(
                 states.append(sequences.hidden_BNC)
             active = [part for part in parts if index in part.stages and max(sequences.counts) > 0]
             rows = active[0].stages[index] if active else Rows.NONE
-            wanted = rows_of.get(rows)
-            scores.of_next(sequences, wanted)
+            wanted, facts = rows_of.get(rows), told.get(index, ())
+            scores.of_next(sequences, wanted, facts if active else ())
             hidden = layer(
                 sequences.hidden_BNC,
                 attention_mask=frame.mask,
@@ -154,19 +161,24 @@ def prefill(
                 use_cache=True,
             )
             sequences = sequences.advance(hidden).with_addition()
+            said: dict[LayerFact, Any] = {LayerFact.BLOCKS: blocks.take()} if LayerFact.BLOCKS in facts else {}
             if active:
                 with timer():
-                    attention = scores.take()
-                    if rows is Rows.NEXT_LAST:
-                        wanted = last
-                        attention = next_layer_attention(decoder.layers[index + 1], sequences, frames)
-                        recorder.projected_keys(sequences)
-                    if attention is not None and wanted is not None:
+                    found = scores.take()
+                    said |= scores.take_facts()
+                    attention: Callable[[], VisualAttention] | None = None
+                    if rows in (Rows.NEXT_LAST, Rows.NEXT_TEXT):
+                        wanted = last if rows is Rows.NEXT_LAST else query_rows
+                        attention = _NextAttention(decoder.layers[index + 1], sequences, frames, wanted, recorder)
+                    elif found is not None and wanted is not None:
                         recorder.scored(wanted, sequences)
+                        attention = partial(_same, found)
                     for part in active:
-                        selection = part.select(view(index, wanted or query_rows, attention))
-                        sequences = sequences if selection is None else sequences.apply(selection)
+                        sequences = selected(
+                            part.select(view(index, wanted or query_rows, attention, said, frame.rotary))
+                        )
                         wanted = attention = None
+                said.clear()
             recorder.leaving(sequences)
 
     # What decoding must remember travels with the cache; what happened becomes one trace per row.
@@ -220,10 +232,46 @@ class _Part:
 
     method: Method
     stages: Mapping[int, Rows]
-    memory: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(report={}))
+    facts: Mapping[int, Collection[LayerFact]]
+    memory: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(report={}, carried={}))
 
     def select(self, view: LayerView) -> Selection | None:
         return self.method.select(view, self.memory)
+
+    def follow(self, selection: Selection) -> None:
+        """What the method carries along, for the tokens that a selection leaves."""
+        if self.memory.carried:
+            self.memory.carried = {name: carried(values, selection) for name, values in self.memory.carried.items()}
+
+
+def carried(values_BV: Tensor, selection: Selection) -> Tensor:
+    """Values of visual tokens ``[B, V]`` behind a selection: 0 for merged tokens and in the padding."""
+    merged = selection.merged or (0,) * len(selection.keep)
+    width = max(kept + new for kept, new in zip(selection.keep, merged, strict=True))
+    # A column of zeros stands for the padding that a selection points to.
+    padded = torch.nn.functional.pad(values_BV, (0, 1))
+    kept = padded.gather(1, selection.keep_BK.to(values_BV.device).clamp_max(values_BV.shape[1]))
+    return torch.nn.functional.pad(kept, (0, width - kept.shape[1]))
+
+
+@dataclass(frozen=True)
+class _NextAttention:
+    """The rows that the next layer would attend with, computed (and counted) when a method looks at them."""
+
+    layer: Any
+    sequences: Sequences
+    frames: LayerInputsOf
+    rows: tuple[int, ...]
+    recorder: _Recorder
+
+    def __call__(self) -> VisualAttention:
+        self.recorder.scored(self.rows, self.sequences)
+        self.recorder.projected_keys(self.sequences)
+        return next_layer_attention(self.layer, self.sequences, self.frames, self.rows)
+
+
+def _same(attention: VisualAttention) -> VisualAttention:
+    return attention
 
 
 def _joined(reports: Sequence[dict[str, list[Any]]]) -> dict[str, list[Any]]:

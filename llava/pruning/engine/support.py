@@ -61,8 +61,8 @@ NEXT_LAYER_DECODERS = {
     "SeedOssModel",
     "Starcoder2Model",
 }
-"""Those whose next layer can be asked for attention before it has run (``Rows.NEXT_LAST``): separate projections of
-queries and keys, perhaps a norm per head, rotary embedding of the whole head in halves.
+"""Those whose next layer can be asked for attention before it has run (``Rows.NEXT_LAST``, ``Rows.NEXT_TEXT``):
+separate projections of queries and keys, perhaps a norm per head, rotary embedding of the whole head in halves.
 """
 
 # `cache_position` says again what the length of the cache says; `logits_to_keep` is the head's, which cuts what the
@@ -105,7 +105,7 @@ def check_decoder(decoder: nn.Module, rows: Collection[Rows]) -> None:
         )
     elif getattr(config, "attn_logit_softcapping", None) and set(rows) - {Rows.NONE}:
         reason = "scores of a decoder that caps its attention logits (attn_logit_softcapping)"
-    elif Rows.NEXT_LAST in rows and name not in NEXT_LAYER_DECODERS:
+    elif {Rows.NEXT_LAST, Rows.NEXT_TEXT} & set(rows) and name not in NEXT_LAYER_DECODERS:
         reason = "scores of the layer that comes next (this method asks for them)"
     if reason is not None:
         raise UnsupportedError(f"{name} cannot be pruned: no support for {reason}")

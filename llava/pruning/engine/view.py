@@ -6,7 +6,7 @@ Shapes: B batch rows, V visual tokens (padded at the end), H heads, T query rows
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from llava import compat
+from llava.pruning.engine.attention import VisualAttention
 from llava.pruning.engine.sequence import Sequences
 from llava.pruning.selection import on_device
-from llava.pruning.types import BEFORE_DECODER, OptionError, UnsupportedError
+from llava.pruning.types import BEFORE_DECODER, LayerFact, OptionError, UnsupportedError
 from llava.pruning.vision import CLS_ATTENTION
 
 
@@ -41,14 +42,14 @@ class LayerView:
         counts: visual tokens per row, before this selection.
         prompt_counts: visual tokens per row that the prompt had before anything was dropped.
         query_rows: attention rows per batch row (at least 1).
-        attention_BHTV: float32 probabilities of the declared rows over the visual tokens, not renormalized, zero in
-            the padding; None if no rows were declared.
-        relevance_BV: attention that each visual token receives: mean over heads, then over the declared rows. float32.
         samples: running number of each sample; methods use :attr:`sample_ids`.
         sequences: the engine's state; methods use the properties below instead.
         initial_facts: what the vision tower said, by name and original visual index, ``[B, N, ...]``.
         cache: keys and values of the layers that have run; methods use :attr:`keys_BGND`.
         norm: the norm behind the decoder's last layer; methods use :meth:`normed`.
+        attention: gives the declared attention rows; None if no rows were declared.
+        layer_facts: what was declared of the layer; methods use :meth:`layer_fact`.
+        rotary: cosines and sines of the layer's tokens, ``[B or 1, N, D]``; None in front of the decoder.
     """
 
     layer: int
@@ -56,13 +57,42 @@ class LayerView:
     counts: tuple[int, ...]
     prompt_counts: tuple[int, ...]
     query_rows: tuple[int, ...]
-    attention_BHTV: Any  # Tensor | None: a method knows what it declared
-    relevance_BV: Any
     samples: SampleIds
     sequences: Sequences
     initial_facts: Mapping[str, Tensor]
     cache: Any = None
     norm: Callable[[Tensor], Tensor] | None = None
+    attention: Callable[[], VisualAttention] | None = None
+    layer_facts: Mapping[LayerFact, Any] = field(default_factory=dict)
+    rotary: tuple[Tensor, Tensor] | None = None
+
+    @cached_property
+    def _attention(self) -> VisualAttention | None:
+        return None if self.attention is None else self.attention()
+
+    # Tensor | None: a method knows what it declared.
+    @property
+    def attention_BHTV(self) -> Any:
+        """Float32 probabilities of the declared rows over the visual tokens, not renormalized, zero in the padding;
+        None if no rows were declared.
+        """
+        return None if self._attention is None else self._attention.rows_BHTV
+
+    @property
+    def relevance_BV(self) -> Any:
+        """Attention that each visual token receives: mean over heads, then over the declared rows. float32; None if
+        no rows were declared.
+        """
+        return None if self._attention is None else self._attention.received_BV
+
+    def layer_fact(self, fact: LayerFact) -> Any:
+        """What the layer said; its shape stands at each member of :class:`~llava.pruning.types.LayerFact`."""
+        return self.layer_facts[fact]
+
+    @property
+    def real_BN(self) -> Tensor | None:
+        """Bool ``[B, N]``, False for the padding in front of each row; None if there is none."""
+        return self.sequences.padding_mask()
 
     @property
     def sample_ids(self) -> tuple[int, ...]:

@@ -25,6 +25,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from llava.pruning.budget import one_cut
 from llava.pruning.engine.view import LayerView
 from llava.pruning.method import DecoderMethod
 from llava.pruning.selection import counts_to_mask, descending_order, on_device, top_k
@@ -61,7 +62,7 @@ class Dart(DecoderMethod):
 
     def select(self, view: LayerView, memory: SimpleNamespace) -> Selection:
         rows = zip(view.counts, self.targets(view), strict=True)
-        return self.choose(view, tuple(self._keep(count, target, view.num_layers) for count, target in rows))
+        return self.choose(view, tuple(one_cut(count, view.num_layers, self.layer, target) for count, target in rows))
 
     def choose(self, view: LayerView, keep: tuple[int, ...]) -> Selection:
         # 1. Pivots by the norms of their keys, text behind the last image only.
@@ -92,10 +93,6 @@ class Dart(DecoderMethod):
             view.counts,
         )
         return Selection(top_k(stays.float(), view.counts, keep), keep)
-
-    def _keep(self, count: int, target: int, num_layers: int) -> int:
-        left = (num_layers * target - self.layer * count) // (num_layers - self.layer)
-        return min(max(left, 1), count)
 
 
 def walk(visual: Sequence[int], text: Sequence[int], padding: int) -> list[int]:

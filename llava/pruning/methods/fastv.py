@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import ClassVar
 
+from llava.pruning.budget import one_cut
 from llava.pruning.engine.view import LayerView
 from llava.pruning.method import DecoderMethod
 from llava.pruning.selection import top_k
@@ -62,5 +63,4 @@ class FastV(DecoderMethod):
     def _keep(self, count: int, prompt_count: int, num_layers: int) -> int:
         if self.ratio is not None:
             return round(count * (1 - self.ratio))
-        left = (num_layers * self.target_of(prompt_count) - self.layer * count) // (num_layers - self.layer)
-        return min(max(left, 1), count)
+        return one_cut(count, num_layers, self.layer, self.target_of(prompt_count))

@@ -8,14 +8,14 @@ options.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 from llava.pruning.engine.view import LayerView
 from llava.pruning.method import DecoderMethod, PruningMethod
-from llava.pruning.types import BEFORE_DECODER, OptionError, Rows, Selection
+from llava.pruning.types import BEFORE_DECODER, LayerFact, OptionError, Rows, Selection
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,15 @@ class Schedule(DecoderMethod):
         for stage in self.entries:
             if stage.layer >= num_layers:
                 raise OptionError(f"{self.name}: layer {stage.layer} is not below the {num_layers} of the decoder")
-            if stage.layer == 0 and stage.method.rows is not Rows.NONE:
+            if stage.layer == 0 and (stage.method.rows is not Rows.NONE or stage.method.facts):
+                needed = "facts of a layer" if stage.method.rows is Rows.NONE else "attention"
                 raise OptionError(
-                    f"{self.name}: {stage.method.name} needs attention, and there is none in front of layer 0"
+                    f"{self.name}: {stage.method.name} needs {needed}, and there is none in front of layer 0"
                 )
         return {stage.layer - 1: stage.method.rows for stage in self.entries}
+
+    def layer_facts(self, num_layers: int) -> Mapping[int, Collection[LayerFact]]:
+        return {stage.layer - 1: stage.method.facts for stage in self.entries}
 
     def select(self, view: LayerView, memory: SimpleNamespace) -> Selection:
         (stage,) = (stage for stage in self.entries if stage.layer - 1 == view.layer)

@@ -18,17 +18,16 @@ is deterministic; attention is summed in float32; if no text token is above the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from llava.pruning.budget import nearest_plan, parse_layers, scaled_layers
+from llava.pruning.budget import PublishedLists, parse_layers
 from llava.pruning.engine.view import LayerView
 from llava.pruning.method import DecoderMethod
 from llava.pruning.recycling import keep_and_recycle, prune_step
@@ -36,8 +35,9 @@ from llava.pruning.scores import received_attention
 from llava.pruning.selection import on_device
 from llava.pruning.types import BEFORE_DECODER, Rows, Selection
 
-_LAYERS, _DEPTH, _TOKENS = (2, 6, 15), 32, 576
-_LISTS = {64: (66, 30, 17), 96: (238, 48, 26), 128: (303, 110, 36), 192: (300, 200, 110)}
+_PUBLISHED = PublishedLists(
+    (2, 6, 15), 32, 576, {64: (66, 30, 17), 96: (238, 48, 26), 128: (303, 110, 36), 192: (300, 200, 110)}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class SparseVLM(DecoderMethod):
 
     def _layers(self, num_layers: int) -> tuple[int, ...]:
         if self.layers is None:
-            return scaled_layers(_LAYERS, _DEPTH, num_layers)
+            return _PUBLISHED.scaled(num_layers)
         layers = parse_layers(self.layers) or ()
         self.require("layers", layers[-1] < num_layers, f"must be below the decoder's {num_layers} layers")
         return layers
@@ -110,28 +110,14 @@ def text_raters(hidden_BVC: Tensor, counts: tuple[int, ...], text_BTC: Tensor, r
     return torch.where(raters.any(1, keepdim=True), raters, valid_BT)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=64)
+def _left(recycle_fraction: float) -> Callable[[int, int], int]:
+    """Tokens behind a cut, merged ones included: one function per fraction, so that plans are found again."""
+    return lambda current, wanted: prune_step(current, wanted, recycle_fraction).total
+
+
 def keep_list(
     count: int, num_layers: int, layers: tuple[int, ...], target: int, kind: str, recycle_fraction: float
 ) -> tuple[int, ...]:
     """Tokens to keep after each of ``layers``: the published list where there is one, else one in between."""
-    if (count, num_layers, layers, kind) == (_TOKENS, _DEPTH, _LAYERS, "nominal") and target in _LISTS:
-        return _LISTS[target]
-    # A path through the published lists, from one token each to all tokens; its parameter is solved for the mean.
-    knots = np.array([(1, 1, 1), *_LISTS.values(), (_TOKENS,) * 3], dtype=float) / _TOKENS * count
-    stages = np.linspace(0, 2, len(layers)) if len(layers) != 3 else np.arange(3)
-
-    def keep(parameter: float) -> list[int]:
-        place = parameter * (len(knots) - 1)
-        row = [np.interp(place, np.arange(len(knots)), knots[:, stage]) for stage in range(3)]
-        return [max(1, min(round(np.interp(stage, np.arange(3), row)), count)) for stage in stages]
-
-    def plan(parameter: float) -> list[int]:
-        wanted, leaving, current = dict(zip(layers, keep(parameter), strict=True)), [], count
-        for layer in range(num_layers):
-            if layer in wanted:
-                current = prune_step(current, wanted[layer], recycle_fraction).total
-            leaving.append(current)
-        return leaving
-
-    return tuple(keep(nearest_plan(plan, count, target, kind)))
+    return _PUBLISHED.keep(count, num_layers, layers, target, kind, _left(recycle_fraction))
