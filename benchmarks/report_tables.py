@@ -38,6 +38,7 @@ METHODS = {
     "fastervlm": "FasterVLM",
     "transprune": "TransPrune",
     "hiprune": "HiPrune",
+    "holov": "HoloV",
     "scope": "SCOPE",
     "vispruner": "VisPruner",
     "pdrop": "PyramidDrop",

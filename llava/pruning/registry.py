@@ -20,6 +20,7 @@ _METHODS = {
     "fastervlm": "FasterVLM",
     "fastv": "FastV",
     "hiprune": "HiPrune",
+    "holov": "HoloV",
     "pdrop": "PDrop",
     "prumerge_plus": "PruMergePlus",
     "random": "Random",

@@ -18,7 +18,7 @@ from tests.pruning import naive
 I = IMAGE_TOKEN_INDEX  # noqa: E741
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 TARGET = 7
-NAMES = ["visionzip", "prumerge_plus", "hiprune", "tome", "vispruner", "scope", "cdpruner"]
+NAMES = ["visionzip", "prumerge_plus", "hiprune", "tome", "vispruner", "scope", "cdpruner", "holov"]
 OPTIONS = {"prumerge_plus": {"neighbors": 3}, "hiprune": {"alpha": 0.9}}
 
 
@@ -123,6 +123,18 @@ def test_cdpruner_from_pixels(model):
         projected = project(model, list(out.hidden_states[-2][i, 1:]))
         relevance = [naive.cosine(token, word) for token in projected]
         kept = naive.cdpruner(projected, relevance, TARGET, min(relevance), max(relevance))
+        assert rows[i].origins.tolist() == kept
+        torch.testing.assert_close(got[i], projected[kept], atol=1e-4, rtol=1e-4)
+
+
+def test_holov_from_pixels(model):
+    """Attention of the selected layer, likeness of the projected features."""
+    pixels = tiny_images(2)
+    got, rows = visual_embeddings(model, pixels, "holov", chunks=4, alpha=5.0)
+    _, out = tower_outputs(pixels)
+    for i in range(2):
+        projected = project(model, list(out.hidden_states[-2][i, 1:]))
+        kept = naive.holov(projected, out.attentions[-2][i, :, 0, 1:].mean(0), TARGET, 4, 5.0)
         assert rows[i].origins.tolist() == kept
         torch.testing.assert_close(got[i], projected[kept], atol=1e-4, rtol=1e-4)
 

@@ -119,6 +119,34 @@ def cdpruner(tokens: Tensor, relevance: list[float], target: int, low: float, hi
     return sorted(chosen)
 
 
+def holov(tokens: Tensor, cls: Tensor, target: int, chunks: int, alpha: float) -> list[int]:
+    count = len(tokens)
+    parts, start = [], 0
+    for chunk in range(min(chunks, count)):
+        size = count // min(chunks, count) + (chunk < count % min(chunks, count))
+        parts.append(list(range(start, start + size)))
+        start += size
+    scores = []
+    for part in parts:
+        if len(part) == 1:
+            scores.append(float(cls[part[0]]))
+            continue
+        variances = []
+        for i in part:
+            likeness = [0.0 if i == j else cosine(tokens[i], tokens[j]) for j in part]
+            mean = sum(likeness) / (len(part) - 1)
+            variances.append(sum((value - mean) ** 2 for value in likeness) / (len(part) - 1))
+        attention = [1000 * float(cls[i]) for i in part]
+        scale = (sum(attention) / len(part)) / (sum(variances) / len(part) + 1e-6)
+        scores.append(sum(a + alpha * v * scale for a, v in zip(attention, variances, strict=True)) / len(part))
+    quotas = [math.floor(target * score / sum(scores)) for score in scores]
+    for chunk in ranked(scores)[: target - sum(quotas)]:
+        quotas[chunk] += 1
+    chosen = [i for part, quota in zip(parts, quotas, strict=True) for i in ranked(cls, part)[:quota]]
+    chosen += [i for i in ranked(cls) if i not in chosen][: target - len(chosen)]
+    return sorted(chosen)
+
+
 def dart(keys: Tensor, states: Tensor, first: int, count: int, keep: int, visual: int, text: int) -> list[int]:
     """``keys`` [heads, tokens, D] and normed ``states`` [tokens, C] of a prompt with one image, text behind it."""
     norms = keys.double().abs().sum((0, 2))

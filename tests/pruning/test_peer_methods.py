@@ -91,6 +91,23 @@ def test_vispruner_and_scope_equal_a_naive_loop(name, key, target, option):
         assert torch.equal(got.tokens_KC, one.tokens_PC[expected])
 
 
+@pytest.mark.parametrize(("chunks", "alpha"), [(16, 0.09), (5, 2.0), (1, 0.5), (60, 0.09)])
+@pytest.mark.parametrize("target", [1, 2, 9, 20, 35])
+def test_holov_equals_a_naive_loop(target, chunks, alpha):
+    crops = [crop(36, seed) for seed in range(3)]
+    for one, got in zip(crops, reduce(get_method("holov")(chunks=chunks, alpha=alpha), crops, target), strict=True):
+        expected = naive.holov(one.tokens_PC, one.facts["cls_attention"], target, chunks, alpha)
+        assert got.origin_K.tolist() == got.source_K.tolist() == expected
+        assert torch.equal(got.tokens_KC, one.tokens_PC[expected])
+
+
+def test_holov_without_any_attention_spreads_the_budget():
+    one = crop(36, 0)
+    one.facts["cls_attention"].zero_()
+    (got,) = reduce(get_method("holov")(chunks=6), [one], 12)
+    assert got.origin_K.tolist() == [start + i for start in range(0, 36, 6) for i in range(2)]
+
+
 @pytest.mark.parametrize("target", [1, 2, 9, 12])
 @pytest.mark.parametrize("kind", ["text", "clip"])
 def test_cdpruner_equals_a_naive_loop(kind, target):
@@ -352,7 +369,7 @@ def test_plans_meet_any_budget_within_one_token(name, layers, tokens):
 
 
 COUNTED = ["fastv", "sparsevlm", "pdrop", "autoprune", "random", "uniform", "fastervlm", "divprune", "visionzip"]
-COUNTED += ["prumerge_plus", "hiprune", "tome", "vispruner", "scope", "dart", "cdpruner"]
+COUNTED += ["prumerge_plus", "hiprune", "tome", "vispruner", "scope", "dart", "cdpruner", "holov"]
 COUNTED += ["entropyprune", "transprune", "adaptinfer"]
 
 
@@ -431,6 +448,8 @@ def test_selection_time_is_measured_on_request(model):
         ("vispruner", {"important_ratio": 1.5}, "important_ratio"),
         ("scope", {"alpha": -1.0}, "alpha"),
         ("cdpruner", {"relevance": "image"}, "relevance"),
+        ("holov", {"chunks": 0}, "chunks"),
+        ("holov", {"alpha": -0.1}, "alpha"),
         ("dart", {"visual_pivots": 0}, "visual_pivots"),
         ("dart", {"text_pivots": -1}, "text_pivots"),
         ("dart", {"layer": 6}, "6 layers"),
@@ -454,7 +473,9 @@ def test_bad_options(model, name, options, message):
         get_method(name)(**options).attach(model)
 
 
-@pytest.mark.parametrize("name", ["visionzip", "prumerge_plus", "hiprune", "tome", "vispruner", "scope", "cdpruner"])
+@pytest.mark.parametrize(
+    "name", ["visionzip", "prumerge_plus", "hiprune", "tome", "vispruner", "scope", "cdpruner", "holov"]
+)
 def test_the_cap_alone_is_budget_enough_in_front_of_the_decoder(name):
     assert get_method(name)(target_tokens=None, visual_token_num=8).aim_of(576) is None
 

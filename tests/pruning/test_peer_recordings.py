@@ -90,6 +90,25 @@ def test_cdpruner_keeps_the_same_patches(name, case):
     assert method.reduce(view).origin_NK.tolist() == arrays[f"{case}/out_kept"].tolist()
 
 
+@pytest.mark.parametrize(("name", "case"), list(cases("holov")))
+def test_holov_keeps_the_same_patches_of_every_chunk(name, case):
+    content, arrays = recording(name)
+    parameters = content[case]["params"]
+    source = parameters.get("inputs_of_case", case)
+    if f"{source}/tokens" not in arrays:
+        pytest.skip("its inputs are those of a case that is not here")
+    tokens, attention = (torch.from_numpy(arrays[f"{source}/{array}"]).float() for array in ("tokens", "attention"))
+    target, crops, patches = parameters["new_image_token_num"], *attention.shape
+    method = get_method(name)(chunks=parameters["num_patches"], alpha=parameters["alpha"])
+    recorded = [sorted(row) for row in arrays[f"{case}/out_kept"].tolist()]  # -1: a zero token in a patch's stead
+    shares = method.by_share(tokens, attention, target)
+    assert [row.nonzero().flatten().tolist() for row in shares] == [[i for i in row if i >= 0] for row in recorded]
+    places = torch.arange(patches).expand(crops, -1)
+    reduction = method.reduce(VisionView(tokens, {CLS_ATTENTION: attention}, target, places, (patches, 1)))
+    for kept, row in zip(reduction.origin_NK.tolist(), recorded, strict=True):
+        assert len(set(kept)) == target and set(kept) >= {i for i in row if i >= 0}
+
+
 @pytest.mark.parametrize(("name", "case"), list(cases("dart")))
 def test_dart_keeps_the_same_tokens(name, case):
     content, arrays = recording(name)
