@@ -133,18 +133,16 @@ def test_dart_keeps_the_same_tokens(name, case):
         layout = VisualLayout.from_spans([[(start, start + count)]])
         length = (parameters["seq"],)
         view = LayerView(
-            0,
-            2,
-            (count,),
-            (count,),
-            (parameters["seq"] - first - count,),
-            None,
-            None,
-            SampleIds((0,)),
-            Sequences.start(states, layout, length, None, False),
-            {},
-            cache,
-            torch.nn.Identity(),
+            layer=0,
+            num_layers=2,
+            counts=(count,),
+            prompt_counts=(count,),
+            query_rows=(parameters["seq"] - first - count,),
+            samples=SampleIds((0,)),
+            sequences=Sequences.start(states, layout, length, None, False),
+            initial_facts={},
+            cache=cache,
+            norm=torch.nn.Identity(),
         )
         method = get_method("dart")(visual_pivots=images, text_pivots=words)
         assert method.choose(view, (kept,)).keep_BK[0].tolist() == arrays[f"{case}/out_kept_sorted"].tolist()
