@@ -24,7 +24,7 @@ from torch import nn
 from llava.pruning.budget import BUDGETS, share_of
 from llava.pruning.engine.run import PruningRun
 from llava.pruning.engine.view import LayerView
-from llava.pruning.types import LayerFact, OptionError, Rows, Selection
+from llava.pruning.types import LayerFact, OptionError, OwnDefault, Rows, Selection
 from llava.pruning.vision import Reduction, TowerMerge, TowerView, VisionFact, VisionView
 
 MethodT = typing.TypeVar("MethodT", bound="PruningMethod")
@@ -61,6 +61,12 @@ class PruningMethod:
     reduces_vision: ClassVar[bool] = False  # whether `reduce` takes part
     merges_in_tower: ClassVar[bool] = False  # whether `merge` takes part
     reads_text: ClassVar[bool] = False  # whether `reduce` looks at the text of the prompt
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # Where renumbering has no meaning, a method that does it by default goes on without; a wish for it is an error.
+        if isinstance(own := vars(cls).get("positions"), str):
+            cls.positions = OwnDefault(own)
 
     def __new__(cls: type[MethodT], *args: Any, **options: Any) -> MethodT:
         # Before the defaults are filled in: the only place that sees which of the two was given.
@@ -162,7 +168,7 @@ class PruningMethod:
 
     def settings(self) -> dict[str, Any]:
         """The values of all options, JSON-able: what is recorded of a method."""
-        values = dataclasses.asdict(self)
+        values = dataclasses.asdict(self) | {"positions": str(self.positions)}
         if self.target_ratio is None:
             del values["target_ratio"]  # records from before there was a choice stay equal
         return values

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -45,12 +46,15 @@ class Crop:
 
 @dataclass(frozen=True)
 class ReducedCrop:
-    """What is left of a crop: tokens, their origin (-1: merged) and source, and which of them stand behind the rest."""
+    """What is left of a crop: tokens, their origin (-1: merged) and source, which of them stand behind the rest, and
+    what gives the share of each patch in each token, ``[K, P]`` (None: all of the source).
+    """
 
     tokens_KC: Tensor
     origin_K: Tensor
     source_K: Tensor
     behind_K: Tensor
+    weights: Callable[[], Tensor] | None = None
 
     def order(self, place_P: Tensor, end: int) -> Tensor:
         """Sort keys, float64, if patch i stands at ``place_P[i]`` and the last patch of the image at ``end - 1``.
@@ -129,19 +133,53 @@ def reduce_crops(
             behind = reduction.origin_NK < 0
         for place, i in enumerate(members):
             results[i] = ReducedCrop(
-                reduction.tokens_NKC[place], reduction.origin_NK[place], reduction.source_NK[place], behind[place]
+                reduction.tokens_NKC[place],
+                reduction.origin_NK[place],
+                reduction.source_NK[place],
+                behind[place],
+                None if reduction.weights is None else partial(_row_of, reduction.weights, place),
             )
     return [results[i] for i in range(len(crops))]
 
 
+def _row_of(weights: Callable[[], Tensor], place: int) -> Tensor:
+    return weights()[place]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Tokens of a row that are made of several: where they stand now, of which tokens of the row before they are made,
+    and what gives the share of each of these.
+    """
+
+    tokens_K: Tensor
+    members_P: Tensor
+    weights: Callable[[], Tensor]
+
+
 @dataclass(frozen=True)
 class ReducedPrompt:
-    """A prompt whose visual tokens were reduced: embeddings ``[B, N, C]`` padded on the left, layout, rows."""
+    """A prompt whose visual tokens were reduced: embeddings ``[B, N, C]`` padded on the left, layout, rows, and per row
+    the tokens that are made of several.
+    """
 
     hidden_BNC: Tensor
     layout: VisualLayout
     lengths: tuple[int, ...]
     rows: list[ReducedRow]
+    mixtures: list[list[Mixture]]
+
+    def mix(self, values_BNF: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Like :meth:`follow`, but a merged token has the mean of the values of its members."""
+        followed, width = self.follow(values_BNF, lengths), values_BNF.shape[1]
+        for row, own in enumerate(self.mixtures):
+            before = values_BNF[row, width - lengths[row] :]
+            after = followed[row, followed.shape[1] - self.lengths[row] :]
+            for mixture in own:
+                weights = mixture.weights().to(before.device)
+                mean = weights @ before[mixture.members_P.to(before.device)].float()
+                after[mixture.tokens_K.to(before.device)] = mean.to(after.dtype)
+        return followed
 
     def follow(self, values_BN: Tensor, lengths: Sequence[int]) -> Tensor:
         """What belongs to each token of the prompt before, ``[B, N, ...]``: of the tokens that are left, or of those
@@ -173,7 +211,7 @@ def reduce_prompt(
     """
     width, device = hidden_BNC.shape[1], hidden_BNC.device
     newlines = layout.structure or ((),) * len(lengths)
-    embeds, spans, structure, rows = [], [], [], []
+    embeds, spans, structure, rows, mixtures = [], [], [], [], []
     for row, length in enumerate(lengths):
         # Where this row's visual tokens and newlines stand in the padded sequence.
         start = width - length
@@ -219,6 +257,13 @@ def reduce_prompt(
         origin = torch.cat(origins)[order]
         embeds.append(torch.cat([part.to(hidden_BNC.dtype) for part in tokens])[order])
         position = torch.cat(positions)[order]
+        # Which tokens are made of several, by their numbers in the new row.
+        number, own, behind = order.argsort(), [], len(others)
+        for left, (_, place) in zip(reduced, places, strict=True):
+            behind += len(left.tokens_KC)
+            if left.weights is not None:
+                own.append(Mixture(number[behind - len(left.tokens_KC) : behind], place - start, left.weights))
+        mixtures.append(own)
         # Read off the new order which tokens are visual and which are newlines.
         visible = origin > -2
         newline = ~visible & torch.isin(position + start, on_device(between, device).long())
@@ -239,6 +284,7 @@ def reduce_prompt(
         VisualLayout.from_spans(shifted[0], lengths, None if layout.structure is None else shifted[1]),
         lengths,
         rows,
+        mixtures,
     )
 
 

@@ -45,6 +45,12 @@ class OptionError(ValueError):
     is_user_error = True
 
 
+class OwnDefault(str):
+    """The default of a method's option where that matters: the same text, given by somebody, is a plain ``str``."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True)
 class Selection:
     """Visual tokens to keep, and vectors to append to them.

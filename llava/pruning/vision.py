@@ -119,12 +119,15 @@ class Reduction:
         origin_NK: index into the view's P tokens, or -1 for a token that is none of them (merged, CLS).
         source_NK: index of the token whose place it takes: its rotary position in position mode ``original``.
         in_place: merged tokens stand at their place too; otherwise behind all patches of the image, in this order.
+        weights: gives float ``[N, K, P]``, how much of each patch is in each token, rows that add up to 1. Asked only
+            where more than features travels with the tokens (deepstack features); None: all of the source.
     """
 
     tokens_NKC: Tensor
     origin_NK: Tensor
     source_NK: Tensor
     in_place: bool = False
+    weights: Callable[[], Tensor] | None = None
 
     @classmethod
     def keep(cls, tokens_NPC: Tensor, index_NK: Tensor) -> Reduction:
@@ -182,6 +185,11 @@ class ReducedRow:
 def take(tokens_NPC: Tensor, index_NK: Tensor) -> Tensor:
     """``[N, K, C]`` of ``[N, P, C]``."""
     return tokens_NPC.gather(1, index_NK[:, :, None].expand(-1, -1, tokens_NPC.shape[2]))
+
+
+def unit_rows(index_NK: Tensor, patches: int) -> Tensor:
+    """Weights ``[N, K, P]`` of tokens that are one patch each."""
+    return torch.nn.functional.one_hot(index_NK, patches).float()
 
 
 def merge_tokens(tokens_NTC: Tensor, sizes_NT: Tensor, merge: TowerMerge) -> tuple[Tensor, Tensor]:

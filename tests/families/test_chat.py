@@ -16,6 +16,7 @@ from PIL import Image
 from llava.eval import compare, demo
 from llava.eval.answering.family import load_processor
 from llava.eval.answering.family_chat import message_parts
+from llava.eval.model_vqa_loader import main as loader
 from llava.eval.run_llava import eval_model
 from llava.eval.run_llava import main as run_llava
 from llava.pruning import AutoPrune, Dense, get_method
@@ -120,6 +121,26 @@ def test_what_is_refused(folder, capsys):  # noqa: F811
         fails_with_one_line(run_llava, flags(place, "--query", f"what {mark} ?"), capsys, mark, "<image-placeholder>")
     assert not run_llava(flags(place, *query, "--conv-mode", "vicuna_v1"))
     assert "--conv-mode vicuna_v1 is not used" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", ["qwen2_vl", "qwen3_vl"], indirect=True)
+def test_renumbering_several_axes_is_an_option_error(folder, capsys, tmp_path):  # noqa: F811
+    """However it is asked for: the method's default is not asked for."""
+    _, place = folder
+    general = ("--model-path", place, "--device", "cpu")
+    asked = (*general, "--query", "what ?", "--image-file", place / "0.png")
+    questions = ("--question-file", place / "questions.jsonl", "--image-folder", place)
+    variants = tmp_path / "variants.json"
+    variants.write_text(json.dumps([{"label": "x", "method": "autoprune", "options": {"positions": "compact"}}]))
+    for main, flags in (
+        (run_llava, (*asked, "--positions", "compact")),
+        (run_llava, (*asked, "--method", "fastv", "--method-args", "positions=compact")),
+        (chat, (*general, "--positions", "compact")),
+        (loader, (*general, *questions, "--answers-file", tmp_path / "a.jsonl", "--positions", "compact")),
+        (compare.main, (*general, *questions, "--variants", variants, "--output-dir", tmp_path / "out")),
+    ):
+        fails_with_one_line(main, flags, capsys, "positions=compact", "M-RoPE", "original")
+    assert not run_llava([str(flag) for flag in (*asked, "--max-new-tokens", 2)])
 
 
 def test_what_is_missing_has_a_default(folder, capsys):  # noqa: F811

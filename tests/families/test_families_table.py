@@ -6,14 +6,17 @@ positions and deepstack features that transformers itself makes.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import inspect
+import pickle
 
 import pytest
 import torch
 import transformers
 
 from llava.families import family_of, list_families
-from llava.pruning import BEFORE_DECODER, AutoPrune, Dense, OptionError, UnsupportedError, get_method
+from llava.pruning import BEFORE_DECODER, AutoPrune, Dense, OptionError, UnsupportedError, build_method, get_method
 from tests.families.models import FAMILIES, IMAGE, VIDEO, Tiny
 
 FILMS = [name for name, tiny in FAMILIES.items() if tiny.film is not None]
@@ -339,11 +342,29 @@ def generated_features(model, inputs):
 
 @pytest.mark.parametrize("name", AXES)
 def test_renumbering_has_no_meaning_with_several_axes(name, caplog):
-    model = FAMILIES[name].model()
-    with pytest.raises(OptionError, match="compact.*M-RoPE"):
-        get_method("fastv")(target_tokens=8, positions="compact").attach(model)
-    run = AutoPrune(target_tokens=8).attach(model)
-    assert run.method.positions == "original"
+    """A method whose default it is goes on without; whoever asks for it hears that it cannot be had."""
+    model, both = FAMILIES[name].model(), get_method("divprune+autoprune")
+    first = {"divprune.target_tokens": 12}
+    asked = [
+        get_method("fastv")(target_tokens=8, positions="compact"),
+        AutoPrune(target_tokens=8, positions="compact"),
+        get_method("autoprune").from_options({"positions": "compact"}),
+        dataclasses.replace(AutoPrune(), positions="compact"),
+        build_method("visionzip", {"positions": "compact"}),
+        both.from_options({**first, "positions": "compact"}),
+        get_method("0:uniform:0.5").from_options({"positions": "compact"}),
+    ]
+    for method in asked:
+        with pytest.raises(OptionError, match="compact.*M-RoPE"):
+            method.attach(model)
+        copied = pickle.loads(pickle.dumps(copy.deepcopy(method)))
+        with pytest.raises(OptionError, match="compact.*M-RoPE"):
+            dataclasses.replace(copied, visual_token_num=9).attach(model)
+    for method in (AutoPrune(target_tokens=8), get_method("visionzip")(), both.from_options(first)):
+        assert method.positions == "compact" and method.settings()["positions"] == "compact"
+        assert type(method.settings()["positions"]) is str
+        for own in (method, copy.copy(method), pickle.loads(pickle.dumps(method)), dataclasses.replace(method)):
+            assert own == method and own.attach(model).method.positions == "original"
 
 
 def test_refused_families():

@@ -11,9 +11,10 @@ import torch
 from llava.families.base import pooled
 from llava.families.qwen_vl import window_order
 from llava.families.tower import layer_value
-from llava.pruning import AutoPrune, DecoderMethod, Rows, Selection
+from llava.pruning import AutoPrune, DecoderMethod, Rows, Selection, get_method
 from llava.pruning.vision import TowerValue, VisionFact
-from tests.families.models import FAMILIES
+from tests.families.models import FAMILIES, IMAGE
+from tests.pruning import naive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,3 +194,74 @@ def test_deepstack_follows_merged_tokens_through_the_layers():
     features = run.traces[0].details["before"][:, :width]
     torch.testing.assert_close(difference[:22], features[:22], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(difference[22], features[22:].mean(0), atol=1e-5, rtol=1e-4)
+
+
+def members(name, facts, target):
+    """Weights of the patches in each token that leaves, ``[target, P]``, by naive loops: run on unit vectors, they say
+    which patches a token is made of.
+    """
+    patches = len(facts["keys"])
+    unit = torch.eye(patches, dtype=torch.float64)
+    if name == "visionzip":
+        contextual = round(target * 10 / 64)
+        kept, merged = naive.visionzip(unit, facts["cls_attention"], facts["keys"], target - contextual, contextual)
+        rows = [*unit[kept], *((token > 0).double() for token in merged)]
+    elif name == "prumerge_plus":
+        _, merged, extra = naive.prumerge_plus(unit, facts["cls"], facts["keys"], target, 5)
+        rows = [*merged, extra]
+    else:
+        tokens, keys, sizes, places = list(unit), list(facts["keys"]), [1.0] * patches, list(range(patches))
+        while len(tokens) > target:
+            count = min(len(tokens) // 2, len(tokens) - target)
+            tokens, keys, sizes, places = naive.tome_step(tokens, keys, sizes, places, count, False)
+        rows = [tokens[i] for i in sorted(range(target), key=lambda i: places[i])]
+    made = torch.stack(rows)
+    return (made / made.sum(1, keepdim=True)).float()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("visionzip", {}), ("prumerge_plus", {"neighbors": 5}), ("tome", {"inside": False})]
+)
+def test_deepstack_of_tokens_merged_in_front_of_the_decoder(name, options):
+    """What the first layers add to a token is the mean of what they add to its members without pruning; two pictures of
+    different sizes in a batch with a shorter prompt.
+    """
+    kind, views = get_method(name), []
+
+    class Seen(kind):
+        def reduce(self, view):
+            views.append(view)
+            return super().reduce(view)
+
+    tiny = FAMILIES["qwen3_vl"]
+    model, inputs = tiny.model(), tiny.batch((3, ("image", 0), 2, ("image", 2), 4), (2, ("image", 1), 5))
+    given = []
+    hook = model.model.language_model.register_forward_pre_hook(lambda _, args, k: given.append(k), with_kwargs=True)
+    with torch.no_grad():
+        model(**inputs)
+    hook.remove()
+    features = given[0]["deepstack_visual_embeds"]
+    # In reading order: first image, second image, then that of the other row.
+    sizes = [8 * 12 // 4, 10 * 6 // 4, 12 * 8 // 4]
+    assert [len(layer) for layer in features] == [sum(sizes)] * 3 and (inputs["input_ids"] == IMAGE).sum() == sum(sizes)
+    layers, outputs, entering = model.model.language_model.layers, [], []
+    hooks = [layer.register_forward_hook(lambda module, args, output: outputs.append(output)) for layer in layers]
+    hooks += [layer.register_forward_pre_hook(lambda module, args: entering.append(args[0])) for layer in layers]
+    with Seen(target_ratio=0.4, positions="original", **options).attach(model), torch.no_grad():
+        model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    # A row's budget is spread over its pictures: 15 of 24 + 15 tokens are 9 and 6, and 9 of 24.
+    assert [(view.tokens_NPC.shape[1], view.target) for view in views] == [(24, 9), (15, 6), (24, 9)]
+    expected = [members(name, {key: own[0] for key, own in view.facts.items()}, view.target) for view in views]
+    width = entering[0].shape[1]
+    # Each row: text, start, tokens, end, ...; the second one stands at the right.
+    starts = {0: (0, 3 + 1), 1: (0, 3 + 1 + 9 + 1 + 2 + 1), 2: (1, width - (2 + 1 + 9 + 1 + 5) + 2 + 1)}
+    for layer in range(3):
+        added = entering[layer + 1] - outputs[layer]
+        for image, (row, start) in starts.items():
+            own = features[layer][sum(sizes[:image]) : sum(sizes[: image + 1])]
+            weights = expected[image]
+            assert (weights > 0).sum(1).max() > 1
+            got = added[row, start : start + len(weights)]
+            torch.testing.assert_close(got, weights @ own, atol=1e-5, rtol=1e-4)

@@ -34,7 +34,7 @@ from llava.pruning.engine.support import check_arguments, check_decoder, check_p
 from llava.pruning.engine.trace import Trace
 from llava.pruning.engine.view import SampleIds
 from llava.pruning.reduction import reduce_prompt
-from llava.pruning.types import OptionError, UnsupportedError
+from llava.pruning.types import OptionError, OwnDefault, UnsupportedError
 from llava.pruning.vision import CLS_ATTENTION, ReducedRow, TowerValue, VisionFact
 
 _LOGGER = logging.getLogger(__name__)
@@ -440,7 +440,7 @@ class PruningRun:
                 numbering = Numbering(positions, lengths)
             with self.selection_timer(hidden.device):
                 short = reduce_prompt(self.method.parts[0], hidden, lengths, layout, facts)
-            added = None if added is None else short.follow(added, lengths)
+            added = None if added is None else short.mix(added, lengths)
             if index is not None:
                 index = short.follow(index, lengths)
                 for row, left, spans in zip(index, short.rows, short.layout.spans, strict=True):
@@ -486,8 +486,7 @@ def _with_original_positions(method: Method) -> Method:
     """
     if method.positions != "compact":
         return method
-    options: Mapping[str, Any] = getattr(type(method.parts[-1]), "options", dict)()
-    if options.get("positions") != "compact":
+    if not isinstance(method.positions, OwnDefault):
         raise OptionError(
             "positions=compact has no meaning in a decoder whose positions have several axes (M-RoPE): use original"
         )

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from llava.pruning.method import VisionReducer
 from llava.pruning.selection import on_device, top_k
-from llava.pruning.vision import Reduction, TowerValue, VisionFact, VisionView, take
+from llava.pruning.vision import Reduction, TowerValue, VisionFact, VisionView, take, unit_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +65,23 @@ class PruMergePlus(VisionReducer):
         similar = similar.scatter(2, kept[:, :, None], -torch.inf)
         nearest = similar.argsort(dim=2, descending=True, stable=True)[:, :, : min(self.neighbors, patches - 1)]
         chosen = torch.zeros_like(similar).scatter_(2, nearest, 1)
-        merged = take(tokens, kept) + (chosen * attention[:, None, :]) @ tokens
+        added = chosen * attention[:, None, :]
+        merged = take(tokens, kept) + added @ tokens
         origin, source = kept, kept
         if extra:
-            dropped = attention.scatter(1, kept, 0)
-            merged = torch.cat((merged, dropped[:, None, :] @ tokens), 1)
+            rest = attention.scatter(1, kept, 0)
+            merged = torch.cat((merged, rest[:, None, :] @ tokens), 1)
             origin = torch.cat((origin, origin.new_full((crops, 1), -1)), 1)
             source = torch.cat((source, source.new_full((crops, 1), patches - 1)), 1)
-        return Reduction(merged.to(view.tokens_NPC.dtype), origin, source)
+
+        def weights() -> Tensor:
+            made = added + unit_rows(kept, patches)
+            if extra:
+                # Without any attention on what is dropped the token is nothing: then all of it alike.
+                made = torch.cat((made, rest[:, None] + (rest.sum(1) == 0)[:, None, None]), 1)
+            return made / made.sum(2, keepdim=True)
+
+        return Reduction(merged.to(view.tokens_NPC.dtype), origin, source, weights=weights)
 
 
 def outliers_and_grid(attention_NP: Tensor, keep: int) -> Tensor:

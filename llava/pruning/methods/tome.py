@@ -75,15 +75,25 @@ class ToMe(TowerMerger, VisionReducer):
         tokens, keys = view.tokens_NPC, view.facts["keys"]
         sizes = torch.ones(tokens.shape[:2], device=tokens.device)
         place = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
+        merges = []
         while tokens.shape[1] > view.target:
             count = min(tokens.shape[1] // 2, tokens.shape[1] - view.target)
             merge = bipartite_merge(keys, count, has_cls=False)
             keys = merge_tokens(keys, sizes, merge)[0]
             tokens, sizes = merge_tokens(tokens, sizes, merge)
             place = place.gather(1, merge.leader_NK)
+            merges.append(merge)
         order = place.argsort(dim=1)
         place, sizes = place.gather(1, order), sizes.gather(1, order)
-        return Reduction(take(tokens, order), place.masked_fill(sizes > 1, -1), place, in_place=True)
+
+        def weights() -> Tensor:
+            made = torch.eye(view.tokens_NPC.shape[1], device=tokens.device).expand(len(tokens), -1, -1)
+            counts = torch.ones(made.shape[:2], device=tokens.device)
+            for merge in merges:
+                made, counts = merge_tokens(made, counts, merge)
+            return take(made, order)
+
+        return Reduction(take(tokens, order), place.masked_fill(sizes > 1, -1), place, in_place=True, weights=weights)
 
 
 def merges_now(patches: int, target: int, layers: int) -> int:

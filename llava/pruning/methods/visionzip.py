@@ -15,7 +15,7 @@ and merging works on the input embeddings. Padding patches have no CLS attention
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from llava.pruning.method import VisionReducer
 from llava.pruning.selection import on_device, top_k
-from llava.pruning.vision import CLS_ATTENTION, Reduction, TowerValue, VisionFact, VisionView, rest_of, take
+from llava.pruning.vision import CLS_ATTENTION, Reduction, TowerValue, VisionFact, VisionView, rest_of, take, unit_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,24 +57,32 @@ class VisionZip(VisionReducer):
         dominant = view.target - contextual - with_cls
         kept = top_k(view.facts[CLS_ATTENTION], [patches] * crops, [dominant] * crops)
         # The order of tokens that are none of the patches: CLS, then contextual ones.
-        parts, sources = [take(tokens, kept)], [kept]
+        parts, sources, weights = [take(tokens, kept)], [kept], None
         if with_cls and view.cls_NC is not None:
             parts.append(view.cls_NC[:, None].to(tokens.dtype))
             sources.append(torch.zeros_like(kept[:, :1]) if dominant else kept.new_zeros(crops, 1))
         if contextual:
-            merged, targets = contextual_tokens(tokens, view.facts["keys"], rest_of(patches, kept), contextual)
+            merged, targets, members = contextual_tokens(tokens, view.facts["keys"], rest_of(patches, kept), contextual)
             parts.append(merged)
             sources.append(targets)
+
+            def weights() -> Tensor:
+                alone = unit_rows(torch.cat(sources[:-1], 1), patches)
+                return torch.cat((alone, members() / members().sum(2, keepdim=True)), 1)
+
         origin = torch.cat((kept, kept.new_full((crops, view.target - dominant), -1)), dim=1)
-        return Reduction(torch.cat(parts, 1), origin, torch.cat(sources, 1))
+        return Reduction(torch.cat(parts, 1), origin, torch.cat(sources, 1), weights=weights)
 
 
-def contextual_tokens(tokens_NPC: Tensor, keys_NPD: Tensor, rest_NR: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def contextual_tokens(
+    tokens_NPC: Tensor, keys_NPD: Tensor, rest_NR: Tensor, count: int
+) -> tuple[Tensor, Tensor, Callable[[], Tensor]]:
     """Merge the remaining patches into ``count`` of them.
 
     Returns:
         ``[N, count, C]`` and the patches ``[N, count]`` that they grew from: each is that patch plus the mean of the
-        others that are most similar to it (ties: the first), if any.
+        others that are most similar to it (ties: the first), if any. Last what gives ``[N, count, P]``, 1 for all
+        patches that a token is made of, that one among them.
     """
     remaining = rest_NR.shape[1]
     step = max(1, remaining // count)
@@ -87,4 +95,9 @@ def contextual_tokens(tokens_NPC: Tensor, keys_NPD: Tensor, rest_NR: Tensor, cou
     members = (nearest[:, None, :] == torch.arange(count, device=nearest.device)[:, None]).float()
     means = members @ take(tokens_NPC, rest_NR[:, others]).float() / members.sum(2, keepdim=True).clamp_min(1)
     chosen = rest_NR[:, targets]
-    return (take(tokens_NPC, chosen).float() + means).to(tokens_NPC.dtype), chosen
+
+    def all_members() -> Tensor:
+        own = unit_rows(chosen, tokens_NPC.shape[1])
+        return own.scatter(2, rest_NR[:, None, others].expand(-1, count, -1), members)
+
+    return (take(tokens_NPC, chosen).float() + means).to(tokens_NPC.dtype), chosen, all_members
