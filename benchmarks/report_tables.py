@@ -36,6 +36,7 @@ METHODS = {
     "adaptinfer": "AdaptInfer",
     "entropyprune": "EntropyPrune",
     "fastervlm": "FasterVLM",
+    "sparsevlm_v2": "SparseVLM+",
     "transprune": "TransPrune",
     "hiprune": "HiPrune",
     "holov": "HoloV",

@@ -26,6 +26,7 @@ _METHODS = {
     "random": "Random",
     "scope": "Scope",
     "sparsevlm": "SparseVLM",
+    "sparsevlm_v2": "SparseVLMPlus",
     "tome": "ToMe",
     "transprune": "TransPrune",
     "uniform": "Uniform",

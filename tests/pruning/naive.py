@@ -239,3 +239,24 @@ def text_guided_score(text: Tensor, attention: Tensor, smoothing: float) -> list
                 score += importance * float(attention[h, j, v])
         scores.append(score)
     return scores
+
+
+def rotary_corrected(
+    attention: Tensor, raters: list[int], text: list[int], visual: list[int], heads: int
+) -> list[float]:
+    """Of one prompt ``[H, T, V]``, with the positions of its tokens and rotary embedding in base 10,000, 16 wide."""
+
+    def bias(m: int, n: int) -> float:
+        return 2 * sum(math.cos((m - n) / 10000 ** (i / 8)) for i in range(8)) / 4
+
+    corrected = [
+        [
+            [float(row[v]) / bias(text[t], at) for v, at in enumerate(visual)]
+            for t, row in enumerate(head)
+            if t in raters
+        ]
+        for head in attention.double()
+    ]
+    best = ranked([sum(map(sum, head)) for head in corrected])[:heads]
+    total = len(best) * len(raters)
+    return [sum(row[v] for head in best for row in corrected[head]) / total for v in range(len(visual))]

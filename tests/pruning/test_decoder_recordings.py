@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from functools import cache
 
@@ -10,9 +11,11 @@ import torch
 from transformers import LlamaConfig, LlamaModel
 
 from llava.pruning import VisualLayout, get_method
-from llava.pruning.methods import transprune
+from llava.pruning.methods import sparsevlm_v2, transprune
 from llava.pruning.methods.adaptinfer import text_guided_score
 from llava.pruning.methods.entropyprune import head_entropy
+from llava.pruning.methods.sparsevlm import text_raters
+from llava.pruning.methods.sparsevlm_v2 import corrected_score, rotary_bias
 from llava.pruning.methods.transprune import transition
 from llava.pruning.selection import top_k
 from tests.pruning.test_peer_recordings import PEERS, recording
@@ -23,6 +26,12 @@ def cases(name):
     if not (PEERS / f"{name}.json").is_file():
         return [pytest.param("", marks=pytest.mark.skip(reason=f"{PEERS} has no recording of {name}"))]
     return list(recording(name)[0])
+
+
+def parted(name, prefix):
+    """Cases of a recording whose names begin so, and the others."""
+    every = [case for case in cases(name) if isinstance(case, str)]
+    return [c for c in every if c.startswith(prefix)], [c for c in every if not c.startswith(prefix)]
 
 
 def inputs(name, case, *arrays):
@@ -72,6 +81,18 @@ def check_end_to_end(name, case, hidden, trace, layers, key="r"):
     torch.testing.assert_close(hidden, output(name, case, "last_hidden"), atol=1e-5, rtol=1e-5)
 
 
+def noted_scores(module, monkeypatch):
+    """What a method will rank its tokens by, in a list that fills."""
+    scores = []
+
+    def noted(values, counts, keep):
+        scores.append(values[0])
+        return top_k(values, counts, keep)
+
+    monkeypatch.setattr(module, "top_k", noted)
+    return scores
+
+
 @pytest.mark.parametrize("case", cases("entropyprune"))
 def test_entropyprune(case):
     parameters, states = inputs("entropyprune", case, "states")
@@ -81,22 +102,16 @@ def test_entropyprune(case):
     assert top_k(entropy, [count], [keep])[0].tolist() == output("entropyprune", case, "kept").tolist()
 
 
-@pytest.mark.parametrize("case", [case for case in cases("transprune") if str(case).startswith("fn_")])
+@pytest.mark.parametrize("case", parted("transprune", "fn_")[0])
 def test_transition(case):
     _, before, after = inputs("transprune", case, "before", "after")
     torch.testing.assert_close(transition(before, after), output("transprune", case, "weight"), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("case", [case for case in cases("transprune") if not str(case).startswith("fn_")])
+@pytest.mark.parametrize("case", parted("transprune", "fn_")[1])
 def test_transprune(case, monkeypatch):
     parameters, _ = inputs("transprune", case, "inputs_embeds")
-    scores = []
-
-    def noted(values, counts, keep):
-        scores.append(values[0])
-        return top_k(values, counts, keep)
-
-    monkeypatch.setattr(transprune, "top_k", noted)
+    scores = noted_scores(transprune, monkeypatch)
     cuts = parameters["pruning_layer_list"]
     method = get_method("transprune")(
         layers="/".join(map(str, cuts)),
@@ -122,3 +137,40 @@ def test_adaptinfer(case):
     # One less than there are, at most: the one deviation in numbers, see the method.
     assert len(kept) == min(parameters["table"][stage], count - 1)
     assert top_k(score, [count], [len(kept)])[0].tolist()[: len(kept)] == kept
+
+
+@pytest.mark.parametrize("case", parted("sparsevlm_v2", "e2e_")[1])
+def test_sparsevlm_v2_function(case):
+    """Rotary tables of the case in float64, as the positions of the recording are."""
+    parameters, attention, positions, visual, text = inputs(
+        "sparsevlm_v2", case, "attn_text", "position_ids", "v_t", "t_t"
+    )
+    first, count, rows = (parameters[key] for key in ("v_token_start", "v_token_num", "text_len"))
+    raters = text_raters(visual, (count,), text, (rows,))
+    assert raters[0].nonzero().flatten().tolist() == output("sparsevlm_v2", case, "raters").tolist()
+    width = parameters["head_dim"]
+    angles = positions[:, None].double() / 10000 ** (torch.arange(0, width, 2) / width)
+    tables = tuple(torch.cat((values, values), dim=1)[None] for values in (angles.cos(), angles.sin()))
+    bias = rotary_bias(
+        tuple(table[:, -rows:] for table in tables), tuple(table[:, first : first + count] for table in tables)
+    )
+    score = corrected_score(attention[None, :, -rows:, first : first + count], bias, raters, 14)
+    torch.testing.assert_close(score[0], output("sparsevlm_v2", case, "score"), atol=1e-5, rtol=1e-4)
+    kept = output("sparsevlm_v2", case, "kept").tolist()
+    assert top_k(score, [count], [len(kept)])[0].tolist() == kept
+
+
+@pytest.mark.parametrize("case", parted("sparsevlm_v2", "e2e_")[0])
+def test_sparsevlm_v2(case, monkeypatch):
+    parameters, _ = inputs("sparsevlm_v2", case, "inputs_embeds")
+    scores = noted_scores(sparsevlm_v2, monkeypatch)
+    cuts, table = parameters["pruning_loc"], tuple(parameters["table"])
+    published = dataclasses.replace(
+        sparsevlm_v2._PUBLISHED, layers=tuple(cuts), depth=6, tokens=parameters["N"], lists={1: table}
+    )
+    monkeypatch.setattr(sparsevlm_v2, "_PUBLISHED", published)
+    hidden, trace = end_to_end(get_method("sparsevlm_v2")(target_tokens=1), "sparsevlm_v2", case)
+    check_end_to_end("sparsevlm_v2", case, hidden, trace, cuts, key="l")
+    assert trace.tokens_in == output("sparsevlm_v2", case, "counts").tolist()
+    for cut, score in zip(cuts, scores, strict=True):
+        torch.testing.assert_close(score, output("sparsevlm_v2", case, f"score_l{cut}"), atol=1e-5, rtol=1e-3)

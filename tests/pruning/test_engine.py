@@ -70,6 +70,8 @@ METHODS = {
     "sparsevlm-original": get_method("sparsevlm")(target_tokens=20, positions="original"),
     "pdrop": get_method("pdrop")(target_tokens=16),
     "pdrop-original": get_method("pdrop")(target_tokens=16, positions="original"),
+    "sparsevlm_v2": get_method("sparsevlm_v2")(target_tokens=20),
+    "sparsevlm_v2-compact": get_method("sparsevlm_v2")(target_tokens=20, heads=2, positions="compact"),
     "adaptinfer": get_method("adaptinfer")(target_tokens=20),
     "adaptinfer-smooth": get_method("adaptinfer")(target_tokens=20, smoothing=0.4, positions="original"),
     "transprune": get_method("transprune")(target_tokens=20),

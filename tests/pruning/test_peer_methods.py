@@ -7,7 +7,7 @@ import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llava.pruning import OptionError, get_method
-from llava.pruning.methods import adaptinfer, sparsevlm
+from llava.pruning.methods import adaptinfer, sparsevlm, sparsevlm_v2
 from llava.pruning.methods.pdrop import PDrop, plan_stages
 from llava.pruning.methods.sparsevlm import keep_list, text_raters
 from llava.pruning.methods.tome import bipartite_merge, merges_now
@@ -281,7 +281,25 @@ def test_adaptinfer_equals_a_naive_loop(model, smoothing):
         assert [kept.tolist() for kept in other.kept] == [kept.tolist() for kept in alone.kept]
 
 
-def test_adaptinfer_uses_the_published_lists():
+@pytest.mark.parametrize("heads", [1, 3, 14])
+def test_sparsevlm_v2_equals_a_naive_loop(model, heads):
+    batch = Batch(model)
+    method = get_method("sparsevlm_v2")(target_tokens=24, layers="1/3/4", heads=heads)
+    _, _, (trace,) = generate(model, method, batch.alone(0), new_tokens=1)
+    _, maps = eager_states(batch, 0)
+    chosen = naive.raters(batch.embeds[0][4:52], batch.embeds[0][52:])
+    raters = [row for row, is_rater in enumerate(chosen) if is_rater]
+    text, visual = list(range(52, 59)), list(range(4, 52))
+    score = naive.rotary_corrected(maps[1][0, :, 52:, 4:52], raters, text, visual, heads)
+    assert trace.kept[1].tolist() == sorted(naive.ranked(score)[: trace.tokens_out[1]]) and trace.tokens_out[1] < 48
+    for row, other in zip((0, 3), generate(model, method, batch.together([0, 3]), new_tokens=1)[2], strict=True):
+        (alone,) = generate(model, method, batch.alone(row), new_tokens=1)[2]
+        assert [kept.tolist() for kept in other.kept] == [kept.tolist() for kept in alone.kept]
+
+
+def test_lists_of_published_budgets():
+    for target, keep in {64: (66, 34, 20), 96: (246, 54, 28), 128: (238, 108, 60), 192: (300, 200, 118)}.items():
+        assert sparsevlm_v2._PUBLISHED.keep(576, 32, (2, 6, 15), target, "nominal") == keep
     for target, keep in {32: (40, 12, 0), 48: (80, 24, 2), 64: (133, 27, 3), 128: (290, 72, 18)}.items():
         assert adaptinfer._PUBLISHED.keep(576, 32, (1, 10, 20), target, "nominal") == keep
 
@@ -338,17 +356,20 @@ def test_pdrop_with_published_settings():
 
 
 @pytest.mark.parametrize(("layers", "tokens"), [(32, 576), (12, 576), (32, 2880)])
-@pytest.mark.parametrize("name", ["sparsevlm", "sparsevlm-processed", "pdrop", "transprune", "adaptinfer"])
+@pytest.mark.parametrize(
+    "name", ["sparsevlm", "sparsevlm-processed", "pdrop", "transprune", "adaptinfer", "sparsevlm_v2"]
+)
 def test_plans_meet_any_budget_within_one_token(name, layers, tokens):
     """On paper, at real sizes: from the smallest mean that is possible to all tokens."""
-    kind = "nominal" if name in ("sparsevlm", "adaptinfer") else "processed"
-    stages = (adaptinfer._PUBLISHED if name == "adaptinfer" else sparsevlm._PUBLISHED).scaled(layers)
+    kind = "nominal" if name in ("sparsevlm", "adaptinfer", "sparsevlm_v2") else "processed"
+    published = {"adaptinfer": adaptinfer, "sparsevlm_v2": sparsevlm_v2}.get(name, sparsevlm)._PUBLISHED
+    stages = published.scaled(layers)
 
     def mean(target: int) -> float:
         if name in ("pdrop", "transprune"):
             keep = {"pdrop": plan_stages, "transprune": plan_cuts}[name](tokens, layers, target, None)
-        elif name == "adaptinfer":
-            counts = adaptinfer._PUBLISHED.keep(tokens, layers, stages, target, kind)
+        elif name in ("adaptinfer", "sparsevlm_v2"):
+            counts = published.keep(tokens, layers, stages, target, kind)
             keep = {stage + 1: count for stage, count in zip(stages, counts, strict=True)}
         else:
             counts = keep_list(tokens, layers, stages, target, kind, 0.3)
@@ -356,7 +377,9 @@ def test_plans_meet_any_budget_within_one_token(name, layers, tokens):
         current, leaving = tokens, []
         for layer in range(layers):
             if layer + 1 in keep:
-                step = prune_step(current, min(keep[layer + 1], current), 0.3 if "sparsevlm" in name else 0.0)
+                step = prune_step(
+                    current, min(keep[layer + 1], current), 0.3 if name in ("sparsevlm", "sparsevlm-processed") else 0.0
+                )
                 current = step.total
             leaving.append(current)
         charged = leaving if kind == "nominal" else [tokens, *leaving[:-1]]
@@ -370,7 +393,7 @@ def test_plans_meet_any_budget_within_one_token(name, layers, tokens):
 
 COUNTED = ["fastv", "sparsevlm", "pdrop", "autoprune", "random", "uniform", "fastervlm", "divprune", "visionzip"]
 COUNTED += ["prumerge_plus", "hiprune", "tome", "vispruner", "scope", "dart", "cdpruner", "holov"]
-COUNTED += ["entropyprune", "transprune", "adaptinfer"]
+COUNTED += ["entropyprune", "transprune", "adaptinfer", "sparsevlm_v2"]
 
 
 @pytest.mark.parametrize("budget", ["nominal", "processed"])
@@ -393,8 +416,8 @@ def test_budgets_are_met_or_the_nearest_is_reported(name, budget):
         reached[target] = trace.mean_tokens(method.budget_kind)
     # What cannot be avoided: full layers in front of the first selection, one token behind it.
     full = {"fastv": 2, "dart": 2, "entropyprune": 2, "pdrop": 1, "sparsevlm": 2, "autoprune": 1}
-    full = (full | {"transprune": 1, "adaptinfer": 1}).get(name, 0)
-    if budget == "nominal" and name in ("sparsevlm", "autoprune", "adaptinfer"):
+    full = (full | {"transprune": 1, "adaptinfer": 1, "sparsevlm_v2": 2}).get(name, 0)
+    if budget == "nominal" and name in ("sparsevlm", "autoprune", "adaptinfer", "sparsevlm_v2"):
         full -= 1
     floor = (48 * full + 12 - full) / 12
     for target, mean in reached.items():
@@ -458,6 +481,8 @@ def test_selection_time_is_measured_on_request(model):
         ("adaptinfer", {"layers": "3/2"}, "1/10/20"),
         ("adaptinfer", {"layers": "3/9"}, "6 layers"),
         ("adaptinfer", {"smoothing": 1.5}, "smoothing"),
+        ("sparsevlm_v2", {"layers": "3/9"}, "6 layers"),
+        ("sparsevlm_v2", {"heads": 0}, "heads"),
         ("transprune", {"layers": "0/2"}, "from 1"),
         ("transprune", {"layers": "2/6"}, "6 layers"),
         ("transprune", {"shares": "0.5/0.6/0.1"}, "falling shares"),

@@ -89,6 +89,25 @@ class LayerView:
         """What the layer said; its shape stands at each member of :class:`~llava.pruning.types.LayerFact`."""
         return self.layer_facts[fact]
 
+    @cached_property
+    def rotary_of_text(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines that the layer rotated the text rows with, ``[B, T, D]``; see :attr:`text_BTC`."""
+        cos, sin = (table[:, -max(self.query_rows) :] for table in self._rotary)
+        return cos, sin
+
+    @cached_property
+    def rotary_of_visual(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines that the layer rotated the visual tokens with, ``[B, V, D]``."""
+        cos, sin = (self.of_visual(table.transpose(1, 2)).transpose(1, 2) for table in self._rotary)
+        return cos, sin
+
+    @property
+    def _rotary(self) -> tuple[Tensor, Tensor]:
+        if self.rotary is None:
+            raise OptionError("this method looks at rotary tables, and there are none in front of layer 0")
+        cos, sin = (table.expand(len(self.counts), -1, -1) for table in self.rotary)
+        return cos, sin
+
     @property
     def real_BN(self) -> Tensor | None:
         """Bool ``[B, N]``, False for the padding in front of each row; None if there is none."""
