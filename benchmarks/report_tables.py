@@ -40,6 +40,7 @@ METHODS = {
     "transprune": "TransPrune",
     "hiprune": "HiPrune",
     "holov": "HoloV",
+    "mmtok": "MMTok",
     "scope": "SCOPE",
     "vispruner": "VisPruner",
     "pdrop": "PyramidDrop",

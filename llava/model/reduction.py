@@ -84,6 +84,7 @@ def reduce_images(
     rows: Sequence[int],
     project: Callable[[Tensor], Tensor],
     texts: Sequence[Tensor] | None,
+    padding: Sequence[Tensor | None],
 ) -> list[ReducedImage]:
     """Let the method reduce all crops of a batch and put the images together.
 
@@ -97,6 +98,7 @@ def reduce_images(
         rows: per image the prompt that it belongs to.
         project: the projector, for methods that look behind it.
         texts: per prompt the embeddings of its text; None: nobody asks.
+        padding: per image which visual tokens lie outside of the picture, bool on the features' device, or None.
     """
     crops: list[Crop] = []
     flat_targets: list[int] = []
@@ -114,6 +116,7 @@ def reduce_images(
                     arrangement.patches,
                     None if cls_tokens is None else cls_tokens[i][crop],
                     rows[i],
+                    None if (outside := padding[i]) is None else outside[index],
                 )
             )
         flat_targets += targets[i]

@@ -97,6 +97,10 @@ def encode_images(
                 [row for row, images in enumerate(images_per_row) for _ in range(images)],
                 partial(_project, projector),
                 texts,
+                [
+                    None if mask is None else _hidden(mask, len(arrangement.crops), features.device)
+                    for mask, arrangement in zip(masks, arrangements, strict=True)
+                ],
             )
         return _projected(images, arranged, projector, newline)
     projected = _project(projector, features).split(counts)
@@ -166,9 +170,18 @@ def _merge_inside(
 
 def _masked(scores: Tensor, mask: Tensor) -> Tensor:
     """`scores` `[V]` with 0 where `mask` (raster order) is True; a CLS entry in front is left alone."""
+    return scores.masked_fill(_hidden(mask, len(scores), scores.device), 0.0)
+
+
+def _hidden(mask: Tensor, tokens: int, device: torch.device) -> Tensor:
+    """`mask` as bool `[tokens]`, False for a CLS entry in front.
+
+    Raises:
+        UserError: the mask is of another number of tokens.
+    """
     # A plain copy to a GPU would wait for the tower.
-    hidden = torch.as_tensor(mask).to(scores.device, non_blocking=True).bool().flatten()
-    extra = len(scores) - len(hidden)
+    hidden = torch.as_tensor(mask).to(device, non_blocking=True).bool().flatten()
+    extra = tokens - len(hidden)
     if extra not in (0, 1):
-        raise UserError(f"an image mask has {len(hidden)} entries for {len(scores)} visual tokens")
-    return torch.cat((scores[:extra], scores[extra:].masked_fill(hidden, 0.0)))
+        raise UserError(f"an image mask has {len(hidden)} entries for {tokens} visual tokens")
+    return torch.nn.functional.pad(hidden, (extra, 0))

@@ -34,6 +34,7 @@ class Crop:
         patches: number of patches of the whole crop.
         cls_C: the CLS token, if any.
         prompt: number of the prompt that it is of.
+        padding_P: which of them lie outside of the picture; None: none is known to.
     """
 
     tokens_PC: Tensor
@@ -42,6 +43,7 @@ class Crop:
     patches: int | None = None
     cls_C: Tensor | None = None
     prompt: int = 0
+    padding_P: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ def reduce_crops(
             project,
             tuple(crop.prompt for crop in chosen),
             texts,
+            _padding(chosen),
         )
         reduction = method.reduce(view)
         behind = torch.zeros_like(reduction.origin_NK, dtype=torch.bool)
@@ -140,6 +143,13 @@ def reduce_crops(
                 None if reduction.weights is None else partial(_row_of, reduction.weights, place),
             )
     return [results[i] for i in range(len(crops))]
+
+
+def _padding(crops: Sequence[Crop]) -> Tensor | None:
+    if all(crop.padding_P is None for crop in crops):
+        return None
+    nothing = torch.zeros(len(crops[0].tokens_PC), dtype=torch.bool, device=crops[0].tokens_PC.device)
+    return torch.stack([nothing if crop.padding_P is None else crop.padding_P for crop in crops])
 
 
 def _row_of(weights: Callable[[], Tensor], place: int) -> Tensor:

@@ -21,6 +21,7 @@ _METHODS = {
     "fastv": "FastV",
     "hiprune": "HiPrune",
     "holov": "HoloV",
+    "mmtok": "MMTok",
     "pdrop": "PDrop",
     "prumerge_plus": "PruMergePlus",
     "random": "Random",

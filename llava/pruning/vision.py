@@ -75,6 +75,7 @@ class VisionView:
         prompts: number of the prompt that each crop belongs to.
         texts: by that number the embeddings ``[T, D]`` of the text behind the prompt's last image (of all its text, if
             it ends in an image); None unless the method ``reads_text``.
+        padding_NP: patches that lie outside of the picture; None: nobody knows of any.
     """
 
     tokens_NPC: Tensor
@@ -86,6 +87,7 @@ class VisionView:
     project: Callable[[Tensor], Tensor] | None = None
     prompts: tuple[int, ...] = ()
     texts: Sequence[Tensor] | None = None
+    padding_NP: Tensor | None = None
 
     @cached_property
     def projected_NPD(self) -> Tensor:

@@ -18,7 +18,7 @@ from tests.pruning import naive
 I = IMAGE_TOKEN_INDEX  # noqa: E741
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 TARGET = 7
-NAMES = ["visionzip", "prumerge_plus", "hiprune", "tome", "vispruner", "scope", "cdpruner", "holov"]
+NAMES = ["visionzip", "prumerge_plus", "hiprune", "tome", "vispruner", "scope", "cdpruner", "holov", "mmtok"]
 OPTIONS = {"prumerge_plus": {"neighbors": 3}, "hiprune": {"alpha": 0.9}}
 
 
@@ -137,6 +137,26 @@ def test_holov_from_pixels(model):
         kept = naive.holov(projected, out.attentions[-2][i, :, 0, 1:].mean(0), TARGET, 4, 5.0)
         assert rows[i].origins.tolist() == kept
         torch.testing.assert_close(got[i], projected[kept], atol=1e-4, rtol=1e-4)
+
+
+def test_mmtok_from_pixels(model):
+    """Text against projected features, patches against each other in front of the projector; padding comes last."""
+    pixels = tiny_images(2)
+    got, rows = visual_embeddings(model, pixels, "mmtok")
+    _, out = tower_outputs(pixels)
+    word = model.get_input_embeddings().weight[5:6].detach()
+    for i in range(2):
+        features = out.hidden_states[-2][i, 1:]
+        projected = project(model, list(features))
+        kept = naive.mmtok(features, projected, word, TARGET, 0.5, (0.02, 0.2))
+        assert rows[i].origins.tolist() == kept
+        torch.testing.assert_close(got[i], projected[kept], atol=1e-4, rtol=1e-4)
+    # All but five patches are padding: those stay, with the first of the padding.
+    real = {3, 6, 7, 10, 15}
+    mask = torch.tensor([i not in real for i in range(PATCHES)])
+    with method("mmtok").attach(model), torch.no_grad():
+        inputs = model.prepare_multimodal_inputs(torch.tensor([[1, I, 5]]), images=pixels[:1], image_masks=[mask])
+    assert inputs.reduced[0].origins.tolist() == sorted(real | {0, 1})
 
 
 def test_relevance_of_clip_is_refused_where_nobody_knows_it(model):

@@ -119,6 +119,26 @@ def cdpruner(tokens: Tensor, relevance: list[float], target: int, low: float, hi
     return sorted(chosen)
 
 
+def mmtok(
+    tokens: Tensor, projected: Tensor, text: Tensor, target: int, weight: float, temperatures: tuple[float, float]
+) -> list[int]:
+    def shares(token: Tensor, patches: Tensor, temperature: float) -> list[float]:
+        powers = [math.exp(cosine(token, patch) / temperature) for patch in patches]
+        return [power / sum(powers) for power in powers]
+
+    things = [[share / len(text) for share in shares(word, projected, temperatures[0])] for word in text]
+    things += [[weight * s / len(tokens) for s in shares(token, tokens, temperatures[1])] for token in tokens]
+    chosen: list[int] = []
+    while len(chosen) < target:
+        gains = {
+            i: sum(max(thing[i] - max((thing[j] for j in chosen), default=0.0), 0.0) for thing in things)
+            for i in range(len(tokens))
+            if i not in chosen
+        }
+        chosen.append(max(gains, key=lambda i: (gains[i], -i)))
+    return sorted(chosen)
+
+
 def holov(tokens: Tensor, cls: Tensor, target: int, chunks: int, alpha: float) -> list[int]:
     count = len(tokens)
     parts, start = [], 0

@@ -91,6 +91,25 @@ def test_vispruner_and_scope_equal_a_naive_loop(name, key, target, option):
         assert torch.equal(got.tokens_KC, one.tokens_PC[expected])
 
 
+@pytest.mark.parametrize("options", [(0.5, 0.02, 0.2), (0.0, 0.5, 0.2), (2.0, 0.1, 1.0)])
+@pytest.mark.parametrize("target", [1, 2, 9])
+def test_mmtok_equals_a_naive_loop(target, options):
+    crops = [crop(20, seed) for seed in range(3)]
+    texts = [torch.randn(length, 12, generator=torch.Generator().manual_seed(length)) for length in (3, 7)]
+    for one, prompt in zip(crops, (0, 1, 0), strict=True):
+        object.__setattr__(one, "prompt", prompt)
+    names = ("vision_weight", "text_temperature", "vision_temperature")
+    method = get_method("mmtok")(**dict(zip(names, options, strict=True)))
+    turn = torch.linalg.qr(torch.randn(12, 12, generator=torch.Generator().manual_seed(0)))[0]
+    stretch = torch.arange(1.0, 13.0)
+    reduced = reduce_crops(method, crops, [target] * 3, project=lambda tokens: tokens * stretch @ turn, texts=texts)
+    for one, got in zip(crops, reduced, strict=True):
+        projected = one.tokens_PC * stretch @ turn
+        expected = naive.mmtok(one.tokens_PC, projected, texts[one.prompt], target, options[0], options[1:])
+        assert got.origin_K.tolist() == got.source_K.tolist() == expected
+        assert torch.equal(got.tokens_KC, one.tokens_PC[expected])
+
+
 @pytest.mark.parametrize(("chunks", "alpha"), [(16, 0.09), (5, 2.0), (1, 0.5), (60, 0.09)])
 @pytest.mark.parametrize("target", [1, 2, 9, 20, 35])
 def test_holov_equals_a_naive_loop(target, chunks, alpha):
@@ -393,6 +412,7 @@ def test_plans_meet_any_budget_within_one_token(name, layers, tokens):
 
 COUNTED = ["fastv", "sparsevlm", "pdrop", "autoprune", "random", "uniform", "fastervlm", "divprune", "visionzip"]
 COUNTED += ["prumerge_plus", "hiprune", "tome", "vispruner", "scope", "dart", "cdpruner", "holov"]
+COUNTED += ["mmtok"]
 COUNTED += ["entropyprune", "transprune", "adaptinfer", "sparsevlm_v2"]
 
 
@@ -472,6 +492,8 @@ def test_selection_time_is_measured_on_request(model):
         ("scope", {"alpha": -1.0}, "alpha"),
         ("cdpruner", {"relevance": "image"}, "relevance"),
         ("holov", {"chunks": 0}, "chunks"),
+        ("mmtok", {"vision_weight": -1.0}, "vision_weight"),
+        ("mmtok", {"text_temperature": 0.0}, "text_temperature"),
         ("holov", {"alpha": -0.1}, "alpha"),
         ("dart", {"visual_pivots": 0}, "visual_pivots"),
         ("dart", {"text_pivots": -1}, "text_pivots"),
@@ -499,7 +521,7 @@ def test_bad_options(model, name, options, message):
 
 
 @pytest.mark.parametrize(
-    "name", ["visionzip", "prumerge_plus", "hiprune", "tome", "vispruner", "scope", "cdpruner", "holov"]
+    "name", ["visionzip", "prumerge_plus", "hiprune", "tome", "vispruner", "scope", "cdpruner", "holov", "mmtok"]
 )
 def test_the_cap_alone_is_budget_enough_in_front_of_the_decoder(name):
     assert get_method(name)(target_tokens=None, visual_token_num=8).aim_of(576) is None

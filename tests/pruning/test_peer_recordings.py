@@ -14,6 +14,7 @@ from llava.pruning import VisualLayout, get_method
 from llava.pruning.engine.sequence import Sequences
 from llava.pruning.engine.view import LayerView, SampleIds
 from llava.pruning.methods.cdpruner import clip_relevance, normalized
+from llava.pruning.methods.mmtok import cover_order, text_coverage, vision_coverage
 from llava.pruning.vision import CLS_ATTENTION, VisionView
 from tests.conftest import ROOT
 
@@ -107,6 +108,37 @@ def test_holov_keeps_the_same_patches_of_every_chunk(name, case):
     reduction = method.reduce(VisionView(tokens, {CLS_ATTENTION: attention}, target, places, (patches, 1)))
     for kept, row in zip(reduction.origin_NK.tolist(), recorded, strict=True):
         assert len(set(kept)) == target and set(kept) >= {i for i in row if i >= 0}
+
+
+@pytest.mark.parametrize(("name", "case"), list(cases("mmtok")))
+def test_mmtok_chooses_the_same_patches_in_the_same_order(name, case):
+    content, arrays = recording(name)
+    parameters = content[case]["params"]
+    source = parameters.get("inputs_of_case", case)
+    if f"{source}/vision" not in arrays:
+        pytest.skip("its inputs are those of a case that is not here")
+    projected, tokens, text = (
+        torch.from_numpy(arrays[f"{source}/{array}"]).float() for array in ("vision", "vision_clip", "text")
+    )
+    padding = torch.zeros(len(tokens), dtype=torch.bool)
+    padding[parameters["exclude"] or []] = True
+    view = VisionView(
+        tokens[None],
+        {},
+        parameters["T"],
+        torch.arange(len(tokens))[None],
+        (len(tokens), 1),
+        project=lambda _: projected[None],
+        prompts=(0,),
+        texts=[text],
+        padding_NP=padding[None],
+    )
+    names = {"vision_weight": "alpha", "text_temperature": "tv_temp", "vision_temperature": "vv_temp"}
+    method = get_method(name)(**{own: parameters[theirs] for own, theirs in names.items()})
+    assert method.reduce(view).origin_NK[0].tolist() == arrays[f"{case}/out_kept"].tolist()
+    both = [text_coverage(view, parameters["tv_temp"]), vision_coverage(view.tokens_NPC, parameters["vv_temp"])]
+    order = cover_order(torch.cat((both[0], both[1] * parameters["alpha"]), 1), parameters["T"], padding[None])
+    assert order[0].tolist() == arrays[f"{case}/out_order"].tolist()
 
 
 @pytest.mark.parametrize(("name", "case"), list(cases("dart")))
