@@ -39,6 +39,7 @@ METHODS = {
     "sparsevlm_v2": "SparseVLM+",
     "transprune": "TransPrune",
     "hiprune": "HiPrune",
+    "flowcut": "FlowCut",
     "holov": "HoloV",
     "mmtok": "MMTok",
     "scope": "SCOPE",

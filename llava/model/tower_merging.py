@@ -1,7 +1,7 @@
-"""Merging tokens inside the layers of a CLIP vision tower.
+"""Merging and dropping tokens inside the layers of a CLIP vision tower.
 
 Splits an encoder layer into its attention and its MLP, asks the pruning method in between, and keeps the books: how
-many patches a token stands for, and whose place it has. Which tokens merge is the method's business.
+many patches a token stands for, and whose place it has. Which tokens merge or go is the method's business.
 
 Shapes: N crops, T tokens of the tower (CLS first), C tower width.
 """
@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
 from llava.pruning.engine.protocol import Method
-from llava.pruning.vision import TowerView, merge_tokens, take
+from llava.pruning.vision import TowerHide, TowerKeep, TowerMerge, TowerView, merge_tokens, take
 from llava.utils import UserError
 
 
@@ -31,9 +33,11 @@ class TowerMerger:
         self.method, self.target, self.timer = method, target, timer
         self.place_NT: Tensor | None = None
         self.sizes_NT: Tensor | None = None
+        self.memory = SimpleNamespace()
+        self._weighted = False  # whether the sizes differ
 
     def run(self, layer: nn.Module, index: int, layers: int, hidden_NTC: Tensor) -> Tensor:
-        """One encoder layer with a merge between attention and MLP.
+        """One encoder layer with what the method does between attention and MLP.
 
         Args:
             layer: CLIP's encoder layer.
@@ -44,36 +48,58 @@ class TowerMerger:
             UserError: the tower's attention kernel takes no additive mask.
         """
         if "flash" in (layer.self_attn.config._attn_implementation or ""):
+            behind = ", or merge behind the tower (inside=false)" if hasattr(self.method, "inside") else ""
             raise UserError(
                 f"--method {self.method.name}: tokens merged inside the vision tower need attention with a mask; "
-                "load with attn_implementation sdpa or eager, or merge behind the tower (inside=false)"
+                f"load with attn_implementation sdpa or eager{behind}"
             )
         if self.sizes_NT is None:
             self.sizes_NT = hidden_NTC.new_ones(hidden_NTC.shape[:2], dtype=torch.float32)
             self.place_NT = torch.arange(hidden_NTC.shape[1], device=hidden_NTC.device).expand(len(hidden_NTC), -1)
-        keys: list[Tensor] = []
-        hook = layer.self_attn.k_proj.register_forward_hook(lambda _, __, output: keys.append(output))
-        # A token that stands for several patches gets the attention of all of them.
-        bias = self.sizes_NT.log().to(hidden_NTC.dtype)[:, None, None, :] if index else None
+        # A token that stands for several patches gets the attention of all of them, a hidden one none.
+        bias = self.sizes_NT.log().to(hidden_NTC.dtype)[:, None, None, :] if self._weighted else None
+        attention = layer.self_attn
+        said: dict[str, Tensor] = {}
+        hooks = [
+            getattr(attention, f"{name}_proj").register_forward_hook(
+                lambda _, __, output, name=name: said.__setitem__(name, output)
+            )
+            for name in ("q", "k", "v")
+        ]
         try:
-            attended, _ = layer.self_attn(layer.layer_norm1(hidden_NTC), attention_mask=bias)
+            attended, _ = attention(layer.layer_norm1(hidden_NTC), attention_mask=bias)
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
         hidden_NTC = hidden_NTC + attended
         with self.timer():
-            mean_keys = keys[0].unflatten(-1, (-1, layer.self_attn.head_dim)).float().mean(2)
-            merge = self.method.merge(TowerView(index, layers, mean_keys, self.sizes_NT, self.target))
-            while merge is not None:
-                mean_keys = merge_tokens(mean_keys, self.sizes_NT, merge)[0]
-                hidden_NTC, self.sizes_NT = merge_tokens(hidden_NTC, self.sizes_NT, merge)
-                self.place_NT = self.place_NT.gather(1, merge.leader_NK)
-                # What one merge per layer cannot reach is left to the last layer.
-                merge = (
-                    self.method.merge(TowerView(index, layers, mean_keys, self.sizes_NT, self.target))
-                    if index == layers - 1
-                    else None
-                )
+            query, key, value = (said[name].unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for name in "qkv")
+            view = TowerView(
+                index, layers, query, key, value, attention.scale, hidden_NTC, self.sizes_NT, self.target, self.memory
+            )
+            hidden_NTC = self._changed(view, hidden_NTC)
         return hidden_NTC + layer.mlp(layer.layer_norm2(hidden_NTC))
+
+    def _changed(self, view: TowerView, hidden_NTC: Tensor) -> Tensor:
+        """The tokens after what the method says of them."""
+        step = self.method.merge(view)
+        self._weighted = self._weighted or isinstance(step, TowerMerge | TowerHide)
+        if isinstance(step, TowerHide):
+            self.sizes_NT = self.sizes_NT.masked_fill(step.hide_NT, 0)
+        elif isinstance(step, TowerKeep):
+            self.sizes_NT = self.sizes_NT.gather(1, step.keep_NK)
+            self.place_NT = self.place_NT.gather(1, step.keep_NK)
+            hidden_NTC = take(hidden_NTC, step.keep_NK) if step.hidden_NKC is None else step.hidden_NKC
+        while isinstance(step, TowerMerge):
+            keys = merge_tokens(view.keys_NTC, self.sizes_NT, step)[0]
+            hidden_NTC, self.sizes_NT = merge_tokens(hidden_NTC, self.sizes_NT, step)
+            self.place_NT = self.place_NT.gather(1, step.leader_NK)
+            # What one merge per layer cannot reach is left to the last layer.
+            if view.layer < view.layers - 1:
+                break
+            view = replace(view, key_NHTD=keys[:, None], hidden_NTC=hidden_NTC, sizes_NT=self.sizes_NT)
+            step = self.method.merge(view)
+        return hidden_NTC
 
     def in_raster(self, features_NKC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Features in the order of their places, with origin (-1: merged) and place, patches counted from 0.

@@ -4,7 +4,7 @@ A method is a frozen dataclass of options that derives from one of three bases, 
 
 - :class:`DecoderMethod` selects among the visual tokens between decoder layers (or before the first one);
 - :class:`VisionReducer` reduces the patches of a picture in front of the projector;
-- :class:`TowerMerger` merges tokens inside the layers of the vision tower.
+- :class:`TowerMerger` merges or drops tokens inside the layers of the vision tower.
 
 It never sees a module, a cache, a rotary embedding or a prompt, only tensors.
 """
@@ -25,7 +25,7 @@ from llava.pruning.budget import BUDGETS, share_of
 from llava.pruning.engine.run import PruningRun
 from llava.pruning.engine.view import LayerView
 from llava.pruning.types import LayerFact, OptionError, OwnDefault, Rows, Selection
-from llava.pruning.vision import Reduction, TowerMerge, TowerView, VisionFact, VisionView
+from llava.pruning.vision import Reduction, TowerHide, TowerKeep, TowerMerge, TowerView, VisionFact, VisionView
 
 MethodT = typing.TypeVar("MethodT", bound="PruningMethod")
 
@@ -125,7 +125,7 @@ class PruningMethod:
         """See :meth:`VisionReducer.reduce`; asked only if :attr:`reduces_vision`."""
         raise NotImplementedError(f"{self.name} reduces nothing in front of the projector")
 
-    def merge(self, view: TowerView) -> TowerMerge | None:
+    def merge(self, view: TowerView) -> TowerMerge | TowerKeep | TowerHide | None:
         """See :meth:`TowerMerger.merge`; asked only if :attr:`merges_in_tower`."""
         raise NotImplementedError(f"{self.name} merges nothing in the tower")
 
@@ -230,14 +230,14 @@ class VisionReducer(PruningMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class TowerMerger(PruningMethod):
-    """Merges tokens inside the layers of the vision tower, between attention and MLP. Give :meth:`merge`."""
+    """Merges or drops tokens inside the layers of the vision tower, between attention and MLP. Give :meth:`merge`."""
 
     merges_in_tower: ClassVar[bool] = True
 
-    def merge(self, view: TowerView) -> TowerMerge | None:
-        """Which tokens of this layer become one; None merges none.
+    def merge(self, view: TowerView) -> TowerMerge | TowerKeep | TowerHide | None:
+        """Which tokens of this layer become one, which stay, or which are hidden from attention; None changes nothing.
 
-        In the last layer it is asked again, with the merged tokens, until it returns None.
+        After a merge in the last layer it is asked again, with the merged tokens, until it returns None.
         """
         raise NotImplementedError
 

@@ -19,6 +19,7 @@ _METHODS = {
     "entropyprune": "EntropyPrune",
     "fastervlm": "FasterVLM",
     "fastv": "FastV",
+    "flowcut": "FlowCut",
     "hiprune": "HiPrune",
     "holov": "HoloV",
     "mmtok": "MMTok",

@@ -13,6 +13,7 @@ import enum
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -143,17 +144,50 @@ class TowerView:
 
     Attributes:
         layer: index of the layer; ``layers`` is how many run.
-        keys_NTC: this layer's keys, mean over heads. Token 0 is CLS if ``has_cls``.
-        sizes_NT: patches that each token stands for.
+        query_NHTD: what the layer has attended with, as are keys and values. Token 0 is CLS if ``has_cls``.
+        scaling: factor on the products of queries and keys.
+        hidden_NTC: what leaves attention, the states that entered the layer added.
+        sizes_NT: patches that each token stands for; 0 for those that are hidden.
         target: patches (CLS not counted) that shall be left behind the last layer.
+        memory: new for every pass of the tower: whatever the method has to remember from one layer to the next.
     """
 
     layer: int
     layers: int
-    keys_NTC: Tensor
+    query_NHTD: Tensor
+    key_NHTD: Tensor
+    value_NHTD: Tensor
+    scaling: float
+    hidden_NTC: Tensor
     sizes_NT: Tensor
     target: int
+    memory: SimpleNamespace
     has_cls: bool = True
+
+    @cached_property
+    def keys_NTC(self) -> Tensor:
+        """Mean of the keys over heads, float32."""
+        return self.key_NHTD.float().mean(1)
+
+
+@dataclass(frozen=True)
+class TowerKeep:
+    """Tokens that go on, in this order; the others are dropped.
+
+    Attributes:
+        keep_NK: indices of tokens, CLS among them.
+        hidden_NKC: their new states; None: they stay what they are.
+    """
+
+    keep_NK: Tensor
+    hidden_NKC: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TowerHide:
+    """Tokens that no other attends to from now on, bool ``[N, T]``. They go on: crops may hide different numbers."""
+
+    hide_NT: Tensor
 
 
 @dataclass(frozen=True)

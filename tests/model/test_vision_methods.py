@@ -18,7 +18,7 @@ from tests.pruning import naive
 I = IMAGE_TOKEN_INDEX  # noqa: E741
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 TARGET = 7
-NAMES = ["visionzip", "prumerge_plus", "hiprune", "tome", "vispruner", "scope", "cdpruner", "holov", "mmtok"]
+NAMES = ["visionzip", "prumerge_plus", "hiprune", "tome", "vispruner", "scope", "cdpruner", "holov", "mmtok", "flowcut"]
 OPTIONS = {"prumerge_plus": {"neighbors": 3}, "hiprune": {"alpha": 0.9}}
 
 
@@ -157,6 +157,47 @@ def test_mmtok_from_pixels(model):
     with method("mmtok").attach(model), torch.no_grad():
         inputs = model.prepare_multimodal_inputs(torch.tensor([[1, I, 5]]), images=pixels[:1], image_masks=[mask])
     assert inputs.reduced[0].origins.tolist() == sorted(real | {0, 1})
+
+
+@pytest.mark.parametrize("target", [TARGET, 1, PATCHES - 1])
+def test_flowcut_from_pixels(model, target):
+    """The whole tower once more, picture by picture: what is dropped is really gone, explicit softmax, loops."""
+    pixels = tiny_images(2)
+    got, rows = visual_embeddings(model, pixels, "flowcut", target)
+    tower, out = tower_outputs(pixels)
+    for i in range(2):
+        states, places, score = out.hidden_states[0][i], list(range(PATCHES)), None
+        for index, layer in enumerate(tower.encoder.layers[:3]):
+            attention = layer.self_attn
+            with torch.no_grad():
+                normed = layer.layer_norm1(states)
+                q, k, v = (
+                    part(normed).unflatten(-1, (attention.num_heads, -1)).transpose(0, 1)
+                    for part in (attention.q_proj, attention.k_proj, attention.v_proj)
+                )
+                weights = torch.softmax(q @ k.transpose(1, 2) * attention.scale, -1)
+                states = states + attention.out_proj((weights @ v).transpose(0, 1).flatten(1))
+                states = states + layer.mlp(layer.layer_norm2(states))
+            if len(places) > target:
+                left = 3 - 2 - index
+                semantic = torch.softmax((v @ v.transpose(1, 2))[:, 0], -1).mean(0)
+                score, drop = naive.flowcut(weights[:, 0].mean(0)[1:], semantic[1:], v.mean(0)[1:], score, target, left)
+                kept = sorted(naive.ranked(score)[: len(places) - drop])
+                states = states[[0, *(1 + place for place in kept)]]
+                places, score = [places[place] for place in kept], [score[place] for place in kept]
+        assert rows[i].origins.tolist() == places and len(places) == target
+        torch.testing.assert_close(got[i], project(model, list(states[1:])), atol=1e-4, rtol=1e-4)
+
+
+def test_pictures_of_a_batch_are_cut_apart():
+    """In a tower deep enough for several cuts; the published code would cut both alike."""
+    model = tiny_model(seed=7, vision={"num_hidden_layers": 9})
+    pixels = tiny_images(3, seed=4)
+    together, rows = visual_embeddings(model, pixels, "flowcut", 4)
+    for i, one in enumerate(pixels):
+        alone, (row,) = visual_embeddings(model, one[None], "flowcut", 4)
+        assert rows[i].origins.tolist() == row.origins.tolist()
+        torch.testing.assert_close(together[i], alone[0], atol=1e-5, rtol=1e-5)
 
 
 def test_relevance_of_clip_is_refused_where_nobody_knows_it(model):

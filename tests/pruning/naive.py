@@ -119,6 +119,21 @@ def cdpruner(tokens: Tensor, relevance: list[float], target: int, low: float, hi
     return sorted(chosen)
 
 
+def flowcut(cls: Tensor, semantic: Tensor, values: Tensor, before: list[float] | None, target: int, left: int):
+    """New scores of the patches of one picture, and how many go after a layer with ``left`` layers behind it."""
+    count = len(cls)
+    shares = [float(value) / float(cls.sum()) for value in cls]
+    likeness = [float(value) / float(semantic.sum()) for value in semantic]
+    score = [(a + b) * float(v.double().abs().sum()) for a, b, v in zip(shares, likeness, values, strict=True)]
+    if before is not None:
+        score = [(old + new) / 2 for old, new in zip(before, score, strict=True)]
+    if left <= 0:
+        return score, count - target
+    entropy = -sum(share * math.log(share) for share in shares)
+    drop = round((count - target) / math.sqrt(left) * (1 - (entropy / math.log(count)) ** 2))
+    return score, 0 if left % 2 else min(drop, count - target)
+
+
 def mmtok(
     tokens: Tensor, projected: Tensor, text: Tensor, target: int, weight: float, temperatures: tuple[float, float]
 ) -> list[int]:

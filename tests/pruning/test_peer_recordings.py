@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import CLIPVisionConfig, CLIPVisionModel, DynamicCache
 
+from llava.model.tower_merging import TowerMerger
+from llava.model.vision import encode_crops
 from llava.pruning import VisualLayout, get_method
 from llava.pruning.engine.sequence import Sequences
 from llava.pruning.engine.view import LayerView, SampleIds
 from llava.pruning.methods.cdpruner import clip_relevance, normalized
+from llava.pruning.methods.flowcut import FlowCut, flow_scores, to_drop
 from llava.pruning.methods.mmtok import cover_order, text_coverage, vision_coverage
-from llava.pruning.vision import CLS_ATTENTION, VisionView
+from llava.pruning.vision import CLS_ATTENTION, TowerHide, TowerKeep, VisionView
 from tests.conftest import ROOT
 
 PEERS = ROOT.parent / "shared" / "golden" / "peers"
@@ -139,6 +143,67 @@ def test_mmtok_chooses_the_same_patches_in_the_same_order(name, case):
     both = [text_coverage(view, parameters["tv_temp"]), vision_coverage(view.tokens_NPC, parameters["vv_temp"])]
     order = cover_order(torch.cat((both[0], both[1] * parameters["alpha"]), 1), parameters["T"], padding[None])
     assert order[0].tolist() == arrays[f"{case}/out_order"].tolist()
+
+
+@pytest.mark.parametrize(("name", "case"), list(cases("flowcut")))
+def test_flowcut_cuts_the_same_patches(name, case):
+    content, arrays = recording(name)
+    parameters, recorded = content[case]["params"], {a: arrays[f"{case}/{a}"] for a in content[case]["outputs"]}
+    if case.startswith("fn_"):
+        attention, semantic, value = (
+            torch.from_numpy(arrays[f"{case}/{array}"]).float() for array in ("cls_attn", "semantic", "value")
+        )
+        torch.testing.assert_close(flow_scores(attention, semantic, value), torch.from_numpy(recorded["out_score"]))
+        for left, target, dropped in recorded["out_prune_ratio"].tolist():
+            assert to_drop(attention, torch.tensor([attention.shape[1]]), target, left).tolist() == [dropped]
+        return
+    own = [parameters.get(key, case) for key in ("weights_of_case", "pixels_of_case")]
+    weights = {key: arrays[key] for key in arrays.files if key.startswith(f"{own[0]}/w/")}
+    if not weights or f"{own[1]}/pixel_values" not in arrays:
+        pytest.skip("its inputs are those of a case that is not here")
+    config = CLIPVisionConfig(
+        hidden_size=parameters["C"],
+        intermediate_size=len(weights[f"{own[0]}/w/encoder.layers.0.mlp.fc1.bias"]),
+        num_hidden_layers=parameters["layers"],
+        num_attention_heads=parameters["H"],
+        image_size=parameters["image_size"],
+        patch_size=parameters["patch_size"],
+        hidden_act=parameters["hidden_act"],
+        layer_norm_eps=parameters["layer_norm_eps"],
+    )
+    tower = CLIPVisionModel(config).eval()
+    said = {key.removeprefix(f"{own[0]}/w/"): torch.from_numpy(value).float() for key, value in weights.items()}
+    missing, unknown = tower.load_state_dict(said, strict=False)
+    assert not unknown and all("post_layernorm" in key or "position_ids" in key for key in missing)
+    pixels = torch.from_numpy(arrays[f"{own[1]}/pixel_values"]).float()
+    first = []
+    for row, picture in enumerate(pixels):
+        merger = TowerMerger(method := Counting(target_tokens=parameters["target_num"]), parameters["target_num"])
+        with torch.no_grad():
+            encoded = encode_crops(tower, picture[None], merger=merger)
+        first.append(next(parameters["N"] - count for count in method.counts if count < parameters["N"]))
+        if len(pixels) > 1 and method.counts != recorded["out_tokens"].tolist()[: len(method.counts)]:
+            continue  # the published code takes the number of another picture of the batch
+        assert method.counts == recorded["out_tokens"].tolist()[: len(method.counts)]
+        features, origins, _ = merger.in_raster(encoded.features_NPC)
+        assert origins[0].tolist() == recorded["out_keep"][row].tolist()
+        torch.testing.assert_close(features[0], torch.from_numpy(recorded["out_features"][row]), atol=1e-5, rtol=1e-4)
+    assert max(first) == recorded["out_prune_num"][0]  # of a batch the published code takes the largest number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counting(FlowCut):
+    """With a list of the patches that each layer leaves."""
+
+    counts: list = field(default_factory=list)
+
+    def merge(self, view):
+        step = super().merge(view)
+        there = view.sizes_NT[:, 1:] > 0
+        if isinstance(step, TowerHide):
+            there = there & ~step.hide_NT[:, 1:]
+        self.counts.append(step.keep_NK.shape[1] - 1 if isinstance(step, TowerKeep) else int(there.sum()))
+        return step
 
 
 @pytest.mark.parametrize(("name", "case"), list(cases("dart")))
