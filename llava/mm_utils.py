@@ -159,6 +159,17 @@ def padding_mask(size_wh: Size, grid: int) -> torch.Tensor:
     return rows[:, None] | columns[None, :]
 
 
+def padding_share(size_wh: Size, grid: int) -> torch.Tensor:
+    """How much of each patch of a padded square is padding: float32 `[grid, grid]` in 0..1, the band not rounded."""
+    width, height = (int(x) for x in size_wh)
+    if width < 1 or height < 1 or grid < 1:
+        raise ValueError(f"size and grid must be positive, got size_wh={tuple(size_wh)} and grid={grid}")
+    band = abs(width - height) / (2 * max(width, height)) * grid
+    first = torch.arange(grid, dtype=torch.float64)
+    share = ((band - first).clamp(0, 1) + (first + 1 - grid + band).clamp(0, 1)).float()
+    return share[:, None].expand(-1, grid) if width > height else share.expand(grid, -1)
+
+
 # --- anyres -------------------------------------------------------------------------------------------------
 
 

@@ -83,6 +83,11 @@ class FamilyReader:
         layer = self._family.used_layer(self._model, modality) if fact.layer is None else fact.layer % layers
         value = fact.value
         value.check_known()
+        if value is TowerValue.PADDING:
+            raise UnsupportedError(
+                f"method '{method}': debias_padding needs to know how pictures were padded to squares, which is known "
+                f"in the package's own LLaVA models only, not in {self.family}; leave it out"
+            )
         if fact.layer is not None and not -layers <= fact.layer < layers:
             raise UnsupportedError(
                 f"method '{method}' asks for layer {fact.layer} of a tower of {layers} ({self.family})"

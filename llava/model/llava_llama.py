@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import Cache, LlavaForConditionalGeneration
 
 from llava.compat import execution_device
-from llava.mm_utils import padding_mask
+from llava.mm_utils import padding_mask, padding_share
 from llava.model.assemble import MERGE_TYPES, arrangement_of
 from llava.model.configuration import LlavaConfig
 from llava.model.image_arguments import Images, size_list, split_images
@@ -195,13 +195,20 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
             shapes = ", ".join(str(list(stack.shape[1:])) for stack in stacks)
             raise UserError(f"images must have one size, the vision tower's, found {shapes}: use process_images first")
         masks: list[Tensor | None] = list(image_masks) if image_masks is not None else [None] * len(stacks)
+        side = self.get_vision_tower().num_patches_per_side
         if image_masks is None and sizes is not None and self.config_pads_images():
-            side = self.get_vision_tower().num_patches_per_side
             masks = [
                 # A square picture has no padding.
                 padding_mask(size, side) if len(stack) == 1 and size[0] != size[1] else None
                 for size, stack in zip(sizes, stacks, strict=True)
             ]
+
+        def padding(image: int) -> Tensor | None:
+            # What was given as a mask says it all; else see `padding_share`.
+            if image_masks is not None or masks[image] is None or sizes is None:
+                return masks[image]
+            return padding_share(sizes[image], side)
+
         with nullcontext() if run is None else run.exclusive():  # a method may look into the tower's layers
             return encode_images(
                 self.get_vision_tower(),
@@ -214,6 +221,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
                 with_cls_attention,
                 run,
                 texts,
+                padding,
             )
 
     def _features_per_crop(self) -> int:

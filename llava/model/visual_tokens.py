@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava.model.assemble import Arrangement
+from llava.model.assemble import NEWLINE, Arrangement
 from llava.model.multimodal import VisualTokens
 from llava.model.projector import projector_dtype
 from llava.model.reduction import ReducedImage, crop_targets, put_together, reduce_images
@@ -25,6 +25,10 @@ from llava.model.vision import VisionTower, encode_crops
 from llava.pruning.reduction import ReducedCrop, unreduced
 from llava.pruning.vision import CLS_ATTENTION, TowerValue, VisionFact
 from llava.utils import UserError
+
+
+def _no_padding(image: int) -> None:
+    return None
 
 
 def encode_images(
@@ -38,6 +42,7 @@ def encode_images(
     with_cls_attention: bool,
     run: Any | None,
     texts: Sequence[Tensor] | None = None,
+    padding: Callable[[int], Tensor | None] = _no_padding,
 ) -> list[VisualTokens]:
     """Visual tokens of every image.
 
@@ -52,10 +57,15 @@ def encode_images(
         with_cls_attention: compute the CLS attention even if the method does not ask for it.
         run: the attached pruning run, if any.
         texts: embeddings of each prompt's text, for methods that look at it.
+        padding: of an image, which share of each of its visual tokens is padding (a CLS entry in front is left out);
+            None: of none.
     """
     facts = {} if run is None else run.vision_facts(len(tower.vision_tower.encoder.layers))
     if with_cls_attention:
         facts.setdefault(CLS_ATTENTION, VisionFact(TowerValue.CLS_ATTENTION))
+    # Known of the picture; the tower has nothing to say about it.
+    of_picture = [name for name, fact in facts.items() if fact.value is TowerValue.PADDING]
+    facts = {name: fact for name, fact in facts.items() if name not in of_picture}
     timer: Callable[[], AbstractContextManager] = nullcontext
     if run is not None:
         timer = partial(run.selection_timer, stacks[0].device)
@@ -67,10 +77,11 @@ def encode_images(
         timer=timer,
     )
     if run is not None and run.method.merges_in_tower:
-        if facts:
+        if facts or of_picture:
             # The tokens of a merging tower are no patches any more: what is said of patches needs a pass without it.
+            names = ", ".join([*facts, *of_picture])
             raise UserError(
-                f"--method {run.method.name}: tokens merged inside the vision tower have no {', '.join(facts)}; "
+                f"--method {run.method.name}: tokens merged inside the vision tower have no {names}; "
                 "combine it with methods that need none, without --visual-token-num"
             )
         images = _merge_inside(encode, run.method.parts[0], stacks, arrangements, images_per_row, timer)
@@ -83,6 +94,8 @@ def encode_images(
         own = {name: arrangement.gather(said[first : first + counts[i]]) for name, said in encoded.facts.items()}
         if masks[i] is not None:
             own = {n: _masked(v, masks[i]) if facts[n].value.is_attention else v for n, v in own.items()}
+        for name in of_picture:
+            own[name] = _padding_of(arrangement, padding(i), encoded.features_NPC.device)
         arranged.append(own)
     features = encoded.features_NPC
     if run is not None and run.reduces_vision:
@@ -166,6 +179,18 @@ def _merge_inside(
         put_together(arrangement, [whole.pop(0) for _ in own])
         for arrangement, own in zip(arrangements, targets, strict=True)
     ]
+
+
+def _padding_of(arrangement: Arrangement, share: Tensor | None, device: torch.device) -> Tensor:
+    """Share of padding of each visual token, float32; a CLS entry in front has none."""
+    count = int((arrangement.source_N != NEWLINE).sum())
+    if share is None:
+        return torch.zeros(count, device=device)
+    own = torch.as_tensor(share).float().flatten()
+    extra = count - len(own)
+    if extra not in (0, 1):
+        raise UserError(f"an image mask has {len(own)} entries for {count} visual tokens")
+    return torch.cat((own.new_zeros(extra), own)).to(device, non_blocking=True)
 
 
 def _masked(scores: Tensor, mask: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ class TowerValue(enum.Enum):
     KEYS = "key of the patch, mean over heads"
     WIDE_CLS_ATTENTION = "attention that CLS pays to the patch if all heads are taken as one wide head"
     WIDE_KEYS = "key of the patch, all heads side by side"
+    PADDING = "share of the patch that is padding of the square picture, float32 in 0..1; of the picture, not a layer"
     CLIP_RELEVANCE = "relevance of the patch to the question in CLIP's joint space; no tower knows it, callers give it"
 
     def check_known(self) -> None:
@@ -41,7 +42,7 @@ class TowerValue(enum.Enum):
 
     @property
     def is_attention(self) -> bool:
-        return self not in (TowerValue.KEYS, TowerValue.WIDE_KEYS, TowerValue.CLIP_RELEVANCE)
+        return self in (TowerValue.CLS_ATTENTION, TowerValue.RECEIVED_ATTENTION, TowerValue.WIDE_CLS_ATTENTION)
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from functools import cache
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaModel
 
+from llava.mm_utils import padding_share
 from llava.pruning import VisualLayout, get_method
 from llava.pruning.methods import sparsevlm_v2, transprune
 from llava.pruning.methods.adaptinfer import text_guided_score
@@ -174,3 +177,75 @@ def test_sparsevlm_v2(case, monkeypatch):
     assert trace.tokens_in == output("sparsevlm_v2", case, "counts").tolist()
     for cut, score in zip(cuts, scores, strict=True):
         torch.testing.assert_close(score, output("sparsevlm_v2", case, f"score_l{cut}"), atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("case", parted("attention_debias", "mask_")[0])
+def test_padding_of_debiasing(case):
+    """All three hosts: SparseVLM's own mask is scaled with a filter, which comes to a half of the patch."""
+    parameters, *_ = inputs("attention_debias", case)
+    share = padding_share((parameters["width"], parameters["height"]), 24).flatten()
+    for array, most in (("pad_fastv05", 0.5), ("pad_default03", 0.3), ("pad_pdrop001", 0.01), ("pad_sparse", 0.5)):
+        assert (share <= most).int().tolist() == output("attention_debias", case, array).tolist(), array
+
+
+def debiased(case, tmp_path):
+    """Options of a recorded case, and a view of its scores."""
+    parameters, attention = inputs("attention_debias", case, "attn")
+    share = padding_share(tuple(parameters["size"]), 24).flatten()[None]
+    view = SimpleNamespace(
+        counts=(576,),
+        prompt_counts=(576,),
+        num_layers=32,
+        device=torch.device("cpu"),
+        relevance_BV=attention[None],
+        attention_BHTV=attention[None, None, None],
+        origins_BV=torch.arange(576)[None],
+        vision_fact=lambda name: {"padding": share}[name],
+    )
+    options = {}
+    if parameters["curve"] is not None:
+        options["debias_curve"] = str(tmp_path / "curve.npy")
+        np.save(options["debias_curve"], recording("attention_debias")[1][parameters["curve"]])
+    return parameters, view, options
+
+
+@pytest.mark.parametrize("case", parted("attention_debias", "fastv_")[0])
+def test_debiased_fastv(case, tmp_path):
+    parameters, view, options = debiased(case, tmp_path)
+    if parameters["tag"] == "before":
+        pytest.skip("no debiasing: the authors' baseline, with the budget of the padding mask")
+    if parameters["tag"] != "after":
+        options = {}
+    else:
+        options["debias_padding"] = 0.5
+    method = get_method("fastv")(**options)
+    selection = method.choose(view, method.without_padding(view, (parameters["budget"],)))
+    assert selection.keep_BK[0].tolist() == output("attention_debias", case, "kept").tolist()
+    scores = method.debiased(view, view.relevance_BV)[0]
+    torch.testing.assert_close(scores, output("attention_debias", case, "score"), atol=1e-8, rtol=1e-6)
+
+
+@pytest.mark.parametrize("case", parted("attention_debias", "pdrop_")[0])
+def test_debiased_pdrop(case, tmp_path):
+    parameters, view, options = debiased(case, tmp_path)
+    if parameters["tag"] == "before":
+        pytest.skip("no debiasing: the authors' baseline, with the mask of the padding")
+    memory = SimpleNamespace(plans=[{4: parameters["budget"]}])
+    if parameters["cur_num"]:
+        memory.has_dropped = True
+    view.layer = 3
+    selection = get_method("pdrop")(**options, debias_padding=0.01).select(view, memory)
+    assert selection.keep_BK[0].tolist() == output("attention_debias", case, "kept").tolist()
+
+
+@pytest.mark.parametrize("case", parted("attention_debias", "sparse_")[0])
+def test_debiased_sparsevlm(case, tmp_path):
+    parameters, view, options = debiased(case, tmp_path)
+    method = get_method("sparsevlm")(
+        **options, debias_padding=0.5 if parameters["pad_mask"] else None, recycle_fraction=0.0
+    )
+    memory = SimpleNamespace(raters=torch.ones(1, 1), keep=[(parameters["budget"], 1, 1)], report={})
+    view.layer = 2
+    assert method.select(view, memory).keep_BK[0].tolist() == output("attention_debias", case, "kept").tolist()
+    scores = method.debiased(view, view.relevance_BV)[0]
+    torch.testing.assert_close(scores, output("attention_debias", case, "score"), atol=1e-8, rtol=1e-6)

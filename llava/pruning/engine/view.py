@@ -89,6 +89,11 @@ class LayerView:
         """What the layer said; its shape stands at each member of :class:`~llava.pruning.types.LayerFact`."""
         return self.layer_facts[fact]
 
+    @property
+    def origins_BV(self) -> Tensor:
+        """Number of each visual token in the prompt before anything was dropped, ``[B, V]``; -1 for merged tokens."""
+        return self.sequences.visual_origins()
+
     @cached_property
     def rotary_of_text(self) -> tuple[Tensor, Tensor]:
         """Cosines and sines that the layer rotated the text rows with, ``[B, T, D]``; see :attr:`text_BTC`."""

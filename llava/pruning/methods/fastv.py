@@ -8,6 +8,8 @@ meet it, ``(L * T - layer * N) / (L - layer)``, since the layers in front work o
 token (shallow decoders, small targets, 160 of the 2,880 tokens of LLaVA-1.6 on 32 layers) one token is kept, the mean
 stays above the target, and the run says so. ``ratio`` overrides it.
 
+``debias_curve`` and ``debias_padding`` correct the attention for place and padding, see :mod:`llava.pruning.debiasing`.
+
 Deviation: the published in-place code prunes again at every decoding step; here, as in its later port with a cache, the
 prefill decides once.
 """
@@ -20,14 +22,14 @@ from types import SimpleNamespace
 from typing import ClassVar
 
 from llava.pruning.budget import one_cut
+from llava.pruning.debiasing import Debiased
 from llava.pruning.engine.view import LayerView
-from llava.pruning.method import DecoderMethod
 from llava.pruning.selection import top_k
 from llava.pruning.types import Rows, Selection
 
 
 @dataclass(frozen=True, kw_only=True)
-class FastV(DecoderMethod):
+class FastV(Debiased):
     """One cut by the attention of the last token.
 
     Attributes:
@@ -55,10 +57,11 @@ class FastV(DecoderMethod):
 
     def select(self, view: LayerView, memory: SimpleNamespace) -> Selection:
         rows = zip(view.counts, view.prompt_counts, strict=True)
-        return self.choose(view, tuple(self._keep(count, had, view.num_layers) for count, had in rows))
+        keep = tuple(self._keep(count, had, view.num_layers) for count, had in rows)
+        return self.choose(view, self.without_padding(view, keep))
 
     def choose(self, view: LayerView, keep: tuple[int, ...]) -> Selection:
-        return Selection(top_k(view.relevance_BV, view.counts, keep), keep)
+        return Selection(top_k(self.debiased(view, view.relevance_BV), view.counts, keep), keep)
 
     def _keep(self, count: int, prompt_count: int, num_layers: int) -> int:
         if self.ratio is not None:

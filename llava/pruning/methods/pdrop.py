@@ -10,6 +10,9 @@ solved for the budget; for smaller budgets the stages first move forward (every 
 8), then the number falls below 0.5; the last stage takes up the rounding. This rule is ours: the settings behind the
 literature's figures at 192, 128 and 64 tokens are not published. ``ratio`` and ``layers`` replace the rule.
 
+``debias_curve`` and ``debias_padding`` correct the attention of the first cut for place and padding, see
+:mod:`llava.pruning.debiasing`.
+
 Deviations: several images of a prompt compete for the tokens of one budget instead of having a share each; the last
 token is that of the prompt (in training the paper uses the last token of each instruction).
 """
@@ -23,8 +26,8 @@ from types import SimpleNamespace
 from typing import ClassVar
 
 from llava.pruning.budget import mean_tokens, nearest_plan, parse_layers
+from llava.pruning.debiasing import Debiased
 from llava.pruning.engine.view import LayerView
-from llava.pruning.method import DecoderMethod
 from llava.pruning.selection import top_k
 from llava.pruning.types import Rows, Selection
 
@@ -33,7 +36,7 @@ _STAGES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class PDrop(DecoderMethod):
+class PDrop(Debiased):
     """Pruning in stages by the attention of the last token.
 
     Attributes:
@@ -74,7 +77,12 @@ class PDrop(DecoderMethod):
         keep = tuple(
             min(plan.get(view.layer + 1, count), count) for plan, count in zip(memory.plans, view.counts, strict=True)
         )
-        return None if keep == view.counts else Selection(top_k(view.relevance_BV, view.counts, keep), keep)
+        if keep == view.counts:
+            return None
+        first = not hasattr(memory, "has_dropped")
+        memory.has_dropped = True
+        scores = self.debiased(view, view.relevance_BV) if first else view.relevance_BV
+        return Selection(top_k(scores, view.counts, keep), keep)
 
     def _plan(self, count: int, prompt_count: int, num_layers: int) -> Mapping[int, int]:
         layers = None if self.layers is None else parse_layers(self.layers)

@@ -12,6 +12,9 @@ proportion, that meet the mean. ``layers`` are scaled with the depth unless give
 of the first cut, which alone is ``2 N / L`` in the mean: a target of 160 of 2,880 tokens (LLaVA-1.6) cannot be met with
 the published layers on 32 (these two cost 180), and the run says so; ``layers=0/6/15`` begins earlier.
 
+``debias_curve`` and ``debias_padding`` correct the attention of the first cut for place and padding, see
+:mod:`llava.pruning.debiasing`; recycling stays with attention as it is.
+
 Deviations: the number of tokens per layer is the fixed list of version 1.5, not the rank estimate of the paper; merging
 is deterministic; attention is summed in float32; if no text token is above the average (a single one) all are raters.
 """
@@ -28,11 +31,11 @@ import torch
 from torch import Tensor
 
 from llava.pruning.budget import PublishedLists, parse_layers
+from llava.pruning.debiasing import Debiased
 from llava.pruning.engine.view import LayerView
-from llava.pruning.method import DecoderMethod
 from llava.pruning.recycling import keep_and_recycle, prune_step
 from llava.pruning.scores import received_attention
-from llava.pruning.selection import on_device
+from llava.pruning.selection import on_device, top_k
 from llava.pruning.types import BEFORE_DECODER, Rows, Selection
 
 _PUBLISHED = PublishedLists(
@@ -41,7 +44,7 @@ _PUBLISHED = PublishedLists(
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparseVLM(DecoderMethod):
+class SparseVLM(Debiased):
     """Pruning by text raters in three layers.
 
     Attributes:
@@ -86,6 +89,10 @@ class SparseVLM(DecoderMethod):
             prune_step(count, min(keep[stage], count), self.recycle_fraction)
             for count, keep in zip(view.counts, memory.keep, strict=True)
         ]
+        if stage == 0 and self.debiases:
+            # What is chosen comes first; which of the others are recycled is decided by attention as it is.
+            chosen = top_k(self.debiased(view, scores), view.counts, [step.keep for step in steps])
+            scores = torch.nn.functional.pad(scores, (0, 1)).scatter(1, chosen, torch.inf)[:, :-1]
         return keep_and_recycle(view, scores, steps, memory)
 
     def _keep(self, count: int, target: int, num_layers: int, layers: tuple[int, ...]) -> tuple[int, ...]:
