@@ -8,17 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from llava import compat
-from llava.pruning.engine.attention import VisualAttention
 from llava.pruning.engine.sequence import Sequences
 from llava.pruning.selection import on_device
 from llava.pruning.types import BEFORE_DECODER, LayerFact, OptionError, UnsupportedError
 from llava.pruning.vision import CLS_ATTENTION
+
+if TYPE_CHECKING:
+    from llava.pruning.engine.attention import VisualAttention
 
 
 @dataclass(frozen=True)
