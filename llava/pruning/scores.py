@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llava.pruning.selection import on_device
+
 _ONE_PIECE = 2**21
 _PIECES = 8
 """Larger score matrices get their softmax in so many pieces, so that they do not exist twice at any time."""
@@ -85,3 +87,21 @@ def rotate_rows(query_BHTD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> Tensor:
     cos, sin = cos_BTD.unsqueeze(1), sin_BTD.unsqueeze(1)
     first, second = query_BHTD.chunk(2, dim=-1)
     return query_BHTD * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def text_raters(hidden_BVC: Tensor, counts: tuple[int, ...], text_BTC: Tensor, rows: tuple[int, ...]) -> Tensor:
+    """Bool ``[B, T]``: text tokens with an above-average mean over visual tokens of softmax over text of ``H_v H_t^T``.
+
+    Visual tokens are padded at the end, text at the front.
+    """
+    device = hidden_BVC.device
+    width = text_BTC.shape[1]
+    valid_BT = torch.arange(width, device=device) >= width - on_device(rows, device)[:, None]
+    valid_BV = torch.arange(hidden_BVC.shape[1], device=device) < on_device(counts, device)[:, None]
+    logits = hidden_BVC.float() @ text_BTC.float().transpose(1, 2)
+    shares = torch.softmax(logits.masked_fill(~valid_BT[:, None, :], -torch.inf), dim=2)
+    received = (shares * valid_BV[:, :, None]).sum(1)
+    # Comparing sums with mean of sums: the number of visual tokens cancels.
+    average = received.sum(1, keepdim=True) / on_device(rows, device)[:, None]
+    raters = (received > average) & valid_BT
+    return torch.where(raters.any(1, keepdim=True), raters, valid_BT)

@@ -17,9 +17,9 @@ from llava.pruning import VisualLayout, get_method
 from llava.pruning.methods import sparsevlm_v2, transprune
 from llava.pruning.methods.adaptinfer import text_guided_score
 from llava.pruning.methods.entropyprune import head_entropy
-from llava.pruning.methods.sparsevlm import text_raters
 from llava.pruning.methods.sparsevlm_v2 import corrected_score, rotary_bias
 from llava.pruning.methods.transprune import transition
+from llava.pruning.scores import text_raters
 from llava.pruning.selection import top_k
 from tests.pruning.test_peer_recordings import PEERS, recording
 

@@ -9,11 +9,12 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from llava.pruning import OptionError, get_method
 from llava.pruning.methods import adaptinfer, sparsevlm, sparsevlm_v2
 from llava.pruning.methods.pdrop import PDrop, plan_stages
-from llava.pruning.methods.sparsevlm import keep_list, text_raters
+from llava.pruning.methods.sparsevlm import keep_list
 from llava.pruning.methods.tome import bipartite_merge, merges_now
 from llava.pruning.methods.transprune import plan_cuts, transition
 from llava.pruning.recycling import prune_step
 from llava.pruning.reduction import Crop, reduce_crops
+from llava.pruning.scores import text_raters
 from llava.pruning.vision import merge_tokens
 from tests.pruning import naive
 from tests.pruning.models import Batch, generate, random_llama

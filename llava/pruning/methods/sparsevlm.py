@@ -28,14 +28,13 @@ from types import SimpleNamespace
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from llava.pruning.budget import PublishedLists, parse_layers
 from llava.pruning.debiasing import Debiased
 from llava.pruning.engine.view import LayerView
 from llava.pruning.recycling import keep_and_recycle, prune_step
-from llava.pruning.scores import received_attention
-from llava.pruning.selection import on_device, top_k
+from llava.pruning.scores import received_attention, text_raters
+from llava.pruning.selection import top_k
 from llava.pruning.types import BEFORE_DECODER, Rows, Selection
 
 _PUBLISHED = PublishedLists(
@@ -97,24 +96,6 @@ class SparseVLM(Debiased):
 
     def _keep(self, count: int, target: int, num_layers: int, layers: tuple[int, ...]) -> tuple[int, ...]:
         return keep_list(count, num_layers, layers, target, self.budget_kind, self.recycle_fraction)
-
-
-def text_raters(hidden_BVC: Tensor, counts: tuple[int, ...], text_BTC: Tensor, rows: tuple[int, ...]) -> Tensor:
-    """Bool ``[B, T]``: text tokens with an above-average mean over visual tokens of softmax over text of ``H_v H_t^T``.
-
-    Visual tokens are padded at the end, text at the front.
-    """
-    device = hidden_BVC.device
-    width = text_BTC.shape[1]
-    valid_BT = torch.arange(width, device=device) >= width - on_device(rows, device)[:, None]
-    valid_BV = torch.arange(hidden_BVC.shape[1], device=device) < on_device(counts, device)[:, None]
-    logits = hidden_BVC.float() @ text_BTC.float().transpose(1, 2)
-    shares = torch.softmax(logits.masked_fill(~valid_BT[:, None, :], -torch.inf), dim=2)
-    received = (shares * valid_BV[:, :, None]).sum(1)
-    # Comparing sums with mean of sums: the number of visual tokens cancels.
-    average = received.sum(1, keepdim=True) / on_device(rows, device)[:, None]
-    raters = (received > average) & valid_BT
-    return torch.where(raters.any(1, keepdim=True), raters, valid_BT)
 
 
 @lru_cache(maxsize=64)

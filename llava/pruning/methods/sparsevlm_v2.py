@@ -31,7 +31,7 @@ from torch import Tensor
 from llava.pruning.budget import PublishedLists, parse_layers
 from llava.pruning.engine.view import LayerView
 from llava.pruning.method import DecoderMethod
-from llava.pruning.methods.sparsevlm import text_raters
+from llava.pruning.scores import text_raters
 from llava.pruning.selection import top_k
 from llava.pruning.types import BEFORE_DECODER, Rows, Selection
 
