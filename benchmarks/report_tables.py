@@ -51,6 +51,7 @@ METHODS = {
     "tome": "ToMe",
     "uniform": "uniform",
     "visionzip": "VisionZip",
+    "vscan": "VScan",
 }
 # Of end to end and of the time to first token.
 PARTS = (*dict.fromkeys([*END_TO_END[:-1], *FIRST_TOKEN]),)

@@ -82,7 +82,7 @@ def reduce_images(
     arrangements: Sequence[Arrangement],
     targets: Sequence[Sequence[int]],
     rows: Sequence[int],
-    project: Callable[[Tensor], Tensor],
+    project: Callable[[Tensor], Tensor] | None,
     texts: Sequence[Tensor] | None,
     padding: Sequence[Tensor | None],
 ) -> list[ReducedImage]:
@@ -96,7 +96,7 @@ def reduce_images(
         arrangements: per image.
         targets: per image, tokens of each crop, see `crop_targets`.
         rows: per image the prompt that it belongs to.
-        project: the projector, for methods that look behind it.
+        project: the projector, for methods that look behind it; None: these are projected features.
         texts: per prompt the embeddings of its text; None: nobody asks.
         padding: per image which visual tokens lie outside of the picture, bool on the features' device, or None.
     """

@@ -99,23 +99,27 @@ def encode_images(
         arranged.append(own)
     features = encoded.features_NPC
     if run is not None and run.reduces_vision:
+        method, project = run.method.parts[0], partial(_project, projector)
+        behind = method.reduces_projected
+        if behind:
+            features = project(features)
         with timer():
             images = reduce_images(
-                run.method.parts[0],
+                method,
                 features.split(counts),
                 arranged,
-                None if encoded.cls_NC is None else encoded.cls_NC.split(counts),
+                None if behind or encoded.cls_NC is None else encoded.cls_NC.split(counts),
                 arrangements,
-                crop_targets(run.method.parts[0], arrangements, images_per_row),
+                crop_targets(method, arrangements, images_per_row),
                 [row for row, images in enumerate(images_per_row) for _ in range(images)],
-                partial(_project, projector),
+                None if behind else project,
                 texts,
                 [
                     None if mask is None else _hidden(mask, len(arrangement.crops), features.device)
                     for mask, arrangement in zip(masks, arrangements, strict=True)
                 ],
             )
-        return _projected(images, arranged, projector, newline)
+        return _projected(images, arranged, None if behind else projector, newline)
     projected = _project(projector, features).split(counts)
     return [
         VisualTokens(
@@ -137,12 +141,12 @@ def _project(projector: nn.Module, features_NPC: Tensor) -> Tensor:
 def _projected(
     images: Sequence[ReducedImage],
     facts: Sequence[Mapping[str, Tensor]],
-    projector: nn.Module,
+    projector: nn.Module | None,
     newline: Tensor | None,
 ) -> list[VisualTokens]:
-    """Only what is left goes through the projector, in one piece."""
+    """Only what is left goes through the projector, in one piece; None: it has done so."""
     features = torch.cat([image.features_KC for image in images])
-    parts = _project(projector, features[None])[0]
+    parts = features if projector is None else _project(projector, features[None])[0]
     tokens = []
     for image, own, projected in zip(images, facts, parts.split([len(i.features_KC) for i in images]), strict=True):
         spans, newlines = image.spans()

@@ -59,6 +59,7 @@ class PruningMethod:
     published_budget: ClassVar[str] = "nominal"  # what the paper's budget counts
     instead_of_target: ClassVar[str | None] = None  # an option that replaces `target_tokens` where it is given
     reduces_vision: ClassVar[bool] = False  # whether `reduce` takes part
+    reduces_projected: ClassVar[bool] = False  # whether `reduce` works behind the projector
     merges_in_tower: ClassVar[bool] = False  # whether `merge` takes part
     reads_text: ClassVar[bool] = False  # whether `reduce` looks at the text of the prompt
 
@@ -152,6 +153,12 @@ class PruningMethod:
         """
         free = self.target_tokens is None and self.target_ratio is None
         return None if free or self._replacement is not None else self.target_of(count)
+
+    def aim_in_front(self, count: int) -> int | None:
+        """Tokens that `reduce` or `merge` leaves of a prompt of ``count`` visual tokens: :meth:`aim_of`, but for a
+        method that goes on in the decoder.
+        """
+        return self.aim_of(count)
 
     @property
     def _replacement(self) -> Any:

@@ -77,7 +77,7 @@ def row_budget(method: Method, images: Sequence[Sequence[int]]) -> list[int]:
     """
     counts = [count for image in images for count in image]
     most = sum(min(method.visual_token_num or sum(image), sum(image)) for image in images)
-    target = method.aim_of(sum(counts))
+    target = method.aim_in_front(sum(counts))
     return crop_quotas(counts, most if target is None else min(target, most))
 
 

@@ -32,6 +32,7 @@ _METHODS = {
     "tome": "ToMe",
     "transprune": "TransPrune",
     "uniform": "Uniform",
+    "vscan": "VScan",
     "vispruner": "VisPruner",
     "visionzip": "VisionZip",
 }

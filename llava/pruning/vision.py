@@ -67,7 +67,7 @@ class VisionView:
     """A stack of crops in front of the projector (on a bare decoder: among the input embeddings).
 
     Attributes:
-        tokens_NPC: patch features.
+        tokens_NPC: patch features; projected ones, if the method ``reduces_projected``.
         facts: what the method declared, by its names, ``[N, P, ...]``.
         target: tokens that each crop may keep, below P.
         patches_NP: index of each patch in the raster of its crop; patches that the prompt leaves out are missing.

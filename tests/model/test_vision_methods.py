@@ -200,6 +200,19 @@ def test_pictures_of_a_batch_are_cut_apart():
         torch.testing.assert_close(together[i], alone[0], atol=1e-5, rtol=1e-5)
 
 
+def test_vscan_from_pixels(model):
+    """Attention of two layers; what goes is averaged behind the projector."""
+    pixels = tiny_images(2)
+    got, rows = visual_embeddings(model, pixels, "vscan", 10, tokens="10/4", window=2, local_layer=1)
+    _, out = tower_outputs(pixels)
+    for i in range(2):
+        projected = project(model, list(out.hidden_states[-2][i, 1:]))
+        local, cls = (out.attentions[layer][i, :, 0, 1:].mean(0) for layer in (0, -2))
+        kept, merged = naive.vscan(projected, local, cls, GRID, 10, 2, 0.5, True)
+        assert rows[i].origins.tolist() == kept
+        torch.testing.assert_close(got[i].double(), merged, atol=1e-4, rtol=1e-4)
+
+
 def test_relevance_of_clip_is_refused_where_nobody_knows_it(model):
     with pytest.raises(UnsupportedError, match="relevance=text"):
         visual_embeddings(model, tiny_images(1), "cdpruner", relevance="clip")

@@ -56,7 +56,9 @@ class Batch:
             self.facts.append(
                 {
                     "keys": torch.randn(count, 8, generator=generator),
-                    **{name: torch.rand(count, generator=generator) ** 4 for name in ("cls", "object", "deep")},
+                    **{
+                        name: torch.rand(count, generator=generator) ** 4 for name in ("cls", "object", "deep", "local")
+                    },
                 }
             )
 

@@ -134,6 +134,22 @@ def flowcut(cls: Tensor, semantic: Tensor, values: Tensor, before: list[float] |
     return score, 0 if left % 2 else min(drop, count - target)
 
 
+def vscan(tokens, local, cls, grid, target, window, share, fill) -> tuple[list[int], Tensor]:
+    """Of one whole crop of grid x grid patches: the kept ones, and their means with those that are merged into them."""
+    windows: dict[tuple[int, int], list[int]] = {}
+    for i in range(len(tokens)):
+        windows.setdefault((i // grid // window, i % grid // window), []).append(i)
+    wanted = int(target * share)
+    each = wanted // len(windows)
+    chosen = [i for part in windows.values() for i in ranked(local, part)[:each]]
+    count = target if fill else max(each * len(windows) + target - wanted, 1)
+    kept = sorted(chosen + [i for i in ranked(cls) if i not in chosen][: count - len(chosen)])
+    groups = {i: [tokens[i].double()] for i in kept}
+    for i in set(range(len(tokens))) - set(kept):
+        groups[max(kept, key=lambda k: (cosine(tokens[i], tokens[k]), -k))].append(tokens[i].double())
+    return kept, torch.stack([sum(groups[i]) / len(groups[i]) for i in kept])
+
+
 def mmtok(
     tokens: Tensor, projected: Tensor, text: Tensor, target: int, weight: float, temperatures: tuple[float, float]
 ) -> list[int]:

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaModel
 
 from llava.mm_utils import padding_share
 from llava.pruning import VisualLayout, get_method
-from llava.pruning.methods import sparsevlm_v2, transprune
+from llava.pruning.methods import sparsevlm_v2, transprune, vscan
 from llava.pruning.methods.adaptinfer import text_guided_score
 from llava.pruning.methods.entropyprune import head_entropy
 from llava.pruning.methods.sparsevlm_v2 import corrected_score, rotary_bias
@@ -66,12 +66,14 @@ def tiny_llama():
 
 
 @torch.no_grad()
-def end_to_end(method, name, case):
-    """Final hidden states and trace of a method on the recorded prompt."""
+def end_to_end(method, name, case, facts=()):
+    """Final hidden states and trace of a method on the recorded prompt; ``facts`` of the tower are all the same."""
     parameters, embeds = inputs(name, case, "inputs_embeds")
     span = (parameters["pre"], parameters["pre"] + parameters["N"])
     with method.attach(tiny_llama()) as run:
-        run.set_visual(VisualLayout.from_spans([[span]]))
+        run.set_visual(
+            VisualLayout.from_spans([[span]]), facts={fact: [torch.zeros(parameters["N"])] for fact in facts}
+        )
         hidden = tiny_llama()(inputs_embeds=embeds).last_hidden_state
     return hidden, run.traces[0]
 
@@ -126,6 +128,22 @@ def test_transprune(case, monkeypatch):
     assert trace.tokens_in == output("transprune", case, "counts").tolist()
     for cut, score in zip(cuts, scores, strict=True):
         torch.testing.assert_close(score, output("transprune", case, f"score_r{cut}"), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", parted("vscan", "e2e_")[0])
+def test_vscan(case, monkeypatch):
+    """Nothing is reduced in front of the decoder there."""
+    parameters, _ = inputs("vscan", case, "inputs_embeds")
+    scores = noted_scores(vscan, monkeypatch)
+    cuts = parameters["layer_list"]
+    method = get_method("vscan")(
+        layers="/".join(map(str, cuts)), tokens="/".join(map(str, parameters["image_token_list"]))
+    )
+    hidden, trace = end_to_end(method, "vscan", case, facts=("local", "cls_attention"))
+    check_end_to_end("vscan", case, hidden, trace, cuts)
+    assert trace.tokens_in == output("vscan", case, "counts").tolist()
+    for cut, score in zip(cuts, scores, strict=True):
+        torch.testing.assert_close(score, output("vscan", case, f"score_r{cut}"), atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("case", cases("adaptinfer"))

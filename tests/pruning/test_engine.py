@@ -81,6 +81,8 @@ METHODS = {
     "prumerge_plus": get_method("prumerge_plus")(target_tokens=9, neighbors=4),
     "hiprune": get_method("hiprune")(target_tokens=9, alpha=0.6),
     "vispruner": get_method("vispruner")(target_tokens=9),
+    "vscan": get_method("vscan")(target_tokens=14),
+    "vscan-original": get_method("vscan")(tokens="24/16/7", layers="2/4", window=3, positions="original"),
     "mmtok": get_method("mmtok")(target_tokens=9),
     "holov": get_method("holov")(target_tokens=9, chunks=4),
     "cdpruner": get_method("cdpruner")(target_tokens=9),

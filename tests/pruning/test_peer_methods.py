@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -29,7 +31,10 @@ def model():
 
 def crop(patches: int, seed: int, with_cls: bool = True) -> Crop:
     generator = torch.Generator().manual_seed(seed)
-    facts = {name: torch.rand(patches, generator=generator) ** 6 for name in ("cls_attention", "cls", "object", "deep")}
+    facts = {
+        name: torch.rand(patches, generator=generator) ** 6
+        for name in ("cls_attention", "cls", "object", "deep", "local")
+    }
     facts["keys"] = torch.randn(patches, 6, generator=generator)
     cls = torch.randn(12, generator=generator) if with_cls else None
     return Crop(torch.randn(patches, 12, generator=generator), facts, cls_C=cls)
@@ -109,6 +114,48 @@ def test_mmtok_equals_a_naive_loop(target, options):
         expected = naive.mmtok(one.tokens_PC, projected, texts[one.prompt], target, options[0], options[1:])
         assert got.origin_K.tolist() == got.source_K.tolist() == expected
         assert torch.equal(got.tokens_KC, one.tokens_PC[expected])
+
+
+@pytest.mark.parametrize("fill", [True, False])
+@pytest.mark.parametrize(("window", "share"), [(2, 0.5), (3, 0.9), (4, 1.0), (6, 0.5), (1, 0.0)])
+@pytest.mark.parametrize("target", [1, 2, 9, 20, 35])
+def test_vscan_equals_a_naive_loop(target, window, share, fill):
+    crops = [crop(36, seed) for seed in range(3)]
+    method = get_method("vscan")(window=window, local_share=share, fill=fill)
+    for one, got in zip(crops, reduce(method, crops, target), strict=True):
+        attention = one.facts["local"], one.facts["cls_attention"]
+        kept, merged = naive.vscan(one.tokens_PC, *attention, 6, target, window, share, fill)
+        assert got.origin_K.tolist() == got.source_K.tolist() == kept
+        torch.testing.assert_close(got.tokens_KC.double(), merged, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close((got.weights() @ one.tokens_PC).double(), merged, atol=1e-5, rtol=1e-5)
+
+
+def test_vscan_fills_windows_that_unpadding_has_emptied():
+    """Of the upper half of a crop: two of four windows have patches, and the budget is met all the same."""
+    one = replace(crop(18, 0), patches_P=torch.arange(18), patches=36)
+    (got,) = reduce(get_method("vscan")(window=3, local_share=1.0), [one], 12)
+    local, cls = one.facts["local"], one.facts["cls_attention"]
+    chosen = [i for side in (0, 1) for i in naive.ranked(local, [i for i in range(18) if i % 6 // 3 == side])[:3]]
+    assert got.origin_K.tolist() == sorted(chosen + [i for i in naive.ranked(cls) if i not in chosen][:6])
+
+
+@pytest.mark.parametrize(("target", "left"), [(64, 32), (128, 64), (192, 96), (500, 424), (600, None)])
+def test_vscan_splits_the_budget_as_published(target, left):
+    method = get_method("vscan")(target_tokens=target)
+    entering = min(method.aim_in_front(576), 576)
+    assert entering == min(target * 3 // 2, 576)
+    plan = method._plan(entering, 576, 32)
+    assert plan == {16: entering if left is None else left}
+
+
+def test_vscan_asks_the_next_layer(model):
+    """Row of the last token, from the norm and projections of the layer that has not run yet."""
+    batch = Batch(model)
+    method = get_method("vscan")(layers="2", tokens="48/20", positions="original")
+    _, _, (trace,) = generate(model, method, batch.alone(0), new_tokens=1)
+    _, maps = eager_states(batch, 0)
+    assert trace.tokens_in == [48, 48, 20, 20, 20, 20]
+    assert trace.kept[1].tolist() == sorted(naive.ranked(maps[2][0, :, -1, 4:52].double().mean(0))[:20])
 
 
 @pytest.mark.parametrize(("chunks", "alpha"), [(16, 0.09), (5, 2.0), (1, 0.5), (60, 0.09)])
@@ -413,7 +460,7 @@ def test_plans_meet_any_budget_within_one_token(name, layers, tokens):
 
 COUNTED = ["fastv", "sparsevlm", "pdrop", "autoprune", "random", "uniform", "fastervlm", "divprune", "visionzip"]
 COUNTED += ["prumerge_plus", "hiprune", "tome", "vispruner", "scope", "dart", "cdpruner", "holov"]
-COUNTED += ["mmtok"]
+COUNTED += ["mmtok", "vscan"]
 COUNTED += ["entropyprune", "transprune", "adaptinfer", "sparsevlm_v2"]
 
 
@@ -489,6 +536,14 @@ def test_selection_time_is_measured_on_request(model):
         ("prumerge_plus", {"neighbors": -1}, "neighbors"),
         ("hiprune", {"alpha": 2.0}, "alpha"),
         ("hiprune", {"object_layer": 0}, "object_layer"),
+        ("vscan", {"window": 0}, "window"),
+        ("vscan", {"local_share": 1.5}, "local_share"),
+        ("vscan", {"local_layer": 0}, "local_layer"),
+        ("vscan", {"layers": "0/2"}, "from 1"),
+        ("vscan", {"layers": "2/6"}, "6 layers"),
+        ("vscan", {"tokens": "20/30"}, "falling"),
+        ("vscan", {"tokens": "many"}, "falling"),
+        ("vscan", {"tokens": "30/20", "layers": "2/4"}, "each of the layers"),
         ("vispruner", {"important_ratio": 1.5}, "important_ratio"),
         ("scope", {"alpha": -1.0}, "alpha"),
         ("cdpruner", {"relevance": "image"}, "relevance"),
@@ -522,7 +577,8 @@ def test_bad_options(model, name, options, message):
 
 
 @pytest.mark.parametrize(
-    "name", ["visionzip", "prumerge_plus", "hiprune", "tome", "vispruner", "scope", "cdpruner", "holov", "mmtok"]
+    "name",
+    ["visionzip", "prumerge_plus", "hiprune", "tome", "vispruner", "scope", "cdpruner", "holov", "mmtok", "vscan"],
 )
 def test_the_cap_alone_is_budget_enough_in_front_of_the_decoder(name):
     assert get_method(name)(target_tokens=None, visual_token_num=8).aim_of(576) is None

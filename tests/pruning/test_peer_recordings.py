@@ -70,6 +70,31 @@ def test_the_authors_code_keeps_the_same_patches(name, case):
     assert method.reduce(view).origin_NK.tolist() == arrays[f"{case}/out_kept"].tolist()
 
 
+@pytest.mark.parametrize(("name", "case"), [case for case in cases("vscan") if not case.values[1].startswith("e2e")])
+def test_vscan_keeps_and_merges_the_same_patches(name, case):
+    content, arrays = recording(name)
+    parameters = content[case]["params"]
+    source = parameters.get("inputs_of_case", case)
+    if f"{source}/features" not in arrays:
+        pytest.skip("its inputs are those of a case that is not here")
+    tokens, shallow, deep = (
+        torch.from_numpy(arrays[f"{source}/{array}"]).float() for array in ("features", "attn_l5", "attn_m2")
+    )
+    crops, patches = tokens.shape[:2]
+    view = VisionView(
+        tokens,
+        {"local": shallow.mean(1), CLS_ATTENTION: deep.mean(1)},
+        parameters["visual_token_num"],
+        torch.arange(patches).expand(crops, -1),
+        (24, 24),
+    )
+    options = {"window": parameters["window"], "local_share": parameters["local_ratio"]}
+    reduction = get_method(name)(fill=False, **options).reduce(view)
+    assert reduction.origin_NK.tolist() == arrays[f"{case}/out_kept"].tolist()
+    merged = torch.from_numpy(arrays[f"{case}/out_merged"])
+    torch.testing.assert_close(reduction.tokens_NKC, merged, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("name", "case"), list(cases("cdpruner")))
 def test_cdpruner_keeps_the_same_patches(name, case):
     content, arrays = recording(name)
