@@ -52,6 +52,7 @@ METHODS = {
     "uniform": "uniform",
     "visionzip": "VisionZip",
     "vscan": "VScan",
+    "zooprune": "ZOO-Prune",
 }
 # Of end to end and of the time to first token.
 PARTS = (*dict.fromkeys([*END_TO_END[:-1], *FIRST_TOKEN]),)

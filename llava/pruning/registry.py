@@ -35,6 +35,7 @@ _METHODS = {
     "vscan": "VScan",
     "vispruner": "VisPruner",
     "visionzip": "VisionZip",
+    "zooprune": "ZOOPrune",
 }
 
 

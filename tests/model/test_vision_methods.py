@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import ClassVar
@@ -18,7 +19,8 @@ from tests.pruning import naive
 I = IMAGE_TOKEN_INDEX  # noqa: E741
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 TARGET = 7
-NAMES = ["visionzip", "prumerge_plus", "hiprune", "tome", "vispruner", "scope", "cdpruner", "holov", "mmtok", "flowcut"]
+NAMES = ["visionzip", "prumerge_plus", "hiprune", "tome", "vispruner", "scope", "cdpruner", "holov"]
+NAMES += ["mmtok", "flowcut", "zooprune"]
 OPTIONS = {"prumerge_plus": {"neighbors": 3}, "hiprune": {"alpha": 0.9}}
 
 
@@ -157,6 +159,19 @@ def test_mmtok_from_pixels(model):
     with method("mmtok").attach(model), torch.no_grad():
         inputs = model.prepare_multimodal_inputs(torch.tensor([[1, I, 5]]), images=pixels[:1], image_masks=[mask])
     assert inputs.reduced[0].origins.tolist() == sorted(real | {0, 1})
+
+
+def test_zooprune_from_pixels(model):
+    pixels = tiny_images(2)
+    got, rows = visual_embeddings(model, pixels, "zooprune", directions=4, step=0.1, seed=5)
+    _, out = tower_outputs(pixels)
+    projector = copy.deepcopy(model.model.multi_modal_projector).double().requires_grad_(False)
+    directions = torch.randn(4, 24, generator=torch.Generator().manual_seed(5))
+    for i in range(2):
+        features = out.hidden_states[-2][i, 1:]
+        kept = naive.zooprune(features, projector, directions, 0.1, TARGET)
+        assert rows[i].origins.tolist() == kept
+        torch.testing.assert_close(got[i], project(model, list(features[kept])), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("target", [TARGET, 1, PATCHES - 1])

@@ -150,6 +150,23 @@ def vscan(tokens, local, cls, grid, target, window, share, fill) -> tuple[list[i
     return kept, torch.stack([sum(groups[i]) / len(groups[i]) for i in kept])
 
 
+def zooprune(tokens: Tensor, project, directions: Tensor, step: float, target: int) -> list[int]:
+    raw = []
+    for token in tokens.double():
+        moves = [step * direction / direction.norm() for direction in directions.double()]
+        raw.append(
+            sum(float((project(token + m) - project(token - m)).norm()) for m in moves) / (2 * step * len(moves))
+        )
+    weights = [(value - min(raw)) / (max(raw) - min(raw)) for value in raw]
+    projected = [project(token) for token in tokens.double()]
+    chosen = [max(range(len(tokens)), key=lambda i: (weights[i], -i))]
+    while len(chosen) < target:
+        rest = [i for i in range(len(tokens)) if i not in chosen]
+        gains = {i: weights[i] * min(1 - cosine(projected[i], projected[j]) for j in chosen) for i in rest}
+        chosen.append(max(gains, key=lambda i: (gains[i], -i)))
+    return sorted(chosen)
+
+
 def mmtok(
     tokens: Tensor, projected: Tensor, text: Tensor, target: int, weight: float, temperatures: tuple[float, float]
 ) -> list[int]:

@@ -84,6 +84,7 @@ METHODS = {
     "vscan": get_method("vscan")(target_tokens=14),
     "vscan-original": get_method("vscan")(tokens="24/16/7", layers="2/4", window=3, positions="original"),
     "mmtok": get_method("mmtok")(target_tokens=9),
+    "zooprune": get_method("zooprune")(target_tokens=9),
     "holov": get_method("holov")(target_tokens=9, chunks=4),
     "cdpruner": get_method("cdpruner")(target_tokens=9),
     "cdpruner-original": get_method("cdpruner")(target_tokens=9, relevance="none", positions="original"),

@@ -9,7 +9,7 @@ import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llava.pruning import OptionError, get_method
-from llava.pruning.methods import adaptinfer, sparsevlm, sparsevlm_v2
+from llava.pruning.methods import adaptinfer, sparsevlm, sparsevlm_v2, zooprune
 from llava.pruning.methods.pdrop import PDrop, plan_stages
 from llava.pruning.methods.sparsevlm import keep_list
 from llava.pruning.methods.tome import bipartite_merge, merges_now
@@ -95,6 +95,42 @@ def test_vispruner_and_scope_equal_a_naive_loop(name, key, target, option):
         expected = getattr(naive, name)(one.tokens_PC, one.facts["cls_attention"], target, option)
         assert got.origin_K.tolist() == got.source_K.tolist() == expected
         assert torch.equal(got.tokens_KC, one.tokens_PC[expected])
+
+
+@pytest.mark.parametrize(("target", "step"), [(1, 0.01), (2, 0.5), (9, 0.1), (19, 0.01)])
+def test_zooprune_equals_a_naive_loop(target, step):
+    crops = [crop(20, seed) for seed in range(3)]
+    first, second = torch.randn(2, 12, 12, generator=torch.Generator().manual_seed(0)).double()
+
+    def project(tokens):
+        return (torch.tanh(tokens.double() @ first / 2) @ second).to(tokens.dtype)
+
+    method = get_method("zooprune")(directions=5, step=step, seed=3)
+    directions = torch.randn(5, 12, generator=torch.Generator().manual_seed(3))
+    for one, got in zip(crops, reduce_crops(method, crops, [target] * 3, project), strict=True):
+        expected = naive.zooprune(one.tokens_PC, project, directions, step, target)
+        assert got.origin_K.tolist() == got.source_K.tolist() == expected
+        assert torch.equal(got.tokens_KC, one.tokens_PC[expected])
+
+
+def test_zooprune_where_all_patches_are_equally_sensitive_goes_by_distance(caplog):
+    """Behind a linear projector, and where there is none to see."""
+    one = crop(20, 0)
+    turn = torch.linalg.qr(torch.randn(12, 12, generator=torch.Generator().manual_seed(1)))[0]
+    chosen = [0]
+    while len(chosen) < 6:
+        rest = [i for i in range(20) if i not in chosen]
+        chosen.append(
+            max(rest, key=lambda i: min(1 - naive.cosine(one.tokens_PC[i], one.tokens_PC[j]) for j in chosen))
+        )
+    zooprune._say_out_of_sight.cache_clear()
+    for project in (lambda tokens: tokens @ turn, None, None):
+        assert not caplog.records or project is None
+        (got,) = reduce_crops(get_method("zooprune")(), [one], [6], project)
+        assert got.origin_K.tolist() == sorted(chosen)
+    assert [record.message for record in caplog.records] == [
+        "zooprune: the projector is out of sight here, so all patches are taken as equally sensitive"
+    ]
 
 
 @pytest.mark.parametrize("options", [(0.5, 0.02, 0.2), (0.0, 0.5, 0.2), (2.0, 0.1, 1.0)])
@@ -460,7 +496,7 @@ def test_plans_meet_any_budget_within_one_token(name, layers, tokens):
 
 COUNTED = ["fastv", "sparsevlm", "pdrop", "autoprune", "random", "uniform", "fastervlm", "divprune", "visionzip"]
 COUNTED += ["prumerge_plus", "hiprune", "tome", "vispruner", "scope", "dart", "cdpruner", "holov"]
-COUNTED += ["mmtok", "vscan"]
+COUNTED += ["mmtok", "vscan", "zooprune"]
 COUNTED += ["entropyprune", "transprune", "adaptinfer", "sparsevlm_v2"]
 
 
@@ -548,6 +584,8 @@ def test_selection_time_is_measured_on_request(model):
         ("scope", {"alpha": -1.0}, "alpha"),
         ("cdpruner", {"relevance": "image"}, "relevance"),
         ("holov", {"chunks": 0}, "chunks"),
+        ("zooprune", {"directions": 0}, "directions"),
+        ("zooprune", {"step": 0.0}, "step"),
         ("mmtok", {"vision_weight": -1.0}, "vision_weight"),
         ("mmtok", {"text_temperature": 0.0}, "text_temperature"),
         ("holov", {"alpha": -0.1}, "alpha"),
@@ -576,10 +614,11 @@ def test_bad_options(model, name, options, message):
         get_method(name)(**options).attach(model)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["visionzip", "prumerge_plus", "hiprune", "tome", "vispruner", "scope", "cdpruner", "holov", "mmtok", "vscan"],
-)
+IN_FRONT = ["visionzip", "prumerge_plus", "hiprune", "tome", "vispruner", "scope", "cdpruner", "holov"]
+IN_FRONT += ["mmtok", "zooprune", "flowcut", "vscan"]
+
+
+@pytest.mark.parametrize("name", IN_FRONT)
 def test_the_cap_alone_is_budget_enough_in_front_of_the_decoder(name):
     assert get_method(name)(target_tokens=None, visual_token_num=8).aim_of(576) is None
 

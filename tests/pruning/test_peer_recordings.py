@@ -19,6 +19,7 @@ from llava.pruning.engine.view import LayerView, SampleIds
 from llava.pruning.methods.cdpruner import clip_relevance, normalized
 from llava.pruning.methods.flowcut import FlowCut, flow_scores, to_drop
 from llava.pruning.methods.mmtok import cover_order, text_coverage, vision_coverage
+from llava.pruning.methods.zooprune import sensitive_order, sensitivity, zero_to_one
 from llava.pruning.vision import CLS_ATTENTION, TowerHide, TowerKeep, VisionView
 from tests.conftest import ROOT
 
@@ -229,6 +230,29 @@ class Counting(FlowCut):
             there = there & ~step.hide_NT[:, 1:]
         self.counts.append(step.keep_NK.shape[1] - 1 if isinstance(step, TowerKeep) else int(there.sum()))
         return step
+
+
+@pytest.mark.parametrize(("name", "case"), list(cases("zooprune")))
+def test_zooprune_chooses_the_same_patches_in_the_same_order(name, case):
+    content, arrays = recording(name)
+    parameters = content[case]["params"]
+    source = parameters.get("inputs_of_case", case)
+    if f"{source}/pre" not in arrays:
+        pytest.skip("its inputs are those of a case that is not here")
+    tokens, directions, w0, b0, w1, b1 = (
+        torch.from_numpy(arrays[f"{source}/{array}"]).float() for array in ("pre", "u", "w0", "b0", "w1", "b1")
+    )
+
+    def project(features):
+        hidden = torch.nn.functional.gelu(torch.nn.functional.linear(features, w0, b0))
+        return torch.nn.functional.linear(hidden, w1, b1)
+
+    raw = sensitivity(tokens, project, directions, parameters["h"])
+    recorded = torch.from_numpy(arrays[f"{case}/out_importance"])
+    torch.testing.assert_close(raw[0], recorded, atol=1e-5, rtol=1e-4)  # differences of float32 numbers, over h
+    order = sensitive_order(project(tokens), zero_to_one(raw), parameters["k"])[0].tolist()
+    assert order == arrays[f"{case}/out_order"].tolist()
+    assert sorted(order) == arrays[f"{case}/out_kept"].tolist()
 
 
 @pytest.mark.parametrize(("name", "case"), list(cases("dart")))
