@@ -100,7 +100,7 @@ def load_pretrained_model(
     _check_merge_type(config, mm_patch_merge_type, folder)
     tokenizer = load_tokenizer(checkpoint.find("tokenizer.model", "tokenizer.json") or folder, config)
     image_processor = load_image_processor(checkpoint.base or folder, checkpoint.tower_folder, config)
-    generation = _generation_tokens(checkpoint.find("generation_config.json") or folder)
+    generation = generation_tokens(checkpoint.find("generation_config.json") or folder)
     model = _build_model(checkpoint, read_checkpoint_weights(checkpoint), options)
     model.image_processor = image_processor
     if not getattr(config, "anyres_resolution_rule", None):
@@ -109,7 +109,7 @@ def load_pretrained_model(
     if mm_patch_merge_type is not None:
         model.set_patch_merge_type(mm_patch_merge_type)
     _set_generation_config(model, generation)
-    model.generation_config.suppress_tokens = _wordless_tokens(config, tokenizer, model.generation_config.eos_token_id)
+    model.generation_config.suppress_tokens = wordless_tokens(config, tokenizer, model.generation_config.eos_token_id)
     return tokenizer, model, image_processor, int(getattr(config, "max_sequence_length", None) or DEFAULT_CONTEXT_LEN)
 
 
@@ -272,7 +272,8 @@ def _check_memory(weights: Weights, options: dict[str, Any]) -> None:
         logger.warning("%s", notice)
 
 
-def _generation_tokens(folder: Path) -> dict[str, Any] | None:
+def generation_tokens(folder: Path) -> dict[str, Any] | None:
+    """The token ids of a folder's generation_config.json; None if it has none."""
     path = folder / "generation_config.json"
     # Sampling settings in the file (LLaVA-1.5: temperature 0.9, top_p 0.6) would silently apply wherever a caller
     # leaves one out; only what belongs to the checkpoint is taken.
@@ -291,7 +292,7 @@ def _set_generation_config(model: LlavaLlamaForCausalLM, tokens: dict[str, Any] 
         model.generation_config.pad_token_id = eos[0] if isinstance(eos, list) else eos
 
 
-def _wordless_tokens(config: LlavaConfig, tokenizer: Any | None, eos: int | list[int] | None) -> list[int] | None:
+def wordless_tokens(config: Any, tokenizer: Any | None, eos: int | list[int] | None) -> list[int] | None:
     """Ids that the llava-hf layout appends to the vocabulary for `<image>`, padding and alignment.
 
     Their rows are no part of LLaVA. Ruling them out makes both layouts choose among the same words.

@@ -59,6 +59,20 @@ OPTIONAL_TEXT_FIELDS = (
     "tie_word_embeddings",
 )
 SELECT_STRATEGY = {"patch": "default", "cls_patch": "full"}
+# LLaVA's own fields of a flat config.json begin like this.
+LLAVA_FIELDS = (
+    "mm_",
+    "image_",
+    "tokenizer_",
+    "anyres_",
+    "use_mm",
+    "tune_mm",
+    "freeze_mm",
+    "unfreeze_mm",
+    "max_sequence",
+)
+# In a llava-hf config.json of ours: LLaVA's own list of (width, height), in its order.
+PINPOINTS_WH = "mm_image_grid_pinpoints_wh"
 # LLaVA's tile sizes of 1.6, where a llava-hf config leaves them to transformers' defaults.
 DEFAULT_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
@@ -263,7 +277,8 @@ def _llava_hf_config(raw: Mapping[str, Any], path: Path) -> LlavaConfig:
             "model_type": "llava",
             "image_aspect_ratio": "anyres",
             "mm_patch_merge_type": "spatial_unpad",
-            "image_grid_pinpoints": _pinpoints_wh(raw.get("image_grid_pinpoints") or DEFAULT_PINPOINTS, path),
+            "image_grid_pinpoints": raw.get(PINPOINTS_WH)
+            or _pinpoints_wh(raw.get("image_grid_pinpoints") or DEFAULT_PINPOINTS, path),
         }
     config = build_config(LlavaConfig.from_dict, {"config_dict": {**raw, **next_fields}}, path)
     if not isinstance(config.vision_feature_layer, int):
@@ -307,8 +322,7 @@ def _llava_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
     """LLaVA's own fields, under their own names: scripts and `process_images` read them from
     `model.config`.
     """
-    own = ("mm_", "image_", "tokenizer_", "anyres_", "use_mm", "tune_mm", "freeze_mm", "unfreeze_mm", "max_sequence")
-    fields = {name: value for name, value in raw.items() if name.startswith(own)}
+    fields = {name: value for name, value in raw.items() if name.startswith(LLAVA_FIELDS)}
     fields.setdefault("mm_use_im_start_end", False)
     # Explicit because LLaVA's own default is True, which would add a token that LLaVA 1.5 does not have.
     fields.setdefault("mm_use_im_patch_token", False)

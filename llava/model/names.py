@@ -47,6 +47,24 @@ def translate_name(name: str) -> str | None:
     return name
 
 
+# The model's names -> those of llava-hf's published files; `translate_name` is the way back.
+LLAVA_HF_PREFIXES = (
+    ("model.language_model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+    ("model.vision_tower.", "vision_tower.vision_model."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("model.image_newline", "image_newline"),
+)
+
+
+def llava_hf_name(name: str) -> str:
+    """What llava-hf calls a tensor of the model."""
+    for own, theirs in LLAVA_HF_PREFIXES:
+        if name.startswith(own):
+            return theirs + name.removeprefix(own)
+    raise ValueError(f"{name!r} is no tensor of LLaVA")
+
+
 def translate_tower_name(name: str) -> str | None:
     """The model's name for a tensor of a separate CLIP checkpoint; None for its text half and computed
     buffers.
