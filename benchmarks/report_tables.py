@@ -40,6 +40,7 @@ METHODS = {
     "transprune": "TransPrune",
     "hiprune": "HiPrune",
     "flowcut": "FlowCut",
+    "gtp_vit": "GTP-ViT",
     "holov": "HoloV",
     "mmtok": "MMTok",
     "scope": "SCOPE",

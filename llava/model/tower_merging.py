@@ -71,11 +71,21 @@ class TowerMerger:
         finally:
             for hook in hooks:
                 hook.remove()
-        hidden_NTC = hidden_NTC + attended
+        entering_NTC, hidden_NTC = hidden_NTC, hidden_NTC + attended
         with self.timer():
             query, key, value = (said[name].unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for name in "qkv")
             view = TowerView(
-                index, layers, query, key, value, attention.scale, hidden_NTC, self.sizes_NT, self.target, self.memory
+                index,
+                layers,
+                query,
+                key,
+                value,
+                attention.scale,
+                entering_NTC,
+                hidden_NTC,
+                self.sizes_NT,
+                self.target,
+                self.memory,
             )
             hidden_NTC = self._changed(view, hidden_NTC)
         return hidden_NTC + layer.mlp(layer.layer_norm2(hidden_NTC))

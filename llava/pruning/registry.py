@@ -20,6 +20,7 @@ _METHODS = {
     "fastervlm": "FasterVLM",
     "fastv": "FastV",
     "flowcut": "FlowCut",
+    "gtp_vit": "GTPViT",
     "hiprune": "HiPrune",
     "holov": "HoloV",
     "mmtok": "MMTok",

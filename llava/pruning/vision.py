@@ -147,6 +147,7 @@ class TowerView:
         layer: index of the layer; ``layers`` is how many run.
         query_NHTD: what the layer has attended with, as are keys and values. Token 0 is CLS if ``has_cls``.
         scaling: factor on the products of queries and keys.
+        entering_NTC: states that entered the layer.
         hidden_NTC: what leaves attention, the states that entered the layer added.
         sizes_NT: patches that each token stands for; 0 for those that are hidden.
         target: patches (CLS not counted) that shall be left behind the last layer.
@@ -159,6 +160,7 @@ class TowerView:
     key_NHTD: Tensor
     value_NHTD: Tensor
     scaling: float
+    entering_NTC: Tensor
     hidden_NTC: Tensor
     sizes_NT: Tensor
     target: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import ClassVar
@@ -20,7 +21,7 @@ I = IMAGE_TOKEN_INDEX  # noqa: E741
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 TARGET = 7
 NAMES = ["visionzip", "prumerge_plus", "hiprune", "tome", "vispruner", "scope", "cdpruner", "holov"]
-NAMES += ["mmtok", "flowcut", "zooprune"]
+NAMES += ["mmtok", "flowcut", "zooprune", "gtp_vit"]
 OPTIONS = {"prumerge_plus": {"neighbors": 3}, "hiprune": {"alpha": 0.9}}
 
 
@@ -200,6 +201,38 @@ def test_flowcut_from_pixels(model, target):
                 kept = sorted(naive.ranked(score)[: len(places) - drop])
                 states = states[[0, *(1 + place for place in kept)]]
                 places, score = [places[place] for place in kept], [score[place] for place in kept]
+        assert rows[i].origins.tolist() == places and len(places) == target
+        torch.testing.assert_close(got[i], project(model, list(states[1:])), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("target", [TARGET, 1, PATCHES - 1])
+def test_gtp_vit_from_pixels(model, target):
+    """The whole tower once more, picture by picture: explicit softmax, edges and sums in loops."""
+    pixels = tiny_images(2)
+    got, rows = visual_embeddings(model, pixels, "gtp_vit", target, neighbors=3, alpha=0.4)
+    tower, out = tower_outputs(pixels)
+    for i in range(2):
+        states, places = out.hidden_states[0][i], list(range(PATCHES))
+        graph = naive.gtp_graph(states[1:], 3)
+        for index, layer in enumerate(tower.encoder.layers[:3]):
+            attention = layer.self_attn
+            with torch.no_grad():
+                normed = layer.layer_norm1(states)
+                q, k, v = (
+                    part(normed).unflatten(-1, (attention.num_heads, -1)).transpose(0, 1)
+                    for part in (attention.q_proj, attention.k_proj, attention.v_proj)
+                )
+                weights = torch.softmax(q @ k.transpose(1, 2) * attention.scale, -1)
+                states = states + attention.out_proj((weights @ v).transpose(0, 1).flatten(1))
+                order = naive.ranked(naive.gtp_scores(weights))
+                keep = len(places) - math.ceil((len(places) - target) / (3 - index))
+                kept, gone = sorted(order[:keep]), order[keep:]
+                passed = [
+                    sum((graph[places[a]][places[b]] * states[1 + b] for b in gone), torch.zeros(24)) for a in kept
+                ]
+                states = torch.stack([states[0], *(states[1 + a] + 0.4 * p for a, p in zip(kept, passed, strict=True))])
+                places = [places[a] for a in kept]
+                states = states + layer.mlp(layer.layer_norm2(states))
         assert rows[i].origins.tolist() == places and len(places) == target
         torch.testing.assert_close(got[i], project(model, list(states[1:])), atol=1e-4, rtol=1e-4)
 

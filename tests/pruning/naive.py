@@ -167,6 +167,27 @@ def zooprune(tokens: Tensor, project, directions: Tensor, step: float, target: i
     return sorted(chosen)
 
 
+def gtp_scores(weights: Tensor) -> list[float]:
+    """Of the patches, from the attention map ``[H, T, T]`` of one picture."""
+    own = [max(float(head[i, i]) for head in weights) for i in range(1, weights.shape[1])]
+    received = [max(float(head[:, i].double().sum()) for head in weights) for i in range(1, weights.shape[1])]
+    return [a * b for a, b in zip(own, received, strict=True)]
+
+
+def gtp_graph(patches: Tensor, neighbors: int) -> list[list[float]]:
+    count = len(patches)
+    width = math.isqrt(count)
+    linked = []
+    for i in range(count):
+        around = {j for j in range(count) if max(abs(i // width - j // width), abs(i % width - j % width)) == 1}
+        likeness = [-1.0 if i == j else cosine(patches[i], patches[j]) for j in range(count)]
+        linked.append(around | set(ranked(likeness)[:neighbors]))
+    return [
+        [1 / math.sqrt(len(linked[i]) * len(linked[j])) if j in linked[i] else 0.0 for j in range(count)]
+        for i in range(count)
+    ]
+
+
 def mmtok(
     tokens: Tensor, projected: Tensor, text: Tensor, target: int, weight: float, temperatures: tuple[float, float]
 ) -> list[int]:

@@ -584,6 +584,11 @@ def test_selection_time_is_measured_on_request(model):
         ("scope", {"alpha": -1.0}, "alpha"),
         ("cdpruner", {"relevance": "image"}, "relevance"),
         ("holov", {"chunks": 0}, "chunks"),
+        ("gtp_vit", {"selection": "best"}, "selection must be one of mixed"),
+        ("gtp_vit", {"heads": "min"}, "heads"),
+        ("gtp_vit", {"graph": "tree"}, "graph"),
+        ("gtp_vit", {"neighbors": 0}, "neighbors"),
+        ("gtp_vit", {"alpha": -1.0}, "alpha"),
         ("zooprune", {"directions": 0}, "directions"),
         ("zooprune", {"step": 0.0}, "step"),
         ("mmtok", {"vision_weight": -1.0}, "vision_weight"),
@@ -615,7 +620,7 @@ def test_bad_options(model, name, options, message):
 
 
 IN_FRONT = ["visionzip", "prumerge_plus", "hiprune", "tome", "vispruner", "scope", "cdpruner", "holov"]
-IN_FRONT += ["mmtok", "zooprune", "flowcut", "vscan"]
+IN_FRONT += ["mmtok", "zooprune", "flowcut", "vscan", "gtp_vit"]
 
 
 @pytest.mark.parametrize("name", IN_FRONT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -18,6 +19,7 @@ from llava.pruning.engine.sequence import Sequences
 from llava.pruning.engine.view import LayerView, SampleIds
 from llava.pruning.methods.cdpruner import clip_relevance, normalized
 from llava.pruning.methods.flowcut import FlowCut, flow_scores, to_drop
+from llava.pruning.methods.gtp_vit import AttentionSummary, summary, token_graph, token_scores
 from llava.pruning.methods.mmtok import cover_order, text_coverage, vision_coverage
 from llava.pruning.methods.zooprune import sensitive_order, sensitivity, zero_to_one
 from llava.pruning.vision import CLS_ATTENTION, TowerHide, TowerKeep, VisionView
@@ -253,6 +255,40 @@ def test_zooprune_chooses_the_same_patches_in_the_same_order(name, case):
     order = sensitive_order(project(tokens), zero_to_one(raw), parameters["k"])[0].tolist()
     assert order == arrays[f"{case}/out_order"].tolist()
     assert sorted(order) == arrays[f"{case}/out_kept"].tolist()
+
+
+# A recording's selection -> the method's.
+GTP = {"MixedAttn": "mixed", "SumAttn": "sum", "DiagAttn": "diagonal", "IMGAttn": "received", "CLSAttn": "cls"}
+
+
+@pytest.mark.parametrize(("name", "case"), list(cases("gtp_vit")))
+def test_gtp_vit_keeps_and_passes_on_the_same(name, case):
+    content, arrays = recording(name)
+    parameters = content[case]["params"]
+    selection, heads = re.fullmatch(r"(\w+)(Max|Mean)", parameters["selection"]).groups()
+    if selection not in GTP or parameters["token_scales"]:
+        pytest.skip("an ablation that is left out, see the method")
+    recorded = {array: torch.from_numpy(arrays[f"{case}/{array}"]) for array in content[case]["outputs"]}
+    if f"{case}/attn" in arrays:
+        weights = torch.from_numpy(arrays[f"{case}/attn"]).float()
+        attention = AttentionSummary(weights.diagonal(0, 2, 3), weights.sum(2), weights[:, :, 0])
+    else:
+        attention = summary(*(torch.from_numpy(arrays[f"{case}/{array}"]).float() for array in "qk"), 1.0)
+    states, first = (torch.from_numpy(arrays[f"{case}/{array}"]).float() for array in ("x", "x0"))
+    order = token_scores(attention, GTP[selection], heads.lower()).argsort(dim=1, descending=True, stable=True) + 1
+    kept, gone = order[:, : -parameters["num_prop"]], order[:, -parameters["num_prop"] :]
+    assert kept.tolist() == recorded["out_kept"].tolist() and gone.tolist() == recorded["out_prop"].tolist()
+    if parameters["propagation"] == "Mean":
+        return  # an ablation that is left out, see the method
+    method, graph = get_method(name)(alpha=parameters["alpha"]), None
+    if parameters["propagation"] == "GraphProp":
+        graph = token_graph(first[:, 1:], parameters["graph_type"].lower(), parameters["num_neighbours"])
+        if "out_graph_full" in recorded:
+            torch.testing.assert_close(graph, recorded["out_graph_full"])
+    hidden, left = method.propagate(states[:, 1:], graph, kept - 1, gone - 1)
+    torch.testing.assert_close(torch.cat((states[:, :1], hidden), 1), recorded["out_x"], atol=1e-5, rtol=1e-5)
+    if "out_graph" in recorded:
+        torch.testing.assert_close(left, recorded["out_graph"])
 
 
 @pytest.mark.parametrize(("name", "case"), list(cases("dart")))
