@@ -34,6 +34,7 @@ METHODS = {
     "cdpruner": "CDPruner",
     "dart": "DART",
     "adaptinfer": "AdaptInfer",
+    "agilepruner": "AgilePruner",
     "entropyprune": "EntropyPrune",
     "fastervlm": "FasterVLM",
     "sparsevlm_v2": "SparseVLM+",

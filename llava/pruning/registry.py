@@ -11,6 +11,7 @@ from llava.pruning.types import OptionError
 
 _METHODS = {
     "adaptinfer": "AdaptInfer",
+    "agilepruner": "AgilePruner",
     "autoprune": "AutoPrune",
     "cdpruner": "CDPruner",
     "dart": "Dart",

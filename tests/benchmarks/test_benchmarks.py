@@ -261,18 +261,8 @@ def test_bad_input(tmp_path, capsys):
 def test_methods_that_need_a_tower_are_one_line_errors(name, model, prompt, capsys):
     """Every method runs on random embeddings or is refused before anything is measured."""
     flags = ["--geometry", "tiny", "--device", "cpu", "--budgets", "8"]
-    if name in (
-        "tome",
-        "visionzip",
-        "hiprune",
-        "prumerge_plus",
-        "vispruner",
-        "scope",
-        "holov",
-        "flowcut",
-        "gtp_vit",
-        "vscan",
-    ):
+    towers = ("tome", "visionzip", "hiprune", "prumerge_plus", "vispruner", "scope", "holov", "flowcut", "gtp_vit")
+    if name in (*towers, "vscan", "agilepruner"):
         for tool in (prefill, decode, memory, scaling):
             own = [flag for flag in flags if tool is not scaling or flag not in ("--budgets", "8")]
             fails_with_one_line(tool.main, [*own, "--methods", name], capsys, "--methods", name, "tower", "first_token")

@@ -22,6 +22,7 @@ GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 TARGET = 7
 NAMES = ["visionzip", "prumerge_plus", "hiprune", "tome", "vispruner", "scope", "cdpruner", "holov"]
 NAMES += ["mmtok", "flowcut", "zooprune", "gtp_vit"]
+NAMES += ["agilepruner"]
 OPTIONS = {"prumerge_plus": {"neighbors": 3}, "hiprune": {"alpha": 0.9}}
 
 

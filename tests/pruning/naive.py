@@ -349,3 +349,19 @@ def rotary_corrected(
     best = ranked([sum(map(sum, head)) for head in corrected])[:heads]
     total = len(best) * len(raters)
     return [sum(row[v] for head in best for row in corrected[head]) / total for v in range(len(visual))]
+
+
+def agilepruner(tokens: Tensor, cls: Tensor, target: int, step: float, most: float, average: float | None) -> list[int]:
+    complexity = 1.0
+    if average is not None:
+        values = torch.linalg.svdvals(tokens.double())
+        shares = [float(value / values.sum()) for value in values]
+        complexity = math.exp(-sum(share * math.log(share) for share in shares if share > 0)) / average
+    order, kept, gone = ranked(cls), [], set()
+    for place, i in enumerate(order):
+        if i in gone or len(kept) == target:
+            continue
+        kept.append(i)
+        near = min((place + 1) * step * complexity, most)
+        gone |= {j for j in order if j not in kept and 1 - cosine(tokens[i], tokens[j]) < near}
+    return sorted(kept + [i for i in order if i not in kept][: target - len(kept)])

@@ -88,6 +88,7 @@ METHODS = {
     "holov": get_method("holov")(target_tokens=9, chunks=4),
     "cdpruner": get_method("cdpruner")(target_tokens=9),
     "cdpruner-original": get_method("cdpruner")(target_tokens=9, relevance="none", positions="original"),
+    "agilepruner": get_method("agilepruner")(target_tokens=9, most=0.8),
     "scope": get_method("scope")(target_tokens=9, positions="original"),
     "tome": get_method("tome")(target_tokens=9, inside=False),
     "tome-original": get_method("tome")(target_tokens=9, inside=False, positions="original"),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llava.pruning import OptionError, get_method
 from llava.pruning.methods import adaptinfer, sparsevlm, sparsevlm_v2, zooprune
+from llava.pruning.methods.agilepruner import effective_rank
 from llava.pruning.methods.pdrop import PDrop, plan_stages
 from llava.pruning.methods.sparsevlm import keep_list
 from llava.pruning.methods.tome import bipartite_merge, merges_now
@@ -400,6 +402,30 @@ def test_sparsevlm_v2_equals_a_naive_loop(model, heads):
         assert [kept.tolist() for kept in other.kept] == [kept.tolist() for kept in alone.kept]
 
 
+@pytest.mark.parametrize("target", [1, 2, 9, 20, 35])
+@pytest.mark.parametrize(
+    ("step", "most", "average"), [(0.1, 0.9, None), (0.1, 0.9, 6.0), (0.05, 2.0, 11.0), (0.0, 0.3, 4.0)]
+)
+def test_agilepruner_equals_a_naive_loop(target, step, most, average):
+    crops = [crop(36, seed) for seed in range(3)]
+    method = get_method("agilepruner")(step=step, most=most, average_rank=average)
+    for one, got in zip(crops, reduce(method, crops, target), strict=True):
+        expected = naive.agilepruner(one.tokens_PC, one.facts["cls_attention"], target, step, most, average)
+        assert got.origin_K.tolist() == got.source_K.tolist() == expected
+        assert torch.equal(got.tokens_KC, one.tokens_PC[expected])
+    plain = [naive.ranked(one.facts["cls_attention"])[:target] for one in crops]
+    if step == 0:
+        assert [got.origin_K.tolist() for got in reduce(method, crops, target)] == [sorted(own) for own in plain]
+
+
+def test_effective_rank_of_known_spectra():
+    flat = torch.eye(8)[:, :5][None]  # five equal singular values
+    halves = torch.diag(torch.tensor([3.0, 1.0, 0.0]))[None]
+    torch.testing.assert_close(effective_rank(flat), torch.tensor([5.0]).double())
+    entropy = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
+    torch.testing.assert_close(effective_rank(halves), torch.tensor([np.exp(entropy)]))
+
+
 def test_lists_of_published_budgets():
     for target, keep in {64: (66, 34, 20), 96: (246, 54, 28), 128: (238, 108, 60), 192: (300, 200, 118)}.items():
         assert sparsevlm_v2._PUBLISHED.keep(576, 32, (2, 6, 15), target, "nominal") == keep
@@ -497,7 +523,7 @@ def test_plans_meet_any_budget_within_one_token(name, layers, tokens):
 COUNTED = ["fastv", "sparsevlm", "pdrop", "autoprune", "random", "uniform", "fastervlm", "divprune", "visionzip"]
 COUNTED += ["prumerge_plus", "hiprune", "tome", "vispruner", "scope", "dart", "cdpruner", "holov"]
 COUNTED += ["mmtok", "vscan", "zooprune"]
-COUNTED += ["entropyprune", "transprune", "adaptinfer", "sparsevlm_v2"]
+COUNTED += ["entropyprune", "transprune", "adaptinfer", "sparsevlm_v2", "agilepruner"]
 
 
 @pytest.mark.parametrize("budget", ["nominal", "processed"])
@@ -582,6 +608,8 @@ def test_selection_time_is_measured_on_request(model):
         ("vscan", {"tokens": "30/20", "layers": "2/4"}, "each of the layers"),
         ("vispruner", {"important_ratio": 1.5}, "important_ratio"),
         ("scope", {"alpha": -1.0}, "alpha"),
+        ("agilepruner", {"most": -1.0}, "most"),
+        ("agilepruner", {"average_rank": 0.0}, "average_rank"),
         ("cdpruner", {"relevance": "image"}, "relevance"),
         ("holov", {"chunks": 0}, "chunks"),
         ("gtp_vit", {"selection": "best"}, "selection must be one of mixed"),
@@ -621,6 +649,7 @@ def test_bad_options(model, name, options, message):
 
 IN_FRONT = ["visionzip", "prumerge_plus", "hiprune", "tome", "vispruner", "scope", "cdpruner", "holov"]
 IN_FRONT += ["mmtok", "zooprune", "flowcut", "vscan", "gtp_vit"]
+IN_FRONT += ["agilepruner"]
 
 
 @pytest.mark.parametrize("name", IN_FRONT)
