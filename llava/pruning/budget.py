@@ -14,6 +14,9 @@ import numpy as np
 
 BUDGETS = ("nominal", "processed")
 _STEPS = 50
+_RATIO = 0.5
+STAGES = 3
+"""Cuts of PyramidDrop."""
 
 
 def share_of(count: int, ratio: float) -> int:
@@ -106,6 +109,50 @@ def crop_quotas(sizes: Sequence[int], cap: int) -> list[int]:
     for crop in by_remainder[: cap - sum(quotas)]:
         quotas[crop] += 1
     return quotas
+
+
+def spaced_layers(spacing: int, num_layers: int) -> tuple[int, ...]:
+    """PyramidDrop's layers, one behind each ``spacing`` layers."""
+    return tuple(spacing * stage for stage in range(1, STAGES + 1) if spacing * stage < num_layers)
+
+
+@lru_cache(maxsize=1024)
+def plan_stages(count: int, num_layers: int, target: int, layers: tuple[int, ...] | None) -> Mapping[int, int]:
+    """Tokens to keep in front of each stage's layer so that the processed mean meets ``target``.
+
+    Args:
+        count: tokens in front of the first stage.
+        num_layers: layers of the decoder.
+        target: wanted mean.
+        layers: layers in front of which tokens are dropped; None: PyramidDrop's, moved to the front for small targets.
+    """
+
+    def leaving(layers: tuple[int, ...], keep: list[int]) -> list[int]:
+        wanted, current, counts = dict(zip(layers, keep, strict=True)), count, []
+        for layer in range(num_layers):
+            current = wanted.get(layer + 1, current)
+            counts.append(current)
+        return counts
+
+    def shares(layers: tuple[int, ...], ratio: float) -> list[int]:
+        return [max(round(count * ratio**stage), 1) for stage in range(1, len(layers) + 1)]
+
+    def mean(layers: tuple[int, ...], keep: list[int]) -> float:
+        return mean_tokens(count, leaving(layers, keep), "processed")
+
+    if layers is None:
+        spacing = max(num_layers // (STAGES + 1), 1)
+        while (
+            spacing > 1
+            and mean(spaced_layers(spacing, num_layers), shares(spaced_layers(spacing, num_layers), _RATIO)) > target
+        ):
+            spacing -= 1
+        layers = spaced_layers(spacing, num_layers)
+    ratio = nearest_plan(lambda r: leaving(layers, shares(layers, r)), count, target, "processed")
+    keep = shares(layers, ratio)
+    missing = target - mean(layers, keep)
+    keep[-1] = min(max(keep[-1] + round(missing * num_layers / (num_layers - layers[-1])), 1), keep[-2:][0])
+    return dict(zip(layers, keep, strict=True))
 
 
 def _wanted(current: int, wanted: int) -> int:

@@ -10,9 +10,10 @@ import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llava.pruning import OptionError, get_method
+from llava.pruning.budget import plan_stages
 from llava.pruning.methods import adaptinfer, sparsevlm, sparsevlm_v2, zooprune
 from llava.pruning.methods.agilepruner import effective_rank
-from llava.pruning.methods.pdrop import PDrop, plan_stages
+from llava.pruning.methods.pdrop import PDrop
 from llava.pruning.methods.sparsevlm import keep_list
 from llava.pruning.methods.tome import bipartite_merge, merges_now
 from llava.pruning.methods.transprune import plan_cuts, transition

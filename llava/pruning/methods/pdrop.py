@@ -21,18 +21,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from types import SimpleNamespace
 from typing import ClassVar
 
-from llava.pruning.budget import mean_tokens, nearest_plan, parse_layers
+from llava.pruning.budget import STAGES, parse_layers, plan_stages, spaced_layers
 from llava.pruning.debiasing import Debiased
 from llava.pruning.engine.view import LayerView
 from llava.pruning.selection import top_k
 from llava.pruning.types import Rows, Selection
-
-_RATIO = 0.5
-_STAGES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +61,9 @@ class PDrop(Debiased):
             self.require("layers", layers[-1] < num_layers, f"must be below the decoder's {num_layers} layers")
             return dict.fromkeys([layer - 1 for layer in layers], Rows.NEXT_LAST)
         # Which of these it will be depends on the number of visual tokens; with ``ratio`` the published ones.
-        most = max(num_layers // (_STAGES + 1), 1)
+        most = max(num_layers // (STAGES + 1), 1)
         spacings = range(1, most + 1) if self.ratio is None else (most,)
-        wanted = {spacing * stage for spacing in spacings for stage in range(1, _STAGES + 1)}
+        wanted = {spacing * stage for spacing in spacings for stage in range(1, STAGES + 1)}
         return dict.fromkeys(sorted(layer - 1 for layer in wanted if layer < num_layers), Rows.NEXT_LAST)
 
     def select(self, view: LayerView, memory: SimpleNamespace) -> Selection | None:
@@ -87,39 +83,6 @@ class PDrop(Debiased):
     def _plan(self, count: int, prompt_count: int, num_layers: int) -> Mapping[int, int]:
         layers = None if self.layers is None else parse_layers(self.layers)
         if self.ratio is not None:
-            layers = layers or _spaced(num_layers // (_STAGES + 1) or 1, num_layers)
+            layers = layers or spaced_layers(num_layers // (STAGES + 1) or 1, num_layers)
             return {layer: max(int(count * self.ratio**stage), 1) for stage, layer in enumerate(layers, 1)}
         return plan_stages(count, num_layers, self.target_of(prompt_count), layers)
-
-
-def _spaced(spacing: int, num_layers: int) -> tuple[int, ...]:
-    return tuple(spacing * stage for stage in range(1, _STAGES + 1) if spacing * stage < num_layers)
-
-
-@lru_cache(maxsize=1024)
-def plan_stages(count: int, num_layers: int, target: int, layers: tuple[int, ...] | None) -> Mapping[int, int]:
-    """Tokens to keep in front of each stage's layer so that the processed mean meets ``target``."""
-
-    def leaving(layers: tuple[int, ...], keep: list[int]) -> list[int]:
-        wanted, current, counts = dict(zip(layers, keep, strict=True)), count, []
-        for layer in range(num_layers):
-            current = wanted.get(layer + 1, current)
-            counts.append(current)
-        return counts
-
-    def shares(layers: tuple[int, ...], ratio: float) -> list[int]:
-        return [max(round(count * ratio**stage), 1) for stage in range(1, len(layers) + 1)]
-
-    def mean(layers: tuple[int, ...], keep: list[int]) -> float:
-        return mean_tokens(count, leaving(layers, keep), "processed")
-
-    if layers is None:
-        spacing = max(num_layers // (_STAGES + 1), 1)
-        while spacing > 1 and mean(_spaced(spacing, num_layers), shares(_spaced(spacing, num_layers), _RATIO)) > target:
-            spacing -= 1
-        layers = _spaced(spacing, num_layers)
-    ratio = nearest_plan(lambda r: leaving(layers, shares(layers, r)), count, target, "processed")
-    keep = shares(layers, ratio)
-    missing = target - mean(layers, keep)
-    keep[-1] = min(max(keep[-1] + round(missing * num_layers / (num_layers - layers[-1])), 1), keep[-2:][0])
-    return dict(zip(layers, keep, strict=True))

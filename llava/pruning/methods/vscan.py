@@ -27,10 +27,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava.pruning.budget import parse_layers
+from llava.pruning.budget import parse_layers, plan_stages
 from llava.pruning.engine.view import LayerView
 from llava.pruning.method import VisionReducer
-from llava.pruning.methods.pdrop import plan_stages
 from llava.pruning.selection import top_k
 from llava.pruning.types import Rows, Selection
 from llava.pruning.vision import CLS_ATTENTION, Reduction, TowerValue, VisionFact, VisionView
