@@ -7,10 +7,10 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Protocol
 
 from llava.pruning.types import LayerFact, Rows, Selection
-from llava.pruning.vision import Reduction, TowerHide, TowerKeep, TowerMerge, TowerView, VisionFact, VisionView
 
 if TYPE_CHECKING:
     from llava.pruning.engine.view import LayerView
+    from llava.pruning.vision import Reduction, TowerHide, TowerKeep, TowerMerge, TowerView, VisionFact, VisionView
 
 
 class Method(Protocol):
