@@ -24,11 +24,11 @@ from transformers import AddedToken, GenerationConfig, PreTrainedTokenizerFast
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation, SeparatorStyle, conv_templates
 from llava.mm_utils import parse_grid_pinpoints, tokenizer_image_token
-from llava.model.builder import NEWLINE, generation_tokens, load_image_processor, wordless_tokens
 from llava.model.configuration import LLAVA_FIELDS, PINPOINTS_WH, LlavaConfig, is_llava_hf_config
 from llava.model.locate import read_checkpoint_json
 from llava.model.names import llava_hf_name, translate_name
 from llava.model.reading import Weights, look_up, read_checkpoint_weights
+from llava.model.small_files import generation_tokens, load_image_processor, wordless_tokens
 from llava.model.tokenizer import load_tokenizer
 from llava.model.weights import check_weights, read_weights
 from llava.utils import UserError
@@ -39,6 +39,7 @@ ROWS = 64
 """The vocabulary grows to a multiple of this, as in the published folders."""
 VOCABULARY = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 DEFAULT_MODES = {"llama": "vicuna_v1", "mistral": "mistral_instruct"}
+NEWLINE = "model.image_newline"
 INDEX = "model.safetensors.index.json"
 
 
