@@ -56,11 +56,11 @@ class Batch:
             self.facts.append(
                 {
                     "keys": torch.randn(count, 8, generator=generator),
-                    **{
-                        name: torch.rand(count, generator=generator) ** 4 for name in ("cls", "object", "deep", "local")
-                    },
+                    **{name: torch.rand(count, generator=generator) ** 4 for name in ("cls", "object", "deep")},
                 }
             )
+        for facts in self.facts:  # drawn last: the rest stays as it was
+            facts["local"] = torch.rand(len(facts["cls"]), generator=generator) ** 4
 
     def __len__(self) -> int:
         return len(self.embeds)

@@ -34,13 +34,12 @@ def model():
 
 def crop(patches: int, seed: int, with_cls: bool = True) -> Crop:
     generator = torch.Generator().manual_seed(seed)
-    facts = {
-        name: torch.rand(patches, generator=generator) ** 6
-        for name in ("cls_attention", "cls", "object", "deep", "local")
-    }
+    facts = {name: torch.rand(patches, generator=generator) ** 6 for name in ("cls_attention", "cls", "object", "deep")}
     facts["keys"] = torch.randn(patches, 6, generator=generator)
     cls = torch.randn(12, generator=generator) if with_cls else None
-    return Crop(torch.randn(patches, 12, generator=generator), facts, cls_C=cls)
+    tokens = torch.randn(patches, 12, generator=generator)
+    facts["local"] = torch.rand(patches, generator=generator) ** 6  # drawn last: the rest stays as it was
+    return Crop(tokens, facts, cls_C=cls)
 
 
 def reduce(method, crops, target):
