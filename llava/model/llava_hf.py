@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AddedToken, GenerationConfig, PreTrainedTokenizerFast
@@ -31,7 +32,7 @@ from llava.model.reading import Weights, look_up, read_checkpoint_weights
 from llava.model.small_files import generation_tokens, load_image_processor, wordless_tokens
 from llava.model.tokenizer import load_tokenizer
 from llava.model.weights import check_weights, read_weights
-from llava.utils import UserError
+from llava.utils import UserError, describe_error
 
 SHARD_BYTES = 1 << 30
 """Weights held in memory at a time, and the size of a file; a larger tensor has a file of its own."""
@@ -224,7 +225,10 @@ def _write_shards(folder: Path, plan: Sequence[Sequence[str]], weights: Weights,
         tensors = {llava_hf_name(name): tensor for name, tensor in _read_again(weights, names, rows)}
         (folder / file).touch()
         mode = (folder / file).stat().st_mode
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        try:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, for one
+            raise UserError(f"{folder / file}: cannot be written ({describe_error(error)})") from None
         (folder / file).chmod(mode)  # safetensors makes files for the owner alone
         total += sum(tensor.nbytes for tensor in tensors.values())
         files |= dict.fromkeys(tensors, file)

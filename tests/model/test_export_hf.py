@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from llava.conversation import conv_templates
 from llava.mm_utils import process_images, tokenizer_image_token
@@ -196,6 +196,16 @@ def test_shards_are_small_and_listed(tmp_path, monkeypatch, version, form):
     assert stored.keys() == index["weight_map"].keys()
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in stored.values())
     compare(source, tmp_path / "b", version, sizes=SIZES[:1])
+
+
+def test_a_disk_that_is_full(tmp_path, capsys, monkeypatch):
+    def fails(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(llava_hf, "save_file", fails)
+    arguments = ["--model-path", original(tmp_path / "a"), "--output", tmp_path / "b"]
+    fails_with_one_line(main, arguments, capsys, "model.safetensors", "No space left")
+    assert not (tmp_path / "b" / "config.json").exists()
 
 
 def test_a_plan_of_shards():
