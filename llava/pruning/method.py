@@ -207,6 +207,7 @@ class DecoderMethod(PruningMethod):
     """Selects between decoder layers. Give :meth:`stages` and :meth:`select`."""
 
     rows: ClassVar[Rows] = Rows.NONE  # attention rows that `choose` looks at
+    reads_keys: ClassVar[bool] = False  # whether `choose` looks at the keys of the layer
     facts: ClassVar[frozenset[LayerFact]] = frozenset()  # facts of the layer that `choose` looks at
 
     def select(self, view: LayerView, memory: types.SimpleNamespace) -> Selection | None:

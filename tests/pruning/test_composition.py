@@ -81,6 +81,7 @@ def test_the_second_method_works_on_what_the_first_left(model):
         ("3:fastv:0.5;2:random:0.5", {}, "layers must rise, got 2 after 3"),
         ("3:autoprune:0.5", {}, "autoprune cannot choose"),
         ("0:fastv:0.5", {}, "fastv needs attention"),
+        ("0:dart:0.5", {}, "dart needs facts of a layer"),
         ("9:fastv:0.5", {}, "not below the 6 of the decoder"),
     ],
 )

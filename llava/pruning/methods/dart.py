@@ -49,6 +49,7 @@ class Dart(DecoderMethod):
 
     name: ClassVar[str] = "dart"
     published_budget: ClassVar[str] = "processed"
+    reads_keys: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

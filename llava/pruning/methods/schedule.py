@@ -58,11 +58,10 @@ class Schedule(DecoderMethod):
         for stage in self.entries:
             if stage.layer >= num_layers:
                 raise OptionError(f"{self.name}: layer {stage.layer} is not below the {num_layers} of the decoder")
-            if stage.layer == 0 and (stage.method.rows is not Rows.NONE or stage.method.facts):
-                needed = "facts of a layer" if stage.method.rows is Rows.NONE else "attention"
-                raise OptionError(
-                    f"{self.name}: {stage.method.name} needs {needed}, and there is none in front of layer 0"
-                )
+            method = stage.method
+            if stage.layer == 0 and (method.rows is not Rows.NONE or method.facts or method.reads_keys):
+                needed = "facts of a layer" if method.rows is Rows.NONE else "attention"
+                raise OptionError(f"{self.name}: {method.name} needs {needed}, and there is none in front of layer 0")
         return {stage.layer - 1: stage.method.rows for stage in self.entries}
 
     def layer_facts(self, num_layers: int) -> Mapping[int, Collection[LayerFact]]:
