@@ -38,6 +38,7 @@ METHODS = {
     "entropyprune": "EntropyPrune",
     "fastervlm": "FasterVLM",
     "sparsevlm_v2": "SparseVLM+",
+    "todre": "ToDRE",
     "transprune": "TransPrune",
     "hiprune": "HiPrune",
     "flowcut": "FlowCut",

@@ -31,6 +31,7 @@ _METHODS = {
     "scope": "Scope",
     "sparsevlm": "SparseVLM",
     "sparsevlm_v2": "SparseVLMPlus",
+    "todre": "ToDRE",
     "tome": "ToMe",
     "transprune": "TransPrune",
     "uniform": "Uniform",

@@ -25,6 +25,7 @@ OPTIONS = {
     "dense": {"target_tokens": None},
     "fastv": {"layer": 1, "ratio": 0.5},
     "entropyprune": {"layer": 1, "ratio": 0.5},
+    "todre": {"exit_layer": 2},
     "visionzip+autoprune": {"visionzip.target_tokens": 12, "x0": 1.5},
     "divprune+fastv": {"divprune.target_tokens": 12, "layer": 1},
 }

@@ -365,3 +365,12 @@ def agilepruner(tokens: Tensor, cls: Tensor, target: int, step: float, most: flo
         near = min((place + 1) * step * complexity, most)
         gone |= {j for j in order if j not in kept and 1 - cosine(tokens[i], tokens[j]) < near}
     return sorted(kept + [i for i in order if i not in kept][: target - len(kept)])
+
+
+def todre(tokens: Tensor, target: int) -> list[int]:
+    everyone = range(len(tokens))
+    chosen = [min(everyone, key=lambda i: sum(cosine(tokens[i], tokens[j]) for j in everyone))]
+    while len(chosen) < target:
+        rest = [i for i in everyone if i not in chosen]
+        chosen.append(min(rest, key=lambda i: sum(cosine(tokens[i], tokens[j]) for j in chosen)))
+    return chosen

@@ -15,6 +15,7 @@ from llava.pruning.methods import adaptinfer, sparsevlm, sparsevlm_v2, zooprune
 from llava.pruning.methods.agilepruner import effective_rank
 from llava.pruning.methods.pdrop import PDrop
 from llava.pruning.methods.sparsevlm import keep_list
+from llava.pruning.methods.todre import max_sum_order
 from llava.pruning.methods.tome import bipartite_merge, merges_now
 from llava.pruning.methods.transprune import plan_cuts, transition
 from llava.pruning.recycling import prune_step
@@ -22,7 +23,7 @@ from llava.pruning.reduction import Crop, reduce_crops
 from llava.pruning.scores import text_raters
 from llava.pruning.vision import merge_tokens
 from tests.pruning import naive
-from tests.pruning.models import Batch, generate, random_llama
+from tests.pruning.models import Batch, generate, masked_oracle, random_llama
 
 CONSTANT = ("random", "uniform", "fastervlm", "divprune")
 
@@ -426,6 +427,39 @@ def test_effective_rank_of_known_spectra():
     torch.testing.assert_close(effective_rank(halves), torch.tensor([np.exp(entropy)]))
 
 
+def test_max_sum_order_equals_a_naive_loop_in_every_row():
+    generator = torch.Generator().manual_seed(0)
+    tokens, counts = torch.randn(3, 20, 6, generator=generator), (20, 13, 5)
+    order = max_sum_order(tokens, counts, 12)
+    for row, count in enumerate(counts):
+        picks = min(12, count)
+        assert order[row, :picks].tolist() == naive.todre(tokens[row, :count], picks)
+
+
+@pytest.mark.parametrize("budget", ["nominal", "processed"])
+def test_todre_leaves_no_visual_token_behind_its_exit(model, budget):
+    """And the budget is the mean over all layers, the empty ones included."""
+    batch = Batch(model)
+    method = get_method("todre")(target_tokens=10, exit_layer=4, budget=budget)
+    rows = [0, 4, 3, 1]
+    tokens, logits, traces = generate(model, method, batch.together(rows))
+    for place, row in enumerate(rows):
+        trace = traces[place]
+        own, own_logits, (alone,) = generate(model, method, batch.alone(row))
+        assert own[0].tolist() == tokens[place].tolist() and alone.tokens_out == trace.tokens_out
+        torch.testing.assert_close(logits[place], own_logits[0], atol=2e-4, rtol=1e-4)
+        if not trace.visual_tokens:
+            continue
+        kept = sorted(naive.todre(batch.embeds[row][[s for a, b in batch.spans[row] for s in range(a, b)]], 15))
+        assert trace.tokens_in == [15] * 4 + [0] * 2 and trace.kept[0].tolist() == kept
+        assert trace.budget_error == 0
+        expected = masked_oracle(
+            model, batch.embeds[row], batch.spans[row], [own.tolist() for own in trace.kept], 6, kept, compact=True
+        )
+        assert own[0].tolist() == expected[0]
+        torch.testing.assert_close(own_logits[0], expected[1], atol=2e-4, rtol=1e-4)
+
+
 def test_lists_of_published_budgets():
     for target, keep in {64: (66, 34, 20), 96: (246, 54, 28), 128: (238, 108, 60), 192: (300, 200, 118)}.items():
         assert sparsevlm_v2._PUBLISHED.keep(576, 32, (2, 6, 15), target, "nominal") == keep
@@ -523,7 +557,7 @@ def test_plans_meet_any_budget_within_one_token(name, layers, tokens):
 COUNTED = ["fastv", "sparsevlm", "pdrop", "autoprune", "random", "uniform", "fastervlm", "divprune", "visionzip"]
 COUNTED += ["prumerge_plus", "hiprune", "tome", "vispruner", "scope", "dart", "cdpruner", "holov"]
 COUNTED += ["mmtok", "vscan", "zooprune"]
-COUNTED += ["entropyprune", "transprune", "adaptinfer", "sparsevlm_v2", "agilepruner"]
+COUNTED += ["entropyprune", "transprune", "adaptinfer", "sparsevlm_v2", "agilepruner", "todre"]
 
 
 @pytest.mark.parametrize("budget", ["nominal", "processed"])
@@ -630,6 +664,9 @@ def test_selection_time_is_measured_on_request(model):
         ("adaptinfer", {"layers": "3/2"}, "1/10/20"),
         ("adaptinfer", {"layers": "3/9"}, "6 layers"),
         ("adaptinfer", {"smoothing": 1.5}, "smoothing"),
+        ("todre", {"exit_layer": 0}, "exit_layer must be at least 1"),
+        ("todre", {"exit_layer": 6}, "6 layers"),
+        ("todre", {"target_tokens": None}, "needs target_tokens"),
         ("sparsevlm_v2", {"layers": "3/9"}, "6 layers"),
         ("sparsevlm_v2", {"heads": 0}, "heads"),
         ("transprune", {"layers": "0/2"}, "from 1"),
