@@ -39,6 +39,7 @@ METHODS = {
     "fastervlm": "FasterVLM",
     "sparsevlm_v2": "SparseVLM+",
     "todre": "ToDRE",
+    "information_horizon": "Information Horizon",
     "transprune": "TransPrune",
     "hiprune": "HiPrune",
     "flowcut": "FlowCut",

@@ -25,6 +25,7 @@ _METHODS = {
     "hiprune": "HiPrune",
     "holov": "HoloV",
     "mmtok": "MMTok",
+    "information_horizon": "InformationHorizon",
     "pdrop": "PDrop",
     "prumerge_plus": "PruMergePlus",
     "random": "Random",

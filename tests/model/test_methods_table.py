@@ -26,10 +26,17 @@ OPTIONS = {
     "fastv": {"layer": 1, "ratio": 0.5},
     "entropyprune": {"layer": 1, "ratio": 0.5},
     "todre": {"exit_layer": 2},
+    "divprune+information_horizon": {"divprune.target_tokens": 9},
     "visionzip+autoprune": {"visionzip.target_tokens": 12, "x0": 1.5},
     "divprune+fastv": {"divprune.target_tokens": 12, "layer": 1},
 }
-METHODS = [*list_methods(), "visionzip+autoprune", "divprune+fastv", "0:uniform:0.75;1:fastv:0.5;2:random:0.5"]
+METHODS = [
+    *list_methods(),
+    "visionzip+autoprune",
+    "divprune+fastv",
+    "divprune+information_horizon",
+    "0:uniform:0.75;1:fastv:0.5;2:random:0.5",
+]
 
 
 def method(name: str, **options):

@@ -77,6 +77,7 @@ METHODS = {
     "todre": get_method("todre")(target_tokens=9),
     "todre-exit": get_method("todre")(target_tokens=9, exit_layer=4),
     "todre-exit-original": get_method("todre")(target_tokens=9, exit_layer=3, positions="original"),
+    "information_horizon": get_method("information_horizon")(target_tokens=30, layer=3),
     "transprune": get_method("transprune")(target_tokens=20),
     "transprune-original": get_method("transprune")(shares="0.8/0.5/0.2", positions="original"),
     "visionzip": get_method("visionzip")(target_tokens=9),

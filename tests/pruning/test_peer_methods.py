@@ -460,6 +460,34 @@ def test_todre_leaves_no_visual_token_behind_its_exit(model, budget):
         torch.testing.assert_close(own_logits[0], expected[1], atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("target", "first", "behind"), [(192, 284, 38), (64, 96, 10)])
+def test_information_horizon_with_published_settings(target, first, behind):
+    """DivPrune in front of it, 32 layers and 576 tokens: the numbers of the paper's scripts."""
+    deep = random_llama(layers=32)
+    batch = Batch(deep, samples=((2, 576, 3),))
+    method = get_method("divprune+information_horizon").from_options(
+        {"divprune.target_tokens": first, "target_tokens": target}
+    )
+    _, _, (trace,) = generate(deep, method, batch.alone(0), new_tokens=1)
+    assert trace.tokens_in == [first] * 20 + [behind] * 12
+    assert trace.mean_tokens("processed") == {192: 191.75, 64: 63.75}[target]
+
+
+def test_information_horizon_draws_among_what_is_left_and_counts_what_was_spent(model):
+    batch = Batch(model)
+    for first, options in (("fastv", {"fastv.layer": 1}), ("pdrop", {"pdrop.layers": "1/2"})):
+        name = f"{first}+information_horizon"
+        given = {**options, f"{first}.target_tokens": 30, "target_tokens": 26, "layer": 4}
+        chosen = []
+        for seed in (0, 0, 1):
+            method = get_method(name).from_options({**given, "seed": seed})
+            traces = generate(model, method, batch.together([0, 4, 2]), new_tokens=1)[2]
+            assert abs(traces[0].mean_tokens("processed") - 26) < 1 and traces[1].visual_tokens == 0
+            assert all(set(t.kept[3].tolist()) <= set(t.kept[2].tolist()) for t in traces)
+            chosen.append([trace.kept[3].tolist() for trace in traces])
+        assert chosen[0] == chosen[1] != chosen[2]
+
+
 def test_lists_of_published_budgets():
     for target, keep in {64: (66, 34, 20), 96: (246, 54, 28), 128: (238, 108, 60), 192: (300, 200, 118)}.items():
         assert sparsevlm_v2._PUBLISHED.keep(576, 32, (2, 6, 15), target, "nominal") == keep
@@ -558,6 +586,7 @@ COUNTED = ["fastv", "sparsevlm", "pdrop", "autoprune", "random", "uniform", "fas
 COUNTED += ["prumerge_plus", "hiprune", "tome", "vispruner", "scope", "dart", "cdpruner", "holov"]
 COUNTED += ["mmtok", "vscan", "zooprune"]
 COUNTED += ["entropyprune", "transprune", "adaptinfer", "sparsevlm_v2", "agilepruner", "todre"]
+COUNTED += ["information_horizon"]
 
 
 @pytest.mark.parametrize("budget", ["nominal", "processed"])
@@ -580,7 +609,7 @@ def test_budgets_are_met_or_the_nearest_is_reported(name, budget):
         reached[target] = trace.mean_tokens(method.budget_kind)
     # What cannot be avoided: full layers in front of the first selection, one token behind it.
     full = {"fastv": 2, "dart": 2, "entropyprune": 2, "pdrop": 1, "sparsevlm": 2, "autoprune": 1}
-    full = (full | {"transprune": 1, "adaptinfer": 1, "sparsevlm_v2": 2}).get(name, 0)
+    full = (full | {"transprune": 1, "adaptinfer": 1, "sparsevlm_v2": 2, "information_horizon": 8}).get(name, 0)
     if budget == "nominal" and name in ("sparsevlm", "autoprune", "adaptinfer", "sparsevlm_v2"):
         full -= 1
     floor = (48 * full + 12 - full) / 12
@@ -666,6 +695,8 @@ def test_selection_time_is_measured_on_request(model):
         ("adaptinfer", {"smoothing": 1.5}, "smoothing"),
         ("todre", {"exit_layer": 0}, "exit_layer must be at least 1"),
         ("todre", {"exit_layer": 6}, "6 layers"),
+        ("information_horizon", {"layer": 0}, "layer must be at least 1"),
+        ("information_horizon", {"layer": 6}, "6 layers"),
         ("todre", {"target_tokens": None}, "needs target_tokens"),
         ("sparsevlm_v2", {"layers": "3/9"}, "6 layers"),
         ("sparsevlm_v2", {"heads": 0}, "heads"),

@@ -108,10 +108,18 @@ def prefill(
     parts = [_Part(part, part.stages(num_layers), part.layer_facts(num_layers)) for part in method.parts]
     query_rows = _text_rows(sequences, prompt.layout)
 
-    def view(layer: int, rows: tuple[int, ...], *more: Any) -> LayerView:
+    def view(
+        layer: int,
+        rows: tuple[int, ...],
+        attention: Callable[[], VisualAttention] | None = None,
+        said: Mapping[LayerFact, Any] | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> LayerView:
         ids, facts = prompt.samples, prompt.facts
         counts, had = sequences.counts, tuple(recorder.visual_tokens)
-        return LayerView(layer, num_layers, counts, had, rows, ids, sequences, facts, cache, decoder.norm, *more)
+        entered = tuple(recorder.counts_in)
+        state = (ids, sequences, facts, cache, decoder.norm, attention, said or {}, rotary, entered)
+        return LayerView(layer, num_layers, counts, had, rows, *state)
 
     def selected(selection: Selection | None) -> Sequences:
         """The sequences behind a selection; what the methods carry along follows it."""

@@ -5,7 +5,7 @@ Shapes: B batch rows, V visual tokens (padded at the end), H heads, T query rows
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -52,6 +52,7 @@ class LayerView:
         attention: gives the declared attention rows; None if no rows were declared.
         layer_facts: what was declared of the layer; methods use :meth:`layer_fact`.
         rotary: cosines and sines of the layer's tokens, ``[B or 1, N, D]``; None in front of the decoder.
+        entered: visual tokens per row that entered each layer so far, this one included.
     """
 
     layer: int
@@ -67,6 +68,7 @@ class LayerView:
     attention: Callable[[], VisualAttention] | None = None
     layer_facts: Mapping[LayerFact, Any] = field(default_factory=dict)
     rotary: tuple[Tensor, Tensor] | None = None
+    entered: Sequence[tuple[int, ...]] = ()
 
     @cached_property
     def _attention(self) -> VisualAttention | None:
