@@ -194,7 +194,7 @@ def test_rows_of_a_batch_equal_the_samples_alone(model, name):
     tokens, logits, traces = generate(model, method, batch.together(rows, tell_lengths=True))
     assert torch.equal(generate(model, method, batch.together(rows))[1], logits)  # lengths read from the mask
     for place, row in enumerate(rows):
-        if name == "random" and place:
+        if name in ("random", "information_horizon") and place:
             continue  # its choice follows the running number of the sample, see test_methods
         alone_tokens, alone_logits, (alone,) = generate(model, method, batch.alone(row))
         assert traces[place].tokens_out == alone.tokens_out and traces[place].tokens_in == alone.tokens_in
