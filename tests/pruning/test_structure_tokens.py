@@ -71,15 +71,16 @@ def build(name: str, positions: str) -> PruningMethod:
         options["recycle_fraction"] = 0.0
     if name == "autoprune":
         options["x0"] = 3.0
-    if name == "fastv":
+    if name in ("fastv", "entropyprune"):
         options["target_tokens"] = 22
     if name == "dense":
         options = {"visual_token_num": 12, "positions": positions}
     return get_method(name)(**options)
 
 
-BEFORE_DECODER = ("dense", "random", "uniform", "fastervlm", "divprune")
-METHODS = (*BEFORE_DECODER, "fastv", "autoprune", "pdrop", "sparsevlm")
+BEFORE_DECODER = ("dense", "random", "uniform", "fastervlm", "divprune", "todre")
+METHODS = (*BEFORE_DECODER, "fastv", "autoprune", "pdrop", "sparsevlm", "entropyprune", "transprune", "adaptinfer")
+METHODS += ("sparsevlm_v2",)
 # Methods at work in front of the decoder are crossed with newlines in tests/model/test_vision_methods.
 
 
