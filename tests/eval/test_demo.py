@@ -1,5 +1,7 @@
 """The demo: its parts by hand, and the whole on a random checkpoint and a few questions."""
 
+import json
+import shutil
 from collections import Counter
 from dataclasses import dataclass
 
@@ -149,6 +151,21 @@ def test_demo_end_to_end(checkpoint, tmp_path, capsys):
     for name in ("survivors.png", "retention.png"):
         with Image.open(tmp_path / "out" / name) as image:
             assert image.width > 800 and len(image.convert("RGB").getcolors(1 << 24)) > 50
+
+
+def test_demo_of_tiled_pictures(checkpoint, tmp_path, capsys):
+    """Their patches are no square: everything but the picture of one is there."""
+    folder = tmp_path / "llava-v1.6"
+    shutil.copytree(checkpoint, folder)
+    config = read_json(folder / "config.json")
+    tiles = {"image_aspect_ratio": "anyres", "image_grid_pinpoints": [[28, 56], [56, 28], [56, 56]]}
+    (folder / "config.json").write_text(json.dumps({**config, **tiles, "mm_patch_merge_type": "spatial"}))
+    general = ("--model-path", folder, "--output-dir", tmp_path / "out", "--limit", 2, "--device", "cpu")
+    demo.main([str(flag) for flag in (*general, "--budgets", "0.25")])
+    dense, pruned = read_json(tmp_path / "out" / "demo.json")["rows"]
+    assert pruned["label"] == "AutoPrune 0.25" and pruned["tokens_nominal"] < dense["tokens_nominal"]
+    assert "no survivors.png" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["retention.png"]
 
 
 def test_table_is_put_between_the_markers(checkpoint, tmp_path):

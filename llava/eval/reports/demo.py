@@ -118,8 +118,8 @@ def run(args: argparse.Namespace) -> None:
     write_json(output / "demo.json", result)
     write_text_atomic(output / "demo.md", report + "\n")
     written = ["demo.md", "demo.json"]
-    if adapter.family is not None:
-        print(f"no survivors.png: it needs LLaVA's square of patches, and this is {adapter.family}")
+    if adapter.family is not None or getattr(model.config, "image_aspect_ratio", None) == "anyres":
+        print("no survivors.png: it is drawn where a picture is one square of patches, as in LLaVA-1.5")
     elif plot_survivors(examples, model.config, adapter.image_processor, output / "survivors.png"):
         written.append("survivors.png")
     targets = [e.trace.target_tokens for e in examples if e.trace.target_tokens is not None]
