@@ -33,6 +33,7 @@ def prepared(model, method, device="cpu"):
 
 METHODS = ["autoprune", "fastv", "divprune", "hiprune", "prumerge_plus", "tome", "visionzip"]
 METHODS += ["cdpruner", "flowcut", "gtp_vit", "holov", "mmtok", "zooprune"]
+METHODS += ["agilepruner"]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -43,7 +44,7 @@ def test_tower_and_prompt_need_nothing_from_the_device(model, method):
     tokens = 6 if get_method(method).reduces_vision or get_method(method).merges_in_tower else PATCHES
     assert empty.inputs_embeds.is_meta and empty.inputs_embeds.shape == real.inputs_embeds.shape == (2, 5 + tokens, 32)
     assert empty.layout == real.layout and empty.attention_mask.is_meta
-    assert (empty.cls_attention is None) == (method not in ("autoprune", "visionzip", "holov"))
+    assert (empty.cls_attention is None) == (method not in ("autoprune", "visionzip", "holov", "agilepruner"))
 
 
 @pytest.mark.gpu

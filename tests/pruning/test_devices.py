@@ -23,6 +23,13 @@ METHODS = {
     # Not in front of the first layer there: what it says could not come back.
     "pdrop": {"target_tokens": 20, "layers": "3/5"},
     "divprune": {"target_tokens": 8},
+    "entropyprune": {"target_tokens": 30},
+    # The first transition is that of the last layer on the first device.
+    "transprune": {"target_tokens": 20, "layers": "3/5", "accumulate": "1/2/3/4/5"},
+    "adaptinfer": {"target_tokens": 16, "layers": "1/3/4"},
+    "sparsevlm_v2": {"target_tokens": 16, "layers": "1/3/4"},
+    "todre": {"target_tokens": 8, "exit_layer": 4},
+    "divprune+information_horizon": {"divprune.target_tokens": 12, "target_tokens": 9},
     "visionzip": {"target_tokens": 8},
     "2:fastervlm:0.5;4:fastv:0.5": {},
     "1:fastervlm:0.5;3:divprune:0.5;4:random:0.5": {},

@@ -78,15 +78,13 @@ class RowScores:
         if self._rows is None and not self._wanted:
             return None
         with self.timer():
-            if LayerFact.QUERIES in self._wanted:
-                self._facts[LayerFact.QUERIES] = self._sequences.gather_visual(query_BHND.transpose(2, 3)).transpose(
-                    2, 3
-                )
-            if self._rows is None:
-                return None
             here = self._sequences
             if here.hidden_BNC.device != query_BHND.device:  # the layer lives on another one
                 here = here.advance(here.hidden_BNC.to(query_BHND.device))
+            if LayerFact.QUERIES in self._wanted:
+                self._facts[LayerFact.QUERIES] = here.gather_visual(query_BHND.transpose(2, 3)).transpose(2, 3)
+            if self._rows is None:
+                return None
             most = max(self._rows)
             mask = self.frames.row_mask(here, most)
             probabilities = attention_rows(query_BHND[:, :, -most:], key_BGND, attention.scaling, mask)

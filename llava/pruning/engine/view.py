@@ -114,7 +114,8 @@ class LayerView:
     def _rotary(self) -> tuple[Tensor, Tensor]:
         if self.rotary is None:
             raise OptionError("this method looks at rotary tables, and there are none in front of layer 0")
-        cos, sin = (table.expand(len(self.counts), -1, -1) for table in self.rotary)
+        # Made where the layer's input was; the layer may live elsewhere.
+        cos, sin = (table.to(self.device).expand(len(self.counts), -1, -1) for table in self.rotary)
         return cos, sin
 
     @property

@@ -16,7 +16,8 @@ No code is public; this is built from the project page. What it does not say, an
 - ranks count from 1, over all patches; singular values are normalized to their sum, features are not centered;
 - a walk that ends before the budget is met is filled up with the patches of the highest attention.
 
-Padding patches have no CLS attention: they come last.
+Padding patches have no CLS attention: they come last. On a GPU the host waits for the eigenvalues behind the effective
+rank, and only for them.
 """
 
 from __future__ import annotations

@@ -120,8 +120,10 @@ class TransPrune(DecoderMethod):
             both = view.of_visual(both + transition(states.mlp_in, states.mlp_out, real))
             takes_part = on_device([float(layer in added) for added in memory.added], view.device)
             mask = counts_to_mask(view.counts, both.shape[1], view.device)
-            total = both * mask * takes_part[:, None] + memory.carried.get("transition", 0)
-            memory.carried["transition"] = total
+            added = both * mask * takes_part[:, None]
+            if "transition" in memory.carried:
+                added = added + memory.carried["transition"].to(added.device)
+            memory.carried["transition"] = added
         # 3. Both signals in equal parts.
         keep = tuple(min(plan.get(layer, n), n) for plan, n in zip(memory.plans, view.counts, strict=True))
         if keep == view.counts:
