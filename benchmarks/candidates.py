@@ -6,6 +6,7 @@ Knows decoders and methods; times nothing. Every function returns callables with
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,11 +14,14 @@ from torch import nn
 
 from benchmarks.geometry import RandomPrompt
 from benchmarks.published import Published, published_prefill, run_published
+from benchmarks.switches import switched_on
 from llava import compat
 from llava.pruning import get_method
 from llava.pruning.engine.decoder import dense_traces
+from llava.pruning.engine.graphs import PrefillGraphs, capture_on_cuda
 from llava.pruning.engine.trace import Trace
 from llava.pruning.method import PruningMethod
+from llava.pruning.methods.autoprune.curve import planned_counts
 from llava.utils import UserError
 
 
@@ -44,11 +48,33 @@ def needs_no_tower(method: PruningMethod) -> PruningMethod:
     raise UserError(f"--methods: {method.name} {what}, and here is a decoder alone; benchmarks.first_token measures it")
 
 
-def run_pruned(model: nn.Module, method: PruningMethod | Published, prompt: RandomPrompt) -> tuple[Any, list[Trace]]:
+@dataclass(frozen=True)
+class Tuned:
+    """A setting of the benchmarks: a method with CUDA graphs, or with switches of benchmarks/switches.py, or both."""
+
+    method: PruningMethod
+    graphs: PrefillGraphs | None = None
+    switches: tuple[str, ...] = ()
+
+
+Setting = PruningMethod | Published | Tuned
+
+
+def run_pruned(model: nn.Module, setting: Setting, prompt: RandomPrompt) -> tuple[Any, list[Trace]]:
     """One pruned prefill of the decoder: its output and the traces."""
-    if isinstance(method, Published):
-        return run_published(model, method.method, prompt)
-    with method.attach(model) as run:
+    planned_counts.cache_clear()  # every sample has another slope; here they are all the same
+    if isinstance(setting, Published):
+        return run_published(model, setting.method, prompt)
+    if isinstance(setting, Tuned):
+        with switched_on(setting.switches):
+            return _run(model, setting.method, prompt, setting.graphs)
+    return _run(model, setting, prompt)
+
+
+def _run(
+    model: nn.Module, method: PruningMethod, prompt: RandomPrompt, graphs: PrefillGraphs | None = None
+) -> tuple[Any, list[Trace]]:
+    with method.attach(model, graphs) as run:
         run.set_visual(prompt.layout, prompt.cls_BV if run.needs_cls_attention else None)
         output = model.model(inputs_embeds=prompt.embeds_BNC, use_cache=True)
     return output, run.traces
@@ -59,11 +85,25 @@ def dense_prefill(model: nn.Module, prompt: RandomPrompt) -> Callable[[], Any]:
     return lambda: model.model(inputs_embeds=prompt.embeds_BNC, use_cache=True)
 
 
-def pruned_prefill(model: nn.Module, method: PruningMethod | Published, prompt: RandomPrompt) -> Callable[[], Any]:
+def pruned_prefill(model: nn.Module, setting: Setting, prompt: RandomPrompt) -> Callable[[], Any]:
     """The decoder with a method attached; attaching and telling where the visual tokens are included."""
-    if isinstance(method, Published):
-        return published_prefill(model, method.method, prompt)
-    return lambda: run_pruned(model, method, prompt)
+    if isinstance(setting, Published):
+        return published_prefill(model, setting.method, prompt)
+    return lambda: run_pruned(model, setting, prompt)
+
+
+def replayed(work: Callable[[], Any]) -> Callable[[], Any]:
+    """The same as one CUDA graph that is replayed; its result stays in the graph's memory."""
+    with torch.inference_mode():
+        work()
+        torch.cuda.synchronize()
+        graph, result = capture_on_cuda(work, None)
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay
 
 
 def layer_widths(traces: Sequence[Trace]) -> tuple[int, ...]:
@@ -108,7 +148,7 @@ def floor_prefill(model: nn.Module, widths: Sequence[int], prompt: RandomPrompt)
     return run
 
 
-def traces_of(model: nn.Module, method: PruningMethod | Published | None, prompt: RandomPrompt) -> list[Trace]:
+def traces_of(model: nn.Module, method: Setting | None, prompt: RandomPrompt) -> list[Trace]:
     """What happens to each row; None is dense."""
     if method is None:
         batch = len(prompt.embeds_BNC)
@@ -117,13 +157,11 @@ def traces_of(model: nn.Module, method: PruningMethod | Published | None, prompt
         return run_pruned(model, method, prompt)[1]
 
 
-def choice_seconds(
-    model: nn.Module, method: PruningMethod | Published, prompt: RandomPrompt, rounds: int = 3
-) -> float | None:
+def choice_seconds(model: nn.Module, method: Setting, prompt: RandomPrompt, rounds: int = 3) -> float | None:
     """Median seconds that scores and choices take in a prefill, by the run's own clock; moving what is kept and the
     masks of the new lengths are not in it. None for what has no such clock.
     """
-    if isinstance(method, Published):
+    if isinstance(method, Published | Tuned):
         return None
     with torch.inference_mode(), method.attach(model) as run:
         run.time_selection = True

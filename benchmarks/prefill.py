@@ -27,6 +27,7 @@ from benchmarks.candidates import (
     layer_widths,
     needs_no_tower,
     pruned_prefill,
+    replayed,
     traces_of,
 )
 from benchmarks.environment import use_fixed_allocator
@@ -105,26 +106,45 @@ def time_row(seconds: Sequence[float], dense: Sequence[float], flops: int, peak:
 
 
 def measure(
-    model: Any, prompt: RandomPrompt, settings: Mapping[tuple[str, int], Any], args: argparse.Namespace, peak: float
+    model: Any,
+    prompt: RandomPrompt,
+    settings: Mapping[tuple[str, int], Any],
+    args: Any,
+    peak: float,
+    until: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows for one batch size: dense, then every setting with its floor (one for all that have the same lengths)."""
+    """Rows for one batch size: dense, then every setting with its floor (one for all that have the same lengths).
+
+    What replays CUDA graphs has a floor that does so, too, and at batch size 1 dense has a second row of this kind.
+    until: see :func:`~benchmarks.timing.interleaved_rounds`.
+    """
     device = prompt.embeds_BNC.device
     traces = {key: traces_of(model, method, prompt) for key, method in settings.items()}
     candidates = {"dense": dense_prefill(model, prompt)}
+    graphed = {key for key, setting in settings.items() if getattr(setting, "graphs", None)}
+    floors = {}
     for key, method in settings.items():
         candidates[f"{key}"] = pruned_prefill(model, method, prompt)
         widths = layer_widths(traces[key])
-        candidates.setdefault(f"floor {widths}", floor_prefill(model, widths, prompt))
+        floors[key] = f"floor {widths}" + (" graphs" if key in graphed else "")
+        if floors[key] not in candidates:
+            floor = floor_prefill(model, widths, prompt)
+            candidates[floors[key]] = replayed(floor) if key in graphed and device.type == "cuda" else floor
+    if graphed and device.type == "cuda" and len(prompt.embeds_BNC) == 1:
+        candidates["dense graphs"] = replayed(candidates["dense"])
     label = f"prefill, batch {len(prompt.embeds_BNC)}"
-    seconds = interleaved_rounds(candidates, args.rounds, device, args.warmup, description=label)
+    seconds = interleaved_rounds(candidates, args.rounds, device, args.warmup, description=label, until=until)
     counts = count_row(traces_of(model, None, prompt))
     dense = seconds["dense"]
     rows = [
         {"method": "dense", "budget": None, **counts, **time_row(dense, dense, counts["flops"], peak)}
         | {"peak_mib": peak_mib(candidates["dense"], device)}
     ]
+    if "dense graphs" in seconds:
+        own = seconds["dense graphs"]
+        rows.append({"method": "dense graphs", "budget": None, **counts, **time_row(own, dense, counts["flops"], peak)})
     for (name, budget), method in settings.items():
-        own, floor = seconds[f"{(name, budget)}"], seconds[f"floor {layer_widths(traces[name, budget])}"]
+        own, floor = seconds[f"{(name, budget)}"], seconds[floors[name, budget]]
         choice = choice_seconds(model, method, prompt)
         counts = count_row(traces[name, budget])
         rows.append(

@@ -66,12 +66,15 @@ def interleaved_rounds(
     warmup: int = 2,
     measure: Callable[[Callable[[], Any], torch.device], float] = timed,
     description: str = "",
+    until: float | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of every candidate, `rounds` each.
 
     In every round each candidate runs once, in an order that is shuffled (the same in every run): drifts of clock and
     temperature, other work on the machine, and the state in which a predecessor leaves caches and allocator meet all of
     them alike. In an order that only rotates each would always follow the same one. Compare candidates round by round.
+
+    until: `time.monotonic()` after which no further round begins, once there are three.
     """
     shuffle = random.Random(0).shuffle
     names = list(candidates)
@@ -79,6 +82,8 @@ def interleaved_rounds(
     total = (warmup + rounds) * len(names)
     with torch.inference_mode(), tqdm(total=total, desc=description, file=sys.stderr, mininterval=2.0) as bar:
         for number in range(warmup + rounds):
+            if until is not None and number >= warmup + 3 and time.monotonic() > until:
+                break
             shuffle(names)
             for name in names:
                 elapsed = measure(candidates[name], device)

@@ -30,18 +30,23 @@ __all__ = [
     "Decoder",
     "TowerWatch",
     "answer_length",
+    "cache_layers",
     "cached_keys",
     "cached_length",
     "causal_mask",
     "check_cache",
     "execution_device",
+    "fill_cache",
     "find_decoder",
+    "forked_cache",
     "new_cache",
     "has_axes",
+    "keys_values",
     "one_token_masks",
     "rotary_is_static",
     "rotary_tables",
     "visible_tokens",
+    "with_keys_values",
 ]
 
 
@@ -180,6 +185,35 @@ def check_cache(cache: Cache) -> None:
             f"visual token pruning needs a plain DynamicCache, got {type(cache).__name__} ({', '.join(kinds)}): with "
             "pruning every layer has a cache length of its own; leave cache_implementation unset"
         )
+
+
+def cache_layers(cache: Cache) -> list[Any]:
+    """What a cache holds, layer by layer."""
+    return cache.layers
+
+
+def keys_values(layer: Any) -> tuple[Tensor, Tensor]:
+    """Keys and values of a layer of a cache."""
+    return layer.keys, layer.values
+
+
+def with_keys_values(layer: Any, keys: Tensor, values: Tensor) -> Any:
+    """A layer of a cache like this one, with other keys and values."""
+    later = copy.copy(layer)
+    later.keys, later.values = keys, values
+    return later
+
+
+def fill_cache(cache: Cache, layers: list[Any]) -> None:
+    """Give an empty cache the layers of another one."""
+    cache.layers[:] = layers
+
+
+def forked_cache(cache: Cache) -> Cache:
+    """Another cache with the same keys and values so far; it grows without the first one."""
+    later = copy.copy(cache)
+    later.layers = [copy.copy(layer) for layer in cache.layers]
+    return later
 
 
 def cached_keys(cache: Cache, layer: int) -> Tensor:

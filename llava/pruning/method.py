@@ -15,13 +15,14 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import nn
 
 from llava.pruning.budget import BUDGETS, share_of
+from llava.pruning.engine.graphs import PrefillGraphs
 from llava.pruning.engine.run import PruningRun
 from llava.pruning.engine.view import LayerView
 from llava.pruning.types import LayerFact, OptionError, OwnDefault, Rows, Selection
@@ -61,6 +62,7 @@ class PruningMethod:
     reduces_vision: ClassVar[bool] = False  # whether `reduce` takes part
     reduces_projected: ClassVar[bool] = False  # whether `reduce` works behind the projector
     merges_in_tower: ClassVar[bool] = False  # whether `merge` takes part
+    capturable: ClassVar[bool] = False  # whether selections may be captured in a CUDA graph, see engine/graphs.py
     reads_text: ClassVar[bool] = False  # whether `reduce` looks at the text of the prompt
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -118,6 +120,21 @@ class PruningMethod:
         """
         return {}
 
+    def observe(self, view: LayerView, memory: types.SimpleNamespace) -> None:
+        """See :meth:`DecoderMethod.observe`."""
+
+    def decide(self, view: LayerView, memory: types.SimpleNamespace) -> Hashable:
+        """See :meth:`DecoderMethod.decide`."""
+        return None
+
+    def decision_layer(self, num_layers: int) -> int | None:
+        """See :meth:`DecoderMethod.decision_layer`."""
+        return None
+
+    def passes(self, layer: int, counts: tuple[int, ...], memory: types.SimpleNamespace) -> bool:
+        """See :meth:`DecoderMethod.passes`."""
+        return False
+
     def select(self, view: LayerView, memory: types.SimpleNamespace) -> Selection | None:
         """See :meth:`DecoderMethod.select`; asked only after layers in :meth:`stages`."""
         raise NotImplementedError(f"{self.name} selects nothing in the decoder")
@@ -169,9 +186,11 @@ class PruningMethod:
         """The methods that act one after another: one, except in a composition."""
         return (self,)
 
-    def attach(self, model: nn.Module) -> PruningRun:
-        """Context manager that prunes inside ``model`` and afterwards leaves it as it was."""
-        return PruningRun(self, model)
+    def attach(self, model: nn.Module, graphs: PrefillGraphs | None = None) -> PruningRun:
+        """Context manager that prunes inside ``model`` and afterwards leaves it as it was; with ``graphs`` prefills
+        whose like has been seen are replayed as CUDA graphs.
+        """
+        return PruningRun(self, model, graphs)
 
     def settings(self) -> dict[str, Any]:
         """The values of all options, JSON-able: what is recorded of a method."""
@@ -204,11 +223,37 @@ class PruningMethod:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderMethod(PruningMethod):
-    """Selects between decoder layers. Give :meth:`stages` and :meth:`select`."""
+    """Selects between decoder layers. Give :meth:`stages` and :meth:`select`.
+
+    A method whose counts depend on what it sees gives :meth:`observe`, :meth:`decide` and :meth:`decision_layer` too:
+    so the rest needs no host, and can be captured in CUDA graphs (``capturable``).
+    """
 
     rows: ClassVar[Rows] = Rows.NONE  # attention rows that `choose` looks at
     reads_keys: ClassVar[bool] = False  # whether `choose` looks at the keys of the layer
     facts: ClassVar[frozenset[LayerFact]] = frozenset()  # facts of the layer that `choose` looks at
+
+    def observe(self, view: LayerView, memory: types.SimpleNamespace) -> None:
+        """Compute, on the device, what :meth:`decide` will read; after every layer in :meth:`stages`."""
+
+    def decide(self, view: LayerView, memory: types.SimpleNamespace) -> Hashable:
+        """Read what was observed (the host waits for the device here and nowhere else) and remember how many tokens
+        all layers keep.
+
+        Called between :meth:`observe` and :meth:`select`. Returns what all counts from here on depend on: where it is
+        equal, and the prompts have equal shapes, so are the counts.
+        """
+        return None
+
+    def passes(self, layer: int, counts: tuple[int, ...], memory: types.SimpleNamespace) -> bool:
+        """Whether nothing will be dropped after a layer that is in :meth:`stages`, known before it runs: then no
+        attention rows are computed, and it is not asked. ``counts`` are the visual tokens per row.
+        """
+        return False
+
+    def decision_layer(self, num_layers: int) -> int | None:
+        """The layer behind which :meth:`decide` reads the device; None if all counts are known from the start."""
+        return None
 
     def select(self, view: LayerView, memory: types.SimpleNamespace) -> Selection | None:
         """Choose among ``view``'s visual tokens; None leaves them all.

@@ -125,7 +125,7 @@ def keep_and_recycle(
 
 def _behind(order_BV: Tensor, keep: tuple[int, ...], width: int) -> Tensor:
     """``width`` entries of each order behind the first ``keep[i]``, ``[B, width]``; past the end the last one again."""
-    if len(keep) == 1:
+    if min(keep) == max(keep):
         return order_BV[:, keep[0] : keep[0] + width]
     ranks = on_device(keep, order_BV.device)[:, None] + torch.arange(width, device=order_BV.device)
     return order_BV.gather(1, ranks.clamp_max(order_BV.shape[1] - 1))

@@ -23,6 +23,9 @@ def on_device(values: Sequence[Any], device: torch.device) -> Tensor:
     """Host numbers as a tensor, without making the host wait for the device (a plain copy to CUDA would)."""
     if device.type != "cuda":
         return torch.tensor(values, device=device)
+    if torch.cuda.is_current_stream_capturing():
+        # A graph would read this memory again in every replay, long after it has been given back.
+        raise RuntimeError("numbers of the host cannot become part of a CUDA graph")
     return torch.tensor(values, pin_memory=True).to(device, non_blocking=True)
 
 
@@ -70,17 +73,21 @@ def max_min_order(tokens_BVC: Tensor, counts: Sequence[int], picks: int) -> Tens
     """
     unit = torch.nn.functional.normalize(tokens_BVC.float(), dim=2)
     batch, width = unit.shape[:2]
-    valid = counts_to_mask(counts, width, unit.device)
+    # Where no row is padded the mask is not needed, nor the copy from the host that it takes.
+    padding = None if min(counts) == width else ~counts_to_mask(counts, width, unit.device)
     # Every distance is needed once, for the nearest neighbors, but never all of them together.
     nearest = []
     for start in range(0, width, _BLOCK):
         distance = 1 - unit[:, start : start + _BLOCK] @ unit.transpose(1, 2)
         # Invalid tokens are infinitely far as neighbors, so they are nobody's nearest, and never picked themselves.
-        distance.masked_fill_(~valid[:, None, :], torch.inf)
+        if padding is not None:
+            distance.masked_fill_(padding[:, None, :], torch.inf)
         distance.diagonal(start, 1, 2).fill_(torch.inf)
         nearest.append(distance.amin(2))
-    picked = [torch.cat(nearest, 1).masked_fill(~valid, -torch.inf).argmax(1)]  # of equals the first
-    closest = unit.new_full((batch, width), torch.inf).masked_fill(~valid, -torch.inf)
+    isolation, closest = torch.cat(nearest, 1), unit.new_full((batch, width), torch.inf)
+    if padding is not None:
+        isolation, closest = (values.masked_fill(padding, -torch.inf) for values in (isolation, closest))
+    picked = [isolation.argmax(1)]  # of equals the first
     for _ in range(picks - 1):
         last = picked[-1][:, None]
         from_last = 1 - (unit @ unit.gather(1, last[:, :, None].expand(-1, -1, unit.shape[2])).transpose(1, 2))[:, :, 0]

@@ -6,9 +6,10 @@ stock loop sizes one mask and one set of rotary tables by layer 0 and uses them 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+import copy
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -92,108 +93,201 @@ def prefill(
         keep_states: collect the hidden states entering each layer (of unequal length) and the final ones.
         timer: context manager around everything that is selection: attention rows, the method, dropping tokens.
     """
-    # The batch before layer 0, the methods at work, and which tokens are asked for attention rows.
-    num_layers = len(decoder.layers)
-    compact = method.positions == "compact"
-    sequences = Sequences.start(
-        prompt.hidden_BNC,
-        prompt.layout,
-        prompt.lengths,
-        prompt.positions_BN,
-        compact,
-        None if prompt.reduced is None else [row.origins for row in prompt.reduced],
-    )
-    sequences.added_BNF, sequences.index_BN = prompt.added_BNF, prompt.index_BN
-    recorder = _Recorder(decoder, sequences, prompt)
-    parts = [_Part(part, part.stages(num_layers), part.layer_facts(num_layers)) for part in method.parts]
-    query_rows = _text_rows(sequences, prompt.layout)
+    work = Prefilling(decoder, method, prompt, cache, keep_states, timer)
+    work.before_decoder()
+    with work.scoring():
+        for index in range(len(decoder.layers)):
+            work.layer(index)
+            work.decide()
+            work.select()
+    return work.outcome().delivered(prompt, method, cache)
 
-    def view(
+
+class Prefilling:
+    """A prefill on its way through the layers: run one, let the method decide how much stays, drop the rest."""
+
+    def __init__(
+        self,
+        decoder: compat.Decoder,
+        method: Method,
+        prompt: Prompt,
+        cache: Any,
+        keep_states: bool = False,
+        timer: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self.decoder, self.method, self.prompt, self.cache, self.timer = decoder, method, prompt, cache, timer
+        self.compact = method.positions == "compact"
+        self.sequences = Sequences.start(
+            prompt.hidden_BNC,
+            prompt.layout,
+            prompt.lengths,
+            prompt.positions_BN,
+            self.compact,
+            None if prompt.reduced is None else [row.origins for row in prompt.reduced],
+        )
+        self.sequences.added_BNF, self.sequences.index_BN = prompt.added_BNF, prompt.index_BN
+        self.recorder = _Recorder(decoder, self.sequences, prompt)
+        depth = len(decoder.layers)
+        self.parts = [_Part(part, part.stages(depth), part.layer_facts(depth)) for part in method.parts]
+        # Which tokens are asked for attention rows.
+        self.query_rows = _text_rows(self.sequences, prompt.layout)
+        self.rows_of = {Rows.TEXT: self.query_rows, Rows.LAST: (1,) * len(self.query_rows)}
+        self.frames = LayerInputsOf(decoder)
+        self.states: list[Tensor] | None = [] if keep_states else None
+        self._scores: RowScores | None = None
+        self._blocks: BlockWatch | None = None
+        # The method that selects behind the layer that ran last (there is one at most), and what it looks at.
+        self._pending: tuple[_Part, LayerView] | None = None
+
+    def _show(
+        self,
         layer: int,
-        rows: tuple[int, ...],
+        rows: tuple[int, ...] | None = None,
         attention: Callable[[], VisualAttention] | None = None,
         said: Mapping[LayerFact, Any] | None = None,
         rotary: tuple[Tensor, Tensor] | None = None,
     ) -> LayerView:
-        ids, facts = prompt.samples, prompt.facts
-        counts, had = sequences.counts, tuple(recorder.visual_tokens)
-        entered = tuple(recorder.counts_in)
-        state = (ids, sequences, facts, cache, decoder.norm, attention, said or {}, rotary, entered)
-        return LayerView(layer, num_layers, counts, had, rows, *state)
+        prompt, sequences = self.prompt, self.sequences
+        depth, had = len(self.decoder.layers), tuple(self.recorder.visual_tokens)
+        return LayerView(
+            layer, depth, sequences.counts, had, rows or self.query_rows, prompt.samples, sequences, prompt.facts,
+            self.cache, self.decoder.norm, attention, said or {}, rotary, tuple(self.recorder.counts_in),
+        )  # fmt: skip
 
-    def selected(selection: Selection | None) -> Sequences:
-        """The sequences behind a selection; what the methods carry along follows it."""
-        if selection is None:
-            return sequences
-        for part in parts:
-            part.follow(selection)
-        return sequences.apply(selection)
+    def before_decoder(self) -> None:
+        """In front of layer 0: the cap per image, then methods that select among the embeddings."""
+        with self.timer():
+            cap = None if self.prompt.reduced is not None else self.method.visual_token_num
+            if cap is not None and max(self.sequences.counts) > cap:
+                self._drop(cap_by_cls(self._show(BEFORE_DECODER), self.prompt.layout, cap))
+            for part in self.parts:
+                if BEFORE_DECODER in part.stages and max(self.sequences.counts) > 0:
+                    self._drop(part.select(self._show(BEFORE_DECODER)))
 
-    # In front of layer 0: the cap per image, then methods that select among the embeddings.
-    with timer():
-        cap = None if prompt.reduced is not None else method.visual_token_num
-        if cap is not None and max(sequences.counts) > cap:
-            capped = cap_by_cls(view(BEFORE_DECODER, query_rows), prompt.layout, cap)
-            sequences = sequences if capped is None else sequences.apply(capped)
-        for part in parts:
-            if BEFORE_DECODER in part.stages and max(sequences.counts) > 0:
-                sequences = selected(part.select(view(BEFORE_DECODER, query_rows)))
+    def scoring(self) -> ExitStack:
+        """What the calls of :meth:`layer` have to lie in: layers say there what methods ask of them."""
+        asked = {layer: rows for part in self.parts for layer, rows in part.stages.items()}
+        told = {layer: facts for part in self.parts for layer, facts in part.facts.items()}
+        layers = list(enumerate(self.decoder.layers))
+        scored = [layer for index, layer in layers if asked.get(index) in self.rows_of or told.get(index)]
+        watched = [layer for index, layer in layers if LayerFact.BLOCKS in told.get(index, ())]
+        self._scores, self._blocks = RowScores(scored, self.frames, self.timer), BlockWatch(watched)
+        both = ExitStack()
+        both.enter_context(self._scores)
+        both.enter_context(self._blocks)
+        return both
 
-    frames = LayerInputsOf(decoder)
-    # Layer by layer: run it (attention rows are computed inside where asked for), show the method, drop tokens.
-    last = (1,) * len(query_rows)
-    rows_of = {Rows.TEXT: query_rows, Rows.LAST: last}
-    # Of several methods at one place at most the first looks at attention, see Composition.stages.
-    asked = {layer: rows for part in reversed(parts) for layer, rows in part.stages.items()}
-    told = {layer: facts for part in reversed(parts) for layer, facts in part.facts.items()}
-    scored = [layer for index, layer in enumerate(decoder.layers) if asked.get(index) in rows_of or told.get(index)]
-    watched = [layer for index, layer in enumerate(decoder.layers) if LayerFact.BLOCKS in told.get(index, ())]
-    states = []
-    with RowScores(scored, frames, timer) as scores, BlockWatch(watched) as blocks:
-        for index, layer in enumerate(decoder.layers):
-            frame = frames.of(sequences)
-            recorder.entering(sequences)
-            if keep_states:
-                states.append(sequences.hidden_BNC)
-            active = [part for part in parts if index in part.stages and max(sequences.counts) > 0]
-            rows = active[0].stages[index] if active else Rows.NONE
-            wanted, facts = rows_of.get(rows), told.get(index, ())
-            scores.of_next(sequences, wanted, facts if active else ())
-            hidden = layer(
-                sequences.hidden_BNC,
-                attention_mask=frame.mask,
-                position_embeddings=frame.rotary,
-                # With gaps in them, position ids would make flash attention see several packed sequences.
-                position_ids=None,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            sequences = sequences.advance(hidden).with_addition()
-            said: dict[LayerFact, Any] = {LayerFact.BLOCKS: blocks.take()} if LayerFact.BLOCKS in facts else {}
-            if active:
-                with timer():
-                    found = scores.take()
-                    said |= scores.take_facts()
-                    attention: Callable[[], VisualAttention] | None = None
-                    if rows in (Rows.NEXT_LAST, Rows.NEXT_TEXT):
-                        wanted = last if rows is Rows.NEXT_LAST else query_rows
-                        attention = _NextAttention(decoder.layers[index + 1], sequences, frames, wanted, recorder)
-                    elif found is not None and wanted is not None:
-                        recorder.scored(wanted, sequences)
-                        attention = partial(_same, found)
-                    for part in active:
-                        sequences = selected(
-                            part.select(view(index, wanted or query_rows, attention, said, frame.rotary))
-                        )
-                        wanted = attention = None
-                said.clear()
-            recorder.leaving(sequences)
+    def layer(self, index: int) -> None:
+        """Run a layer, attention rows inside, and let the method that selects behind it observe what they say."""
+        scores, blocks, layer = self._scores, self._blocks, self.decoder.layers[index]
+        assert scores is not None and blocks is not None
+        frame = self.frames.of(self.sequences)
+        self.recorder.entering(self.sequences)
+        if self.states is not None:
+            self.states.append(self.sequences.hidden_BNC)
+        part = next((part for part in self.parts if index in part.stages and max(self.sequences.counts) > 0), None)
+        if part is not None and part.method.passes(index, self.sequences.counts, part.memory):
+            part = None
+        rows = Rows.NONE if part is None else part.stages[index]
+        wanted = self.rows_of.get(rows)
+        facts: Collection[LayerFact] = () if part is None else part.facts.get(index, ())
+        scores.of_next(self.sequences, wanted, facts)
+        hidden = layer(
+            self.sequences.hidden_BNC,
+            attention_mask=frame.mask,
+            position_embeddings=frame.rotary,
+            # With gaps in them, position ids would make flash attention see several packed sequences.
+            position_ids=None,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.sequences = self.sequences.advance(hidden).with_addition()
+        said: dict[LayerFact, Any] = {LayerFact.BLOCKS: blocks.take()} if LayerFact.BLOCKS in facts else {}
+        if part is None:
+            return
+        with self.timer():
+            found = scores.take()
+            said |= scores.take_facts()
+            attention: Callable[[], VisualAttention] | None = None
+            if rows in (Rows.NEXT_LAST, Rows.NEXT_TEXT):
+                wanted = self.rows_of[Rows.LAST if rows is Rows.NEXT_LAST else Rows.TEXT]
+                following = self.decoder.layers[index + 1]
+                attention = _NextAttention(following, self.sequences, self.frames, wanted, self.recorder)
+            elif found is not None and wanted is not None:
+                self.recorder.scored(wanted, self.sequences)
+                attention = partial(_same, found)
+            view = self._show(index, wanted, attention, said, frame.rotary)
+            part.observe(view)
+        self._pending = part, view
 
-    # What decoding must remember travels with the cache; what happened becomes one trace per row.
-    hidden = decoder.norm(sequences.hidden_BNC)
-    recorder.cache_record(compact, prompt).attach_to(cache, prompt.width or prompt.hidden_BNC.shape[1])
-    traces = recorder.traces(_joined([part.memory.report for part in parts]), method)
-    return Prefill(hidden, traces, (*states, hidden) if keep_states else None, sequences.index_BN)
+    def decide(self) -> Hashable:
+        """Let that method read from the device what it needs; its answer stands for all counts that follow."""
+        if self._pending is None:
+            return None
+        part, view = self._pending
+        with self.timer():
+            return part.decide(view)
+
+    def select(self) -> None:
+        """Drop what that method does not keep."""
+        if self._pending is not None:
+            part, view = self._pending
+            self._pending = None
+            with self.timer():
+                self._drop(part.select(view))
+        self.recorder.leaving(self.sequences)
+
+    def _drop(self, selection: Selection | None) -> None:
+        """Go on with what a selection leaves; what the methods carry along follows it."""
+        if selection is not None:
+            for part in self.parts:
+                part.follow(selection)
+            self.sequences = self.sequences.apply(selection)
+
+    def report(self) -> dict[str, list[Any]]:
+        """What the methods have to say about each sample."""
+        return _joined([part.memory.report for part in self.parts])
+
+    def outcome(self) -> Outcome:
+        """What is left behind the last layer."""
+        hidden, states = self.decoder.norm(self.sequences.hidden_BNC), self.states
+        return Outcome(
+            hidden, None if states is None else (*states, hidden), self.recorder, self.report(), self.sequences.index_BN
+        )
+
+    def forked(self, cache: Any) -> Prefilling:
+        """The same state, to go on from more than once: on the same tensors, with a cache that holds what this has."""
+        later = copy.copy(self)
+        later.cache, later.frames = cache, self.frames.forked()
+        # What is computed when it is first asked for belongs to the one that asked.
+        later.sequences = self.sequences.advance(self.sequences.hidden_BNC)
+        origins = dict[int, PatchIds]()
+        own = self.sequences.origins
+        later.sequences.origins = own.rebuilt(own.selections(), origins)
+        later.recorder = self.recorder.forked(origins)
+        later.parts = [replace(part, memory=_forked(part.memory)) for part in self.parts]
+        if self._pending is not None:
+            part, view = self._pending
+            later._pending = later.parts[self.parts.index(part)], replace(view, sequences=later.sequences)
+        later.states = None if self.states is None else list(self.states)
+        return later
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the layers leave behind, before it becomes a :class:`Prefill`."""
+
+    hidden_BNC: Tensor
+    hidden_states: tuple[Tensor, ...] | None
+    recorder: _Recorder
+    report: dict[str, list[Any]]
+    index_BN: Tensor | None
+
+    def delivered(self, prompt: Prompt, method: Method, cache: Any) -> Prefill:
+        """What decoding must remember travels with the cache; what happened becomes one trace per row."""
+        record = self.recorder.cache_record(method.positions == "compact", prompt)
+        record.attach_to(cache, prompt.width or prompt.hidden_BNC.shape[1])
+        return Prefill(self.hidden_BNC, self.recorder.traces(self.report, method), self.hidden_states, self.index_BN)
 
 
 def decode(
@@ -243,6 +337,12 @@ class _Part:
     facts: Mapping[int, Collection[LayerFact]]
     memory: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(report={}, carried={}))
 
+    def observe(self, view: LayerView) -> None:
+        self.method.observe(view, self.memory)
+
+    def decide(self, view: LayerView) -> Hashable:
+        return self.method.decide(view, self.memory)
+
     def select(self, view: LayerView) -> Selection | None:
         return self.method.select(view, self.memory)
 
@@ -282,6 +382,15 @@ def _same(attention: VisualAttention) -> VisualAttention:
     return attention
 
 
+def _forked(value: Any) -> Any:
+    """A copy of what a method remembers: containers anew, what is in them the same."""
+    if isinstance(value, SimpleNamespace):
+        return SimpleNamespace(**{name: _forked(inner) for name, inner in vars(value).items()})
+    if isinstance(value, dict):
+        return {key: _forked(inner) for key, inner in value.items()}
+    return [_forked(inner) for inner in value] if isinstance(value, list) else value
+
+
 def _joined(reports: Sequence[dict[str, list[Any]]]) -> dict[str, list[Any]]:
     """One report of several methods: costs add up; of anything else that two methods say, the later one counts."""
     joined: dict[str, list[Any]] = {}
@@ -319,6 +428,25 @@ class _Recorder:
         self.origins: list[PatchIds] = []
         self.scoring = [0] * len(sequences.counts)
         self.shape = decoder_shape(decoder, sequences.hidden_BNC.element_size())
+
+    def forked(self, origins: Mapping[int, PatchIds]) -> _Recorder:
+        """The same so far, to be continued in two ways; ``origins`` says what becomes of those that it has, by id."""
+        later = copy.copy(self)
+        later.__dict__.update({k: list(v) for k, v in vars(self).items() if isinstance(v, list)})
+        later.origins = [origins[id(one)] for one in self.origins]
+        return later
+
+    def selections(self) -> list[Tensor]:
+        """What every selection kept, as :meth:`PatchIds.selections` says it."""
+        return self.origins[-1].selections()
+
+    def with_selections(self, flat: Tensor | None) -> _Recorder:
+        """The same, with other indices: those of :meth:`selections`, flattened, one behind the other."""
+        sizes = [kept.numel() for kept in self.selections()]
+        given = [] if flat is None else list(torch.split(flat, sizes))
+        origins = dict[int, PatchIds]()
+        self.origins[-1].rebuilt(given, origins)
+        return self.forked(origins)
 
     def entering(self, sequences: Sequences) -> None:
         self.counts_in.append(sequences.counts)

@@ -6,6 +6,7 @@ or, where nothing but the length changed, cut from the first ones: that is far c
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +47,12 @@ class LayerInputsOf:
         self._tokens: object = None
         self._device: torch.device | None = None
         self._biases: dict[tuple[int, torch.device], Tensor] = {}
+
+    def forked(self) -> LayerInputsOf:
+        """Another one that knows what this one has made so far."""
+        later = copy.copy(self)
+        later._biases = dict(self._biases)
+        return later
 
     def of(self, sequences: Sequences) -> LayerInputs:
         """The frame of these tokens, where their hidden states are."""

@@ -22,6 +22,23 @@ class PatchIds:
         self._known_BV = known_BV
         self._step: tuple[PatchIds, Tensor, tuple[int, ...], tuple[int, ...]] | None = None
 
+    def rebuilt(self, given: list[Tensor], known: dict[int, PatchIds]) -> PatchIds:
+        """The same chain with other indices, as many as :meth:`selections`, flattened or not; nothing in it is
+        resolved. ``known`` gets what became of each link, by its ``id``.
+        """
+        later = PatchIds(self._known_BV if self._step is None else None)
+        if self._step is not None:
+            earlier, keep_BK, keep, merged = self._step
+            later._step = earlier.rebuilt(given[:-1], known), given[-1].view(keep_BK.shape), keep, merged
+        known[id(self)] = later
+        return later
+
+    def selections(self) -> list[Tensor]:
+        """Indices ``[B, K]`` that each selection kept, the first one first."""
+        if self._step is None:
+            return []
+        return [*self._step[0].selections(), self._step[1]]
+
     def after(self, keep_BK: Tensor, keep: tuple[int, ...], merged: tuple[int, ...]) -> PatchIds:
         """Those behind a selection; arguments as in :class:`~llava.pruning.types.Selection`."""
         later = PatchIds(None)
@@ -32,7 +49,6 @@ class PatchIds:
         """``[B, V]`` in sequence order, of no meaning behind a row's number of visual tokens."""
         if self._known_BV is None:
             self._known_BV = self._resolved()
-            self._step = None  # the chain behind it is done with
         return self._known_BV
 
     def _resolved(self) -> Tensor:

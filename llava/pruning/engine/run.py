@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from llava import compat
 from llava.pruning.engine.cache import CacheRecord
 from llava.pruning.engine.decoder import Prompt, decode, dense_traces, prefill
+from llava.pruning.engine.graphs import PrefillGraphs
 from llava.pruning.engine.labels import follow_labels
 from llava.pruning.engine.layout import VisualLayout
 from llava.pruning.engine.missed import MissedBudgets
@@ -69,10 +70,13 @@ class PruningRun:
         samples_seen: running number of the next sample; set it to continue an earlier run (seeded methods use it).
         sample_ids: numbers of the samples of the next prefill, one per prompt, where a reader finds the visual tokens;
             None: counted on from ``samples_seen``. One prefill uses it up.
+        graphs: CUDA graphs to replay instead of launching kernel by kernel; None: no graphs. Not while
+            ``time_selection`` is set.
         time_selection: measure :attr:`selection_seconds` too; off by default.
     """
 
-    def __init__(self, method: Method, model: nn.Module) -> None:
+    def __init__(self, method: Method, model: nn.Module, graphs: PrefillGraphs | None = None) -> None:
+        self.graphs = graphs
         self.reader = reader_of(model)
         self.decoder: Any = compat.find_decoder(model)
         self._axes = compat.has_axes(self.decoder)
@@ -353,7 +357,8 @@ class PruningRun:
                     embeds = self._embeds(input_ids, inputs_embeds)
                     prompt = self._prompt(embeds, lengths, position_ids, layout, told, repeats, added, labeled)
                     timer = functools.partial(self.selection_timer, given.device)
-                    pruned = prefill(self.decoder, self.method, prompt, cache, self._keeps_states(kwargs), timer)
+                    through = prefill if self.graphs is None or self.time_selection else self.graphs.prefill
+                    pruned = through(self.decoder, self.method, prompt, cache, self._keeps_states(kwargs), timer)
                     traces, self._told.left = pruned.traces, pruned.index_BN
                     if use_cache is None:
                         use_cache = getattr(self.decoder.config, "use_cache", True)

@@ -71,6 +71,14 @@ class Composition(PruningMethod):
                 stages[layer] = rows
         return stages
 
+    @property
+    def capturable(self) -> bool:  # type: ignore[override]
+        decisions = [member.decision_layer(32) for member in self.members]  # the depth does not matter
+        return all(m.capturable for m in self.members) and sum(layer is not None for layer in decisions) <= 1
+
+    def decision_layer(self, num_layers: int) -> int | None:
+        return next((layer for m in self.members if (layer := m.decision_layer(num_layers)) is not None), None)
+
     def vision_facts(self, tower_layers: int) -> Mapping[str, VisionFact]:
         facts: dict[str, VisionFact] = {}
         for member in self.members:

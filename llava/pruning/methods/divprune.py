@@ -29,6 +29,7 @@ class DivPrune(DecoderMethod):
     positions: str = "compact"
 
     name: ClassVar[str] = "divprune"
+    capturable: ClassVar[bool] = True
 
     def stages(self, num_layers: int) -> Mapping[int, Rows]:
         return {BEFORE_DECODER: Rows.NONE}

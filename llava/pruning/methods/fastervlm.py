@@ -30,6 +30,7 @@ class FasterVLM(DecoderMethod):
     positions: str = "compact"
 
     name: ClassVar[str] = "fastervlm"
+    capturable: ClassVar[bool] = True
     needs_cls: ClassVar[bool] = True
 
     def stages(self, num_layers: int) -> Mapping[int, Rows]:

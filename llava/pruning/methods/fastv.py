@@ -42,6 +42,7 @@ class FastV(Debiased):
     ratio: float | None = None
 
     name: ClassVar[str] = "fastv"
+    capturable: ClassVar[bool] = True
     published_budget: ClassVar[str] = "processed"
     instead_of_target: ClassVar[str | None] = "ratio"
     rows: ClassVar[Rows] = Rows.LAST

@@ -46,6 +46,7 @@ class PDrop(Debiased):
     ratio: float | None = None
 
     name: ClassVar[str] = "pdrop"
+    capturable: ClassVar[bool] = True
     published_budget: ClassVar[str] = "processed"
     instead_of_target: ClassVar[str | None] = "ratio"
 

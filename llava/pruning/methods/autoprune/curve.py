@@ -6,6 +6,7 @@ keeps add up to the budget. Everything here runs on the host, once per sample.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -35,6 +36,28 @@ def dynamic_slope(mutual_information: float, k0: float = 0.4, gamma: float = 0.2
     return max(k0 - gamma * mutual_information, 0.0)
 
 
+@functools.lru_cache(maxsize=4096)
+def planned_counts(
+    num_layers: int,
+    slope: float,
+    x0: float,
+    amplitude: float,
+    relative: bool,
+    curve: str,
+    coarse_tokens: int,
+    target_tokens: int,
+    recycle_fraction: float,
+    first: int,
+    entering: int | None,
+) -> tuple[int, ...]:
+    """:func:`keep_counts` of the :func:`retention_curve` with this slope.
+
+    Remembered, because the device waits while the host plans, and where slopes are rounded they come again.
+    """
+    shares = retention_curve(num_layers, slope, x0, amplitude, relative=relative, curve=curve)
+    return tuple(keep_counts(shares, coarse_tokens, target_tokens, recycle_fraction, first=first, entering=entering))
+
+
 Curve = Callable[[int, float, float, float], FloatArray]
 """Unscaled shares of visual tokens kept after layers ``1 .. num_layers - 1``, float64 ``[num_layers - 1]``, of
 ``(num_layers, slope, x0, amplitude)``: only their proportions matter, the budget scales them.
@@ -48,6 +71,7 @@ def add_curve(name: str) -> Callable[[Curve], Curve]:
 
     def add(curve: Curve) -> Curve:
         CURVES[name] = curve
+        planned_counts.cache_clear()
         return curve
 
     return add
@@ -126,12 +150,20 @@ def fit_to_budget(
     if held == 1 and entering is None and abs(int(unscaled.sum()) + int(unscaled[-1]) - target_total) < 1:
         return curve
 
-    shares = curve.tolist()
+    def planned(scale: float) -> list[int]:
+        """The published estimate of what layers keep: in float64."""
+        keep: list[int] = np.ceil((coarse_tokens - 1) * np.minimum(1.0, scale * curve)).astype(np.int64).tolist()
+        return keep
+
     low, high = 0.0, _MAX_SCALE
+    lowest, highest = planned(low), planned(high)
     best_scale, best_error = 1.0, math.inf
     for _ in range(_MAX_STEPS):
         scale = (low + high) / 2
-        total = charged + _planned_total(shares, scale, coarse_tokens, recycle_fraction, last)
+        keep = planned(scale)
+        # Not clamped where merged tokens make a layer's count exceed the one before.
+        counts = tokens_leaving(coarse_tokens, keep, recycle_fraction, clamp=False)
+        total = charged + sum(counts) - (1 - last) * counts[-1]
         error = abs(total - target_total)
         if error < best_error:
             best_scale, best_error = scale, error
@@ -140,20 +172,14 @@ def fit_to_budget(
         if scale in (low, high):  # the interval cannot shrink any further, the remaining steps would repeat this one
             break
         if total < target_total:
-            low = scale
+            low, lowest = scale, keep
         else:
-            high = scale
+            high, highest = scale, keep
+        # Whatever lies between two scales at which all layers keep the same has been tried: at one of them, or it is
+        # one of the ends, from which nothing leads away.
+        if lowest == highest:
+            break
     return best_scale * curve
-
-
-def _planned_total(shares: list[float], scale: float, coarse_tokens: int, recycle_fraction: float, last: int) -> int:
-    """Tokens leaving the layers of the curve at a scale; the last layer counts ``last`` times.
-
-    The published estimate: in float64, and not clamped where merged tokens make a layer's count exceed the one before.
-    """
-    keep = [math.ceil((coarse_tokens - 1) * min(1.0, scale * share)) for share in shares]
-    counts = tokens_leaving(coarse_tokens, keep, recycle_fraction, clamp=False)
-    return sum(counts) - (1 - last) * counts[-1]
 
 
 def tokens_to_keep(coarse_tokens: int, share: float) -> int:
@@ -204,7 +230,9 @@ def keep_counts(
     shares = fit_to_budget(
         curve[first - 1 :], coarse_tokens, target_tokens, recycle_fraction, held=first, entering=entering
     )
-    return [coarse_tokens] * first + [tokens_to_keep(coarse_tokens, share) for share in shares]
+    # As `tokens_to_keep`, for all of them at once.
+    kept: list[int] = np.ceil(np.float32(coarse_tokens - 1) * shares.astype(np.float32)).astype(np.int64).tolist()
+    return [coarse_tokens] * first + kept
 
 
 def retention_schedule(

@@ -17,7 +17,7 @@ several images all of them are pruned together, not only the first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -30,8 +30,7 @@ from llava.pruning.methods.autoprune.curve import (
     CURVES,
     coarse_token_count,
     dynamic_slope,
-    keep_counts,
-    retention_curve,
+    planned_counts,
 )
 from llava.pruning.methods.autoprune.information import mutual_information
 from llava.pruning.recycling import keep_and_recycle, prune_step
@@ -56,6 +55,7 @@ class AutoPrune(DecoderMethod):
         eps: constant of the mutual information.
         mi_layer: layer whose mutual information sets the slope; the curve starts after it.
         slope: this slope for every sample; mutual information is then not looked at.
+        slope_step: round the slope of every sample to multiples of this, so that there are few schedules; 0: as it is.
         coarse_cut: whether layer 0 cuts at all; without it the curve starts from all tokens.
         curve: name of the curve whose shares are scaled to the budget, see :data:`~.curve.CURVES`; None: the published
             ``logistic``.
@@ -75,11 +75,13 @@ class AutoPrune(DecoderMethod):
     x0_relative: bool = False
     mi_layer: int = 1
     slope: float | None = None
+    slope_step: float = 0.0
     coarse_cut: bool = True
     cls_weight: float = 1.0
     curve: str | None = None
 
     name: ClassVar[str] = "autoprune"
+    capturable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,6 +91,7 @@ class AutoPrune(DecoderMethod):
         self.require("recycle_fraction", 0 <= self.recycle_fraction <= 1, "must lie in 0..1")
         self.require("curve", self.curve is None or self.curve in CURVES, f"must be one of {', '.join(sorted(CURVES))}")
         self.require("mi_layer", self.mi_layer >= 0, "must be at least 0")
+        self.require("slope_step", self.slope_step >= 0, "must be at least 0")
         self.require("slope", self.slope is None or self.slope >= 0, "must be at least 0")
         if self.coarse_cut and self.text_weight == 0 and self.cls_weight == 0:
             raise OptionError(
@@ -103,6 +106,8 @@ class AutoPrune(DecoderMethod):
         values = super().settings()
         if self.curve is None:
             del values["curve"]  # records from before there was a choice stay equal
+        if not self.slope_step:
+            del values["slope_step"]
         return values
 
     @property
@@ -120,8 +125,7 @@ class AutoPrune(DecoderMethod):
         curve = dict.fromkeys(range(self._first, num_layers), Rows.TEXT)
         return {0: Rows.TEXT if self._measures(0) else Rows.NONE, **curve}
 
-    def select(self, view: LayerView, memory: SimpleNamespace) -> Selection | None:
-        selection = None
+    def observe(self, view: LayerView, memory: SimpleNamespace) -> None:
         if view.layer == 0:
             memory.report = {"mutual_information": None, "slope": None}
             memory.information, memory.entering = {}, view.counts
@@ -131,11 +135,25 @@ class AutoPrune(DecoderMethod):
             rows = view.query_rows_B
             rows = rows if isinstance(rows, int) else rows[:, None]
             memory.information[view.layer] = mutual_information(view.attention_BHTV, self.eps, rows).sum(1)
-        if view.layer == 0 and self.coarse_cut:
-            selection = self._cut(view, memory)
-        if view.layer == self.mi_layer:
-            memory.keep = self._plan(view, memory)
-        return self._follow_curve(view, memory) if view.layer >= self._first else selection
+
+    def decide(self, view: LayerView, memory: SimpleNamespace) -> Hashable:
+        if view.layer != self.mi_layer:
+            return None
+        memory.keep = self._plan(view, memory)
+        return tuple(memory.keep)
+
+    def decision_layer(self, num_layers: int) -> int | None:
+        return self.mi_layer if self.slope is None else None
+
+    def passes(self, layer: int, counts: tuple[int, ...], memory: SimpleNamespace) -> bool:
+        if layer <= self.mi_layer or layer < self._first:
+            return False
+        return all(keep[layer] >= count for keep, count in zip(memory.keep, counts, strict=True))
+
+    def select(self, view: LayerView, memory: SimpleNamespace) -> Selection | None:
+        if view.layer >= self._first:
+            return self._follow_curve(view, memory)
+        return self._cut(view, memory) if self.coarse_cut else None
 
     def _coarse(self, view: LayerView) -> tuple[int, ...]:
         """Per sample the visual tokens after layer 0."""
@@ -155,27 +173,14 @@ class AutoPrune(DecoderMethod):
             scores = scores + self.cls_weight * view.cls_attention_BV
         return Selection(top_k(scores, view.counts, memory.coarse), memory.coarse)
 
-    def _plan(self, view: LayerView, memory: SimpleNamespace) -> list[list[int]]:
+    def _plan(self, view: LayerView, memory: SimpleNamespace) -> list[tuple[int, ...]]:
         """Per sample the tokens to keep after each layer."""
         slopes = [self.slope] * len(view.counts) if self.slope is not None else self._slopes(view, memory)
         memory.report["slope"] = slopes
         entering = memory.entering if self.budget == "processed" else [None] * len(slopes)
+        curve = self.x0, self.amplitude, self.x0_relative, self.curve or "logistic"
         return [
-            keep_counts(
-                retention_curve(
-                    view.num_layers,
-                    slope,
-                    self.x0,
-                    self.amplitude,
-                    relative=self.x0_relative,
-                    curve=self.curve or "logistic",
-                ),
-                coarse,
-                target,
-                self.recycle_fraction,
-                first=self._first,
-                entering=tokens,
-            )
+            planned_counts(view.num_layers, slope, *curve, coarse, target, self.recycle_fraction, self._first, tokens)
             for slope, coarse, target, tokens in zip(slopes, memory.coarse, self.targets(view), entering, strict=True)
         ]
 
@@ -187,7 +192,8 @@ class AutoPrune(DecoderMethod):
             {f"layer{layer}": bits if layer else bits / rows for layer, bits in zip(layers, sample, strict=True)}
             for sample, rows in zip(zip(*measured, strict=True), view.query_rows, strict=True)
         ]
-        return [dynamic_slope(bits, self.k0, self.gamma) for bits in measured[layers.index(self.mi_layer)]]
+        slopes = [dynamic_slope(bits, self.k0, self.gamma) for bits in measured[layers.index(self.mi_layer)]]
+        return [round(slope / self.slope_step) * self.slope_step for slope in slopes] if self.slope_step else slopes
 
     def _follow_curve(self, view: LayerView, memory: SimpleNamespace) -> Selection | None:
         steps = [

@@ -1,0 +1,412 @@
+"""Everything that only a GPU can say, in one run of twelve minutes: tests, times, a profile, and which candidates pay.
+
+    bash scripts/gpu_check.sh OUT                      # on a machine with a GPU; nothing is installed
+    bash scripts/gpu_check.sh --rehearse OUT           # the same paths on a CPU, with tiny sizes
+    python -m benchmarks.gpu_check --take OUT/gpu_check.json     # its figures become the rows of docs/performance.md
+
+OUT/gpu_check.json is written anew after every step, so that a run that is cut off keeps what it had. Each part has its
+minutes; a step that would not fit in what is left is skipped and says so, and rounds end when the time of a step does.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from benchmarks import decode, first_token, prefill, profile, report
+from benchmarks.candidates import Tuned, build_method, traces_of
+from benchmarks.environment import RESULTS, environment, use_fixed_allocator
+from benchmarks.geometry import Geometry, RandomPrompt, geometry, random_decoder, random_prompt
+from benchmarks.output import save, table
+from benchmarks.published import NAME, Published
+from benchmarks.switches import SWITCHES
+from benchmarks.whole_model import random_image_prompt, random_llava
+from llava.eval.common.arguments import Parser
+from llava.eval.common.jsonio import read_text, write_text_atomic
+from llava.pruning.engine.graphs import PrefillGraphs, capture_on_cuda
+from llava.utils import UserError, cli_main
+
+ROOT = Path(__file__).resolve().parent.parent
+MINUTES = {"tests": 1.5, "prefill": 6.0, "profile": 1.0, "candidates": 3.0}
+"""Parts in their order, with the minutes that each may take."""
+FILE = "gpu_check.json"
+TINY = "tiny"
+CUT_AT = {"llava-1.5-7b": 64, "llava-next-7b": 160, TINY: 16}
+ROUNDS, WARMUP = 15, 3
+SLOPED, SLOPE = "autoprune slope 0.25", {"k0": 0.25, "gamma": 0.0}
+"""Random weights give so much mutual information that the curve is flat: hardly any layer drops anything. With this one
+most of them do.
+"""
+SHAPES = ("llava-1.5-7b", "llava-next-7b")
+CANDIDATE_COLUMNS = ("method", "batch", "ms", "p10", "p90", "of_dense", "over_floor", "selection_ms", "same_tokens")
+
+
+@dataclass
+class Part:
+    """A part on its way: until when it may run, and what became of it."""
+
+    name: str
+    until: float
+    steps: dict[str, str]
+
+    def left(self) -> float:
+        """Seconds."""
+        return self.until - time.monotonic()
+
+
+class Check:
+    """A run: its parts, what they found, and the file that has all of it."""
+
+    def __init__(self, folder: Path, minutes: Mapping[str, float], rehearse: bool) -> None:
+        self.folder, self.minutes, self.rehearse = folder, minutes, rehearse
+        self.device = torch.device("cpu" if rehearse else "cuda")
+        self.dtype = torch.float32 if rehearse else torch.bfloat16
+        self.record: dict[str, Any] = {
+            "rehearsal": rehearse, "minutes": dict(minutes), "environment": environment(self.device),
+            "steps": {}, "tests": {}, "results": [],
+        }  # fmt: skip
+        self.began = time.monotonic()
+
+    def write(self) -> None:
+        """All that is known so far."""
+        self.record["seconds"] = round(time.monotonic() - self.began, 1)
+        self.record["environment"] = environment(self.device)
+        write_text_atomic(self.folder / FILE, json.dumps(self.record, indent=1) + "\n")
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[Part]:
+        """A part with its minutes."""
+        steps = self.record["steps"].setdefault(name, {})
+        yield Part(name, time.monotonic() + 60 * self.minutes[name], steps)
+        self.write()
+
+    def step(self, part: Part, name: str, seconds: float, work: Callable[[float], None]) -> None:
+        """Run a step of a part, if the `seconds` that it takes at least are left; `work` gets the time to end at.
+
+        Whatever goes wrong in it is told and does not keep the others from running.
+        """
+        if part.left() < seconds:
+            part.steps[name] = f"skipped: {max(part.left(), 0):.0f} s are left, it takes {seconds:.0f} at least"
+        else:
+            began = time.monotonic()
+            try:
+                work(min(began + 2 * seconds, part.until))
+                part.steps[name] = f"done in {time.monotonic() - began:.1f} s"
+            except Exception as error:
+                part.steps[name] = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        print(f"[gpu check] {part.name}: {name}: {part.steps[name]}", flush=True)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.write()
+
+    def add(self, tool: str, label: str, rows: list[dict[str, Any]], columns: Sequence[str]) -> None:
+        """Rows of a benchmark, as it would have saved them; further ones of the same kind join the earlier."""
+        results = self.record["results"]
+        known = next((one for one in results if (one["tool"], one["label"]) == (tool, label)), None)
+        if known is None:
+            results.append({"tool": tool, "label": label, "rows": rows})
+        else:
+            known["rows"] += rows
+        print(f"\n{tool}: {label}\n{table(rows, columns)}\n", flush=True)
+
+    def shape(self, name: str) -> Geometry:
+        return geometry(TINY if self.rehearse else name)
+
+    def label(self, rows: Sequence[dict[str, Any]], shape: Geometry) -> str:
+        own = prefill.describe_geometry(rows, shape, self.dtype, SimpleNamespace(attn_implementation="sdpa"))
+        return f"{own} {shape.visual} visual tokens"
+
+    def graphs(self) -> PrefillGraphs:
+        """On a CPU nothing can be captured, and everything runs as always."""
+        return PrefillGraphs(capture=capture_on_cuda)
+
+    def args(self, rounds: int = ROUNDS) -> SimpleNamespace:
+        """What the benchmarks ask of their flags."""
+        if self.rehearse:
+            return SimpleNamespace(rounds=1, warmup=0, new_tokens=2, top=5, trace=None)
+        return SimpleNamespace(rounds=rounds, warmup=WARMUP, new_tokens=16, top=10, trace=None)
+
+    def least(self, seconds: float) -> float:
+        """What a step takes at least, on a GPU that many seconds."""
+        return 1.0 if self.rehearse else seconds
+
+
+# --- the parts ----------------------------------------------------------------------------------------------------
+
+
+def run_tests(check: Check) -> None:
+    """The tests marked `gpu`, in a process of their own."""
+    with check.part("tests") as part:
+
+        def work(until: float) -> None:
+            found = check.folder / "tests.xml"
+            command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short",
+                       f"--junitxml={found}", "--confcutdir=tests/pruning", "tests/pruning/test_gpu.py"]  # fmt: skip
+            with (check.folder / "tests.log").open("w") as log:
+                subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, timeout=part.left())
+            check.record["tests"] = outcomes_of_tests(found)
+
+        check.step(part, "tests marked gpu", check.least(45.0), work)
+
+
+def outcomes_of_tests(path: Path) -> dict[str, str]:
+    """Test -> `passed`, or `failed:` and `skipped:` with a line that says why."""
+    found = {}
+    for case in ElementTree.parse(path).iter("testcase"):
+        state = "passed"
+        for kind in ("failure", "error", "skipped"):
+            if (said := case.find(kind)) is not None:
+                state = f"{'skipped' if kind == 'skipped' else 'failed'}: {(said.get('message') or '').splitlines()[0]}"
+        found[case.get("name", "")] = state
+    return found
+
+
+def run_prefills(check: Check) -> None:
+    """Prefill at two geometries and three batch sizes; decoding; time to first token of a whole model."""
+    with check.part("prefill") as part:
+        # Both geometries have the same decoder.
+        model = random_decoder(check.shape(SHAPES[0]), check.device, check.dtype, "sdpa")
+        _prefills(check, part, model, {1: 15.0, 8: 20.0})
+        _decoding(check, part, model)
+        _first_tokens(check, part)
+        _prefills(check, part, model, {16: 30.0})
+
+
+def _prefills(check: Check, part: Part, model: Any, batches: Mapping[int, float]) -> None:
+    peak = prefill.peak_flops(check.device, check.dtype)
+    for batch, seconds in batches.items():
+        for name in SHAPES:
+
+            def work(until: float, name: str = name, batch: int = batch) -> None:
+                shape = check.shape(name)
+                prompt = random_prompt(shape, batch, check.device, check.dtype)
+                settings = compared(check, shape, batch)
+                rows = prefill.measure(model, prompt, settings, check.args(), peak, until)
+                check.add("prefill", check.label(rows, shape), rows, prefill.COLUMNS)
+
+            check.step(part, f"prefill {name} batch {batch}", check.least(seconds), work)
+
+
+def _decoding(check: Check, part: Part, model: Any) -> None:
+    for name in SHAPES:
+
+        def work(until: float, name: str = name) -> None:
+            shape = check.shape(name)
+            prompt = random_prompt(shape, 1, check.device, check.dtype)
+            found = decode.measure(model, prompt, autoprune_at(shape), check.args(rounds=3))
+            check.add("decode", check.label(found, shape), found, decode.COLUMNS)
+
+        check.step(part, f"decode {name}", check.least(10.0), work)
+
+
+def _first_tokens(check: Check, part: Part) -> None:
+    for name in SHAPES:
+
+        def work(until: float, name: str = name) -> None:
+            shape = check.shape(name)
+            model = random_llava(shape, check.device, check.dtype, "sdpa")
+            prompt = random_image_prompt(shape, 1, check.device, check.dtype)
+            found = first_token.measure(model, prompt, autoprune_at(shape), check.args(rounds=7))
+            check.add("first_token", check.label(found, shape), found, first_token.COLUMNS)
+
+        check.step(part, f"first token {name}", check.least(12.0), work)
+
+
+def autoprune_at(shape: Geometry) -> dict[tuple[str, int], Any]:
+    """AutoPrune at the budget of the goals."""
+    budget = CUT_AT[shape.name]
+    return {("autoprune", budget): build_method("autoprune", budget)}
+
+
+def compared(check: Check, shape: Geometry, batch: int) -> dict[tuple[str, int], Any]:
+    """AutoPrune with and without graphs, as published (one sample only), and two peers."""
+    budget = CUT_AT[shape.name]
+    method = build_method("autoprune", budget)
+    settings: dict[tuple[str, int], Any] = {
+        ("autoprune", budget): method,
+        ("autoprune graphs", budget): Tuned(method, check.graphs()),
+        (SLOPED, budget): (sloped := build_method("autoprune", budget, **SLOPE)),
+        (f"{SLOPED} graphs", budget): Tuned(sloped, check.graphs()),
+        ("fastv", budget): build_method(
+            "fastv", budget, **({"target_tokens": max(budget, 24)} if check.rehearse else {})
+        ),
+        ("divprune", budget): build_method("divprune", budget),
+        ("divprune graphs", budget): Tuned(build_method("divprune", budget), check.graphs()),
+    }
+    if batch == 1:
+        settings[NAME, budget] = Published(method)
+    return settings
+
+
+def run_profile(check: Check) -> None:
+    """Where the time of one prefill goes: launches, and the host's time in which the device has nothing to do."""
+    with check.part("profile") as part:
+
+        def work(until: float) -> None:
+            shape = check.shape(SHAPES[0])
+            model = random_decoder(shape, check.device, check.dtype, "sdpa")
+            prompt = random_prompt(shape, 1, check.device, check.dtype)
+            budget = CUT_AT[shape.name]
+            method, setting = (
+                build_method("autoprune", budget, **SLOPE),
+                {"method": SLOPED, "budget": budget, "batch": 1},
+            )
+            rows = [{**setting, **row} for row in profile.measure(model, method, prompt, check.args(rounds=3))]
+            check.add("profile", check.label(rows, shape), rows, profile.COLUMNS)
+
+        check.step(part, "profile of a prefill", check.least(20.0), work)
+
+
+def run_candidates(check: Check) -> None:
+    """Each switch alone and with graphs; `same_tokens` is the share of survivors that are those of the plain run."""
+    with check.part("candidates") as part:
+        peak = prefill.peak_flops(check.device, check.dtype)
+        model = random_decoder(check.shape(SHAPES[0]), check.device, check.dtype, "sdpa")
+        quick = [name for name in SWITCHES if name != "compiled"]  # torch.compile takes long to begin with
+        for switches, name, batch, seconds in (
+            (quick, SHAPES[0], 1, 20.0),
+            (quick, SHAPES[1], 1, 20.0),
+            (quick, SHAPES[0], 8, 20.0),
+            (["compiled"], SHAPES[0], 1, 40.0),
+        )[:: 3 if check.rehearse else 1]:  # Triton's interpreter is slow
+
+            def work(until: float, switches: Sequence[str] = switches, name: str = name, batch: int = batch) -> None:
+                shape = check.shape(name)
+                prompt = random_prompt(shape, batch, check.device, check.dtype)
+                rows = switched(check, model, shape, prompt, switches, peak, until)
+                label = f"{check.label(rows, shape)} {' '.join(switches)} batch {batch}"
+                check.add("candidates", label, rows, CANDIDATE_COLUMNS)
+
+            check.step(part, f"{', '.join(switches)}: {name} batch {batch}", check.least(seconds), work)
+
+
+def switched(
+    check: Check,
+    model: Any,
+    shape: Geometry,
+    prompt: RandomPrompt,
+    switches: Sequence[str],
+    peak: float,
+    until: float,
+) -> list[dict[str, Any]]:
+    """Rows of AutoPrune with these switches, beside those without any."""
+    name, budget = SLOPED, CUT_AT[shape.name]
+    method = build_method("autoprune", budget, **SLOPE)
+    plain = traces_of(model, method, prompt)
+    settings: dict[tuple[str, int], Any] = {
+        (name, budget): method,
+        (f"{name} graphs", budget): Tuned(method, check.graphs()),
+    }
+    for switch in switches:
+        settings[f"{name} {switch}", budget] = Tuned(method, None, (switch,))
+        settings[f"{name} {switch} graphs", budget] = Tuned(method, check.graphs(), (switch,))
+    found = prefill.measure(model, prompt, settings, check.args(), peak, until)
+    for row in found:
+        setting = settings.get((row["method"], row["budget"]))
+        if setting is not None:
+            row["same_tokens"] = agreement(traces_of(model, setting, prompt), plain)
+    return found
+
+
+def agreement(traces: Sequence[Any], others: Sequence[Any]) -> float:
+    """Share of the survivors of all layers that are survivors there, too."""
+    same = total = 0
+    for one, other in zip(traces, others, strict=True):
+        for kept, theirs in zip(one.kept, other.kept, strict=True):
+            same += len(set(kept.tolist()) & set(theirs.tolist()))
+            total += len(set(kept.tolist()))
+    return same / total
+
+
+PARTS: dict[str, Callable[[Check], None]] = {
+    "tests": run_tests, "prefill": run_prefills, "profile": run_profile, "candidates": run_candidates,
+}  # fmt: skip
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+def minutes_of(text: str) -> dict[str, float]:
+    """`prefill=4,candidates=0`: other minutes for some parts; 0 leaves a part out."""
+    minutes = dict(MINUTES)
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, value = entry.partition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            number = -1.0
+        if name not in minutes or not equals or not 0 <= number < 1000:
+            raise UserError(f"--minutes: {entry!r} is not PART=MINUTES; parts: {', '.join(minutes)}")
+        minutes[name] = number
+    return minutes
+
+
+def take(path: Path, folder: Path) -> int:
+    """Save the results of a check as the benchmarks would have, and render the report."""
+    try:
+        record = json.loads(read_text(path, "record of a GPU check"))
+        results, env = record["results"], record["environment"]
+        rehearsal = record["rehearsal"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: is not a record of benchmarks.gpu_check; give the {FILE} that it wrote") from None
+    if rehearsal:
+        raise UserError(f"{path}: is of a rehearsal on a CPU, whose figures say nothing; run it on a GPU")
+    for result in results:
+        print(f"wrote {save(result['tool'], result['label'], result['rows'], env, folder)}")
+    return report.main(["--results-dir", str(folder)]) if folder == RESULTS else 0
+
+
+@cli_main
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(description="Tests, times and profile on a GPU, in one run that keeps what it has.")
+    parser.add_argument("output", nargs="?", default="gpu_check", help="folder for everything that is written")
+    parser.add_argument("--rehearse", action="store_true", help="the same paths on the CPU with tiny sizes")
+    parser.add_argument("--minutes", default="", help=f"by part, such as prefill=4; default: {MINUTES}")
+    parser.add_argument("--take", default=None, metavar="JSON", help="make the figures of a check rows of the report")
+    parser.add_argument("--results-dir", default=str(RESULTS), help="folder of --take")
+    args = parser.parse_args(argv)
+    if args.take is not None:
+        return take(Path(args.take), Path(args.results_dir))
+    if args.rehearse and argv is None and os.environ.get("TRITON_INTERPRET") != "1":
+        # Triton reads it when it is imported, which torch may have done already.
+        os.environ["TRITON_INTERPRET"] = "1"
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu_check", *sys.argv[1:]])
+    if argv is None:
+        use_fixed_allocator("benchmarks.gpu_check", sys.argv[1:])
+    if not args.rehearse and not torch.cuda.is_available():
+        raise UserError("this machine has no CUDA device; --rehearse runs the same paths on a CPU")
+    minutes = minutes_of(args.minutes)
+    folder = Path(args.output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made: {error.strerror}") from None
+    check = Check(folder, minutes, args.rehearse)
+    check.write()
+    for name, run in PARTS.items():
+        if minutes[name]:
+            run(check)
+    check.write()
+    failed = [f"{part}: {step}: {said}" for part, steps in check.record["steps"].items()
+              for step, said in steps.items() if said.startswith("failed")]  # fmt: skip
+    failed += [f"{name}: {said}" for name, said in check.record["tests"].items() if said.startswith("failed")]
+    print("\n".join(["", *failed, f"wrote {folder / FILE} in {check.record['seconds']:.0f} s"]))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    main()
