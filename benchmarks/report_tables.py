@@ -28,6 +28,7 @@ TOOLS = {
     "loading": "Loading",
     "input_pipeline": "Input pipeline",
     "profile": "Profile",
+    "candidates": "Candidates",
 }
 METHODS = {
     **_PAPER_NAMES,
@@ -67,6 +68,7 @@ _HEADS = {
     "mib": ("peak, MiB", "number"),
     "peak_mib": ("peak, MiB", "number"),
     "floor_mib": ("floor, MiB", "number"),
+    "same_tokens": ("survivors as without it", "percent"),
     "kv_mib": ("KV cache, MiB", "number"),
     "visual": ("visual tokens", "number"),
     "nominal": ("tokens, nominal", "tokens"),
@@ -123,9 +125,11 @@ _DECIMALS = {"tokens": 1, "percent": 1, "factor": 3, "factor2": 2}
 
 def method_name(name: Any) -> str:
     """One name for a method in all tables and plots; rows that are no method keep theirs."""
-    text = str(name)
-    base = text.removesuffix(" published")
-    return METHODS.get(base, base) + (" (as published)" if base != text else "")
+    base, _, way = str(name).partition(" ")
+    if way and base not in METHODS and base != "dense":
+        return str(name)
+    way = {"published": "as published"}.get(way, way.replace("graphs", "CUDA graphs"))
+    return METHODS.get(base, base) + (f" ({way})" if way else "")
 
 
 def setting_name(row: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.saved import Result, numeric, rows_where
 
-METHOD = "autoprune"
+METHOD, GRAPHS = "autoprune", "autoprune graphs"
 SMALL, LLAVA_15, LLAVA_NEXT = "cpu-1024x24", "llava-1.5-7b", "llava-next-7b"
 # Peak of the published code's prefill above the loaded model: 2880 visual tokens on `SMALL`, 1 CPU thread.
 PUBLISHED_MIB = 1208
@@ -67,17 +67,23 @@ class Outcome:
 # --- what is read from a result -----------------------------------------------------------------------------------
 
 
-def _own(result: Result, **wanted: Any) -> list[Mapping[str, Any]]:
-    return [row for row in rows_where(result.rows, method=METHOD, **wanted) if numeric(row, "budget", "batch")]
+def _own(result: Result, method: str = METHOD, **wanted: Any) -> list[Mapping[str, Any]]:
+    return [row for row in rows_where(result.rows, method=method, **wanted) if numeric(row, "budget", "batch")]
 
 
 def _budgets(
-    visual: int, budgets: Sequence[int] | None, figure: Callable[[Mapping[str, Any]], float | None], batch: int = 1
+    visual: int,
+    budgets: Sequence[int] | None,
+    figure: Callable[[Mapping[str, Any]], float | None],
+    batch: int = 1,
+    method: str = METHOD,
 ) -> Callable[[Result], Figures]:
     """Budget -> a figure of its row, at one batch size."""
 
     def read(result: Result) -> Figures:
-        rows = [r for r in _own(result, visual=visual, batch=batch) if budgets is None or r["budget"] in budgets]
+        rows = [
+            r for r in _own(result, method, visual=visual, batch=batch) if budgets is None or r["budget"] in budgets
+        ]
         found = {str(row["budget"]): figure(row) for row in rows}
         return {case: value for case, value in found.items() if value is not None}
 
@@ -90,6 +96,10 @@ def _column(name: str) -> Callable[[Mapping[str, Any]], float | None]:
 
 def _time_over_flops(row: Mapping[str, Any]) -> float | None:
     return row["of_dense"] / row["flops_of_dense"] if numeric(row, "of_dense", "flops_of_dense") else None
+
+
+def _selection_percent(row: Mapping[str, Any]) -> float | None:
+    return 100 * row["selection_ms"] / row["ms"] if numeric(row, "selection_ms", "ms") else None
 
 
 def _speed_up(row: Mapping[str, Any]) -> float | None:
@@ -149,6 +159,14 @@ TARGETS = (
            _budgets(576, (64,), _speed_up, batch=8), ("64",), "×", at_least=True),
     Target("Prefill, 1.5, batch 1: times faster than dense (never slower)", "prefill", "cuda", LLAVA_15, 1.0,
            _budgets(576, None, _speed_up), ("64",), "×", at_least=True),
+    Target("Prefill, NeXT, 2880 visual tokens, CUDA graphs: times faster than dense", "prefill", "cuda", LLAVA_NEXT,
+           6.0, _budgets(2880, (160,), _speed_up, method=GRAPHS), ("160",), "×", at_least=True),
+    Target("Prefill, 1.5, batch 8, CUDA graphs: times faster than dense", "prefill", "cuda", LLAVA_15, 2.5,
+           _budgets(576, (64,), _speed_up, batch=8, method=GRAPHS), ("64",), "×", at_least=True),
+    Target("Prefill, 1.5, batch 1, CUDA graphs: times faster than dense (never slower)", "prefill", "cuda", LLAVA_15,
+           1.0, _budgets(576, None, _speed_up, method=GRAPHS), ("64",), "×", at_least=True),
+    Target("Selection, 1.5, batch 8, CUDA graphs: share of the pruned prefill", "prefill", "cuda", LLAVA_15, 5.0,
+           _budgets(576, (64,), _selection_percent, batch=8, method=GRAPHS), ("64",), "%"),
     Target("Decode time per token over dense, 1.5", "decode", "cuda", LLAVA_15, 1.0, _decode, unit="×"),
     Target("Decode time per token over dense, NeXT", "decode", "cuda", LLAVA_NEXT, 1.0, _decode, unit="×"),
 )  # fmt: skip

@@ -3,6 +3,7 @@
 ``with AutoPrune(target_tokens=64).attach(model) as run: model.generate(...)``, then ``run.traces``.
 """
 
+from llava.pruning.engine.graphs import PrefillGraphs
 from llava.pruning.engine.layout import VisualLayout
 from llava.pruning.engine.missed import missed_budgets
 from llava.pruning.engine.run import PruningRun
@@ -25,6 +26,7 @@ __all__ = [
     "LayerFact",
     "LayerView",
     "OptionError",
+    "PrefillGraphs",
     "PruningMethod",
     "PruningRun",
     "Rows",

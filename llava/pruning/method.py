@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from llava.pruning.budget import BUDGETS, share_of
-from llava.pruning.engine.graphs import PrefillGraphs
+from llava.pruning.engine.protocol import Replays
 from llava.pruning.engine.run import PruningRun
 from llava.pruning.engine.view import LayerView
 from llava.pruning.types import LayerFact, OptionError, OwnDefault, Rows, Selection
@@ -186,9 +186,9 @@ class PruningMethod:
         """The methods that act one after another: one, except in a composition."""
         return (self,)
 
-    def attach(self, model: nn.Module, graphs: PrefillGraphs | None = None) -> PruningRun:
-        """Context manager that prunes inside ``model`` and afterwards leaves it as it was; with ``graphs`` prefills
-        whose like has been seen are replayed as CUDA graphs.
+    def attach(self, model: nn.Module, graphs: Replays | None = None) -> PruningRun:
+        """Context manager that prunes inside ``model`` and afterwards leaves it as it was; with ``graphs``
+        (:class:`~llava.pruning.engine.graphs.PrefillGraphs`) prefills whose like has been seen are replayed.
         """
         return PruningRun(self, model, graphs)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from llava.pruning.types import LayerFact, Rows, Selection
 
@@ -52,3 +52,11 @@ class Method(Protocol):
     def select(self, view: LayerView, memory: SimpleNamespace) -> Selection | None: ...
     def reduce(self, view: VisionView) -> Reduction: ...
     def merge(self, view: TowerView) -> TowerMerge | TowerKeep | TowerHide | None: ...
+
+
+class Replays(Protocol):
+    """Something that runs prefills in another way than kernel by kernel, with the same result; see
+    :mod:`llava.pruning.engine.graphs`.
+    """
+
+    def prefill(self, decoder: Any, method: Any, prompt: Any, cache: Any, keep_states: bool, timer: Any) -> Any: ...

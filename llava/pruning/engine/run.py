@@ -22,12 +22,11 @@ from torch import Tensor, nn
 from llava import compat
 from llava.pruning.engine.cache import CacheRecord
 from llava.pruning.engine.decoder import Prompt, decode, dense_traces, prefill
-from llava.pruning.engine.graphs import PrefillGraphs
 from llava.pruning.engine.labels import follow_labels
 from llava.pruning.engine.layout import VisualLayout
 from llava.pruning.engine.missed import MissedBudgets
 from llava.pruning.engine.prompts import reader_of
-from llava.pruning.engine.protocol import Method
+from llava.pruning.engine.protocol import Method, Replays
 from llava.pruning.engine.rows import check_lengths, repeated, row_lengths
 from llava.pruning.engine.sequence import Numbering
 from llava.pruning.engine.stopwatch import Stopwatch
@@ -70,12 +69,12 @@ class PruningRun:
         samples_seen: running number of the next sample; set it to continue an earlier run (seeded methods use it).
         sample_ids: numbers of the samples of the next prefill, one per prompt, where a reader finds the visual tokens;
             None: counted on from ``samples_seen``. One prefill uses it up.
-        graphs: CUDA graphs to replay instead of launching kernel by kernel; None: no graphs. Not while
-            ``time_selection`` is set.
+        graphs: :class:`~llava.pruning.engine.graphs.PrefillGraphs` to replay instead of launching kernel by kernel;
+            None: no graphs. Not while ``time_selection`` is set.
         time_selection: measure :attr:`selection_seconds` too; off by default.
     """
 
-    def __init__(self, method: Method, model: nn.Module, graphs: PrefillGraphs | None = None) -> None:
+    def __init__(self, method: Method, model: nn.Module, graphs: Replays | None = None) -> None:
         self.graphs = graphs
         self.reader = reader_of(model)
         self.decoder: Any = compat.find_decoder(model)
