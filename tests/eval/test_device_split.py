@@ -11,7 +11,7 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from llava.pruning import get_method
 from tests.model.tiny import tiny_images, tiny_model
 
-METHODS = ("autoprune", "sparsevlm", "fastv", "pdrop", "fastervlm", "random", "dense")
+METHODS = ("autoprune", "sparsevlm", "fastv", "pdrop", "fastervlm", "random", "dense", "transprune", "entropyprune")
 IDS = [[1, 5, -200, 7, 8, 9], [1, 6, 11, -200, 12, 13]]
 
 
