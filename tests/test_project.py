@@ -58,5 +58,7 @@ def test_a_clone_is_small() -> None:
     if found.returncode:
         pytest.skip("git does not read this checkout")
     files = found.stdout.splitlines()
-    assert len(files) < 600
+    # What was measured is not counted: every machine and every method adds some.
+    measured = ("benchmarks/results/", "docs/images/")
+    assert len([path for path in files if not path.startswith(measured)]) < 600
     assert not [path for path in files if path.startswith("playground/tiny/data/")]

@@ -1,9 +1,14 @@
-"""Pruning methods by name. A method's file is imported when the method is first asked for."""
+"""Pruning methods by name. A method's file is imported when the method is first asked for.
+
+Other packages add methods with an entry point of the group ``autoprune.methods``: its name is the method's, its object
+the class. Names of methods that are here stay theirs.
+"""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from llava.pruning.method import PruningMethod
@@ -43,9 +48,12 @@ _METHODS = {
 }
 
 
+GROUP = "autoprune.methods"
+
+
 def list_methods() -> list[str]:
-    """Names of all methods, sorted."""
-    return sorted(_METHODS)
+    """Names of all methods, sorted; those of other packages that are installed included."""
+    return sorted({*_METHODS, *(point.name for point in entry_points(group=GROUP))})
 
 
 def get_method(spec: str) -> Any:
@@ -80,7 +88,30 @@ def build_method(spec: str, options: Mapping[str, Any] | None = None) -> Pruning
 
 
 def _named(name: str) -> type[PruningMethod]:
-    if name not in _METHODS:
+    if name in _METHODS:
+        kind: type[PruningMethod] = getattr(importlib.import_module(f"llava.pruning.methods.{name}"), _METHODS[name])
+        return kind
+    offered = list(entry_points(group=GROUP, name=name))
+    if not offered:
         raise OptionError(f"unknown pruning method '{name}'; available: {', '.join(list_methods())}")
-    kind: type[PruningMethod] = getattr(importlib.import_module(f"llava.pruning.methods.{name}"), _METHODS[name])
+    return _from_elsewhere(name, offered)
+
+
+def _from_elsewhere(name: str, offered: list[EntryPoint]) -> type[PruningMethod]:
+    """A method of another package; :class:`OptionError` that names the package for whatever is wrong with it."""
+    packages = sorted({getattr(point.dist, "name", None) or point.value for point in offered})
+    if len({point.value for point in offered}) > 1:
+        raise OptionError(f"method '{name}' is offered by {' and '.join(packages)}: uninstall all but one of them")
+    try:
+        kind = offered[0].load()
+    except Exception as error:
+        raise OptionError(
+            f"method '{name}' of package {packages[0]} cannot be loaded from '{offered[0].value}': "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not (isinstance(kind, type) and issubclass(kind, PruningMethod) and getattr(kind, "name", None) == name):
+        raise OptionError(
+            f"method '{name}' of package {packages[0]}: '{offered[0].value}' must be a class of PruningMethod whose "
+            f"name is '{name}'"
+        )
     return kind

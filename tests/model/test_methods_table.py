@@ -146,3 +146,24 @@ def test_crops(models, name, merge_type):
     assert [trace.visual_tokens == crops * PATCHES for trace, crops in zip(traces, (3, 8), strict=True)] == [
         not unpadded
     ] * 2
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "crops"])
+@pytest.mark.parametrize("name", list_methods())
+def test_a_budget_of_all_tokens_changes_nothing(models, name, kernel):
+    model, prompts = models[kernel], CROPS if kernel == "crops" else PLAIN
+    cuts = ("target_tokens", "ratio", "exit_layer")
+    options = {key: value for key, value in OPTIONS.get(name, {}).items() if key not in cuts}
+    whole = get_method(name).from_options({**options, **({} if name == "dense" else {"target_ratio": 1.0})})
+    found = {}
+    model.set_patch_merge_type("spatial")  # what is pruned is not unpadded
+    for pruning in (get_method("dense").from_options({}), whole):
+        with pruning.attach(model) as run:
+            arguments = prompts.call(list(range(len(prompts.rows))))
+            output = model.generate(
+                **arguments, max_new_tokens=3, return_dict_in_generate=True, output_logits=True, **GREEDY
+            )
+        found[pruning.name] = torch.stack(output.logits, 1)
+        assert all(set(trace.tokens_out) == {trace.visual_tokens} for trace in run.traces)
+    model.set_patch_merge_type(None)
+    torch.testing.assert_close(found[whole.name], found["dense"], atol=1e-4, rtol=1e-4)

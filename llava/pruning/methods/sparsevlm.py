@@ -95,6 +95,8 @@ class SparseVLM(Debiased):
         return keep_and_recycle(view, scores, steps, memory)
 
     def _keep(self, count: int, target: int, num_layers: int, layers: tuple[int, ...]) -> tuple[int, ...]:
+        if target >= count:
+            return (count,) * len(layers)  # as many as there are: none is merged either
         return keep_list(count, num_layers, layers, target, self.budget_kind, self.recycle_fraction)
 
 
