@@ -17,8 +17,8 @@ from benchmarks.published import Published, published_prefill, run_published
 from benchmarks.switches import switched_on
 from llava import compat
 from llava.pruning import get_method
-from llava.pruning.engine.decoder import dense_traces
 from llava.pruning.engine.graphs import PrefillGraphs, capture_on_cuda
+from llava.pruning.engine.recorder import dense_traces
 from llava.pruning.engine.trace import Trace
 from llava.pruning.method import PruningMethod
 from llava.pruning.methods.autoprune.curve import planned_counts

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from benchmarks.geometry import RandomPrompt
 from llava import compat
 from llava.pruning import AutoPrune, mutual_information
-from llava.pruning.engine.decoder import decoder_shape
+from llava.pruning.engine.recorder import decoder_shape
 from llava.pruning.engine.trace import Trace
 from llava.pruning.method import PruningMethod
 from llava.pruning.methods.autoprune.curve import coarse_token_count, dynamic_slope, fit_to_budget, retention_curve

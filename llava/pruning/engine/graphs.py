@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from llava import compat
-from llava.pruning.engine.decoder import Outcome, Prefill, Prefilling, Prompt, prefill
+from llava.pruning.engine.decoder import Outcome, Prefill, Prefilling, prefill
+from llava.pruning.engine.prompt import Prompt
 from llava.pruning.engine.protocol import Method
 from llava.pruning.engine.view import SampleIds
 

@@ -21,12 +21,14 @@ from torch import Tensor, nn
 
 from llava import compat
 from llava.pruning.engine.cache import CacheRecord
-from llava.pruning.engine.decoder import Prompt, decode, dense_traces, prefill
+from llava.pruning.engine.decoder import decode, prefill
 from llava.pruning.engine.labels import follow_labels
 from llava.pruning.engine.layout import VisualLayout
 from llava.pruning.engine.missed import MissedBudgets
+from llava.pruning.engine.prompt import Prompt
 from llava.pruning.engine.prompts import reader_of
 from llava.pruning.engine.protocol import Method, Replays
+from llava.pruning.engine.recorder import dense_traces
 from llava.pruning.engine.rows import check_lengths, repeated, row_lengths
 from llava.pruning.engine.sequence import Numbering
 from llava.pruning.engine.stopwatch import Stopwatch
