@@ -26,11 +26,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava.pruning.budget import PublishedLists, parse_layers
+from llava.pruning.budget import PublishedLists
 from llava.pruning.engine.view import LayerView
-from llava.pruning.method import DecoderMethod
+from llava.pruning.published_cuts import PublishedCuts
 from llava.pruning.selection import top_k
-from llava.pruning.types import LayerFact, Rows, Selection
+from llava.pruning.types import LayerFact, Selection
 
 _PUBLISHED = PublishedLists(
     (1, 10, 20), 32, 576, {32: (40, 12, 0), 48: (80, 24, 2), 64: (133, 27, 3), 128: (290, 72, 18)}
@@ -58,49 +58,32 @@ def text_guided_score(
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptInfer(DecoderMethod):
+class AdaptInfer(PublishedCuts):
     """Three cuts by the attention of the text, weighted with attention among the text.
 
     Attributes:
-        layers: layers after which tokens are dropped, such as ``1/10/20``; None: the published ones, scaled.
         smoothing: how much of the attention among the text counts; the rest is replaced by its mean.
     """
 
     target_tokens: int | None = 64
     positions: str = "compact"
-    layers: str | None = None
     smoothing: float = 1.0
 
     name: ClassVar[str] = "adaptinfer"
-    rows: ClassVar[Rows] = Rows.TEXT
+    published: ClassVar[PublishedLists] = _PUBLISHED
     facts: ClassVar[frozenset[LayerFact]] = frozenset({LayerFact.TEXT_ATTENTION})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rising = self.layers is None or parse_layers(self.layers) is not None
-        self.require("layers", rising, "must be rising layer indices such as 1/10/20")
         self.require("smoothing", 0 <= self.smoothing <= 1, "must lie in 0..1")
 
-    def _layers(self, num_layers: int) -> tuple[int, ...]:
-        if self.layers is None:
-            return _PUBLISHED.scaled(num_layers)
-        layers = parse_layers(self.layers) or ()
-        self.require("layers", layers[-1] < num_layers, f"must be below the decoder's {num_layers} layers")
-        return layers
-
-    def stages(self, num_layers: int) -> Mapping[int, Rows]:
-        return dict.fromkeys(self._layers(num_layers), self.rows)
-
     def layer_facts(self, num_layers: int) -> Mapping[int, Collection[LayerFact]]:
-        return dict.fromkeys(self._layers(num_layers), self.facts)
+        return dict.fromkeys(self.cut_layers(num_layers), self.facts)
 
     def select(self, view: LayerView, memory: SimpleNamespace) -> Selection:
-        layers = self._layers(view.num_layers)
         if not hasattr(memory, "keep"):
-            rows = zip(view.counts, self.targets(view), strict=True)
-            kind, depth = self.budget_kind, view.num_layers
-            memory.keep = [_PUBLISHED.keep(count, depth, layers, target, kind) for count, target in rows]
-        stage = layers.index(view.layer)
+            memory.keep = self.planned(view)
+        stage = self.cut_layers(view.num_layers).index(view.layer)
         return self.choose(view, tuple(min(k[stage], n) for k, n in zip(memory.keep, view.counts, strict=True)))
 
     def choose(self, view: LayerView, keep: tuple[int, ...]) -> Selection:

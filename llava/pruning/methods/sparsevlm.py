@@ -29,9 +29,10 @@ from typing import ClassVar
 
 import torch
 
-from llava.pruning.budget import PublishedLists, parse_layers
+from llava.pruning.budget import PublishedLists
 from llava.pruning.debiasing import Debiased
 from llava.pruning.engine.view import LayerView
+from llava.pruning.published_cuts import PublishedCuts
 from llava.pruning.recycling import keep_and_recycle, prune_step
 from llava.pruning.scores import received_attention, text_raters
 from llava.pruning.selection import top_k
@@ -43,45 +44,33 @@ _PUBLISHED = PublishedLists(
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparseVLM(Debiased):
+class SparseVLM(Debiased, PublishedCuts):
     """Pruning by text raters in three layers.
 
     Attributes:
-        layers: layers after which tokens are dropped, such as ``2/6/15``; None: the published ones, scaled.
         recycle_fraction: share of the dropped tokens that is merged; 0 switches recycling off.
     """
 
     target_tokens: int | None = 64
     positions: str = "compact"
-    layers: str | None = None
     recycle_fraction: float = 0.3
 
     name: ClassVar[str] = "sparsevlm"
+    published: ClassVar[PublishedLists] = _PUBLISHED
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rising = self.layers is None or parse_layers(self.layers) is not None
-        self.require("layers", rising, "must be rising layer indices such as 2/6/15")
         self.require("recycle_fraction", 0 <= self.recycle_fraction <= 1, "must lie in 0..1")
 
-    def _layers(self, num_layers: int) -> tuple[int, ...]:
-        if self.layers is None:
-            return _PUBLISHED.scaled(num_layers)
-        layers = parse_layers(self.layers) or ()
-        self.require("layers", layers[-1] < num_layers, f"must be below the decoder's {num_layers} layers")
-        return layers
-
     def stages(self, num_layers: int) -> Mapping[int, Rows]:
-        return {BEFORE_DECODER: Rows.NONE, **dict.fromkeys(self._layers(num_layers), Rows.TEXT)}
+        return {BEFORE_DECODER: Rows.NONE, **super().stages(num_layers)}
 
     def select(self, view: LayerView, memory: SimpleNamespace) -> Selection | None:
-        layers = self._layers(view.num_layers)
         if view.layer == BEFORE_DECODER:
             memory.raters = text_raters(view.hidden_BVC, view.counts, view.text_BTC, view.query_rows)
-            rows = zip(view.counts, self.targets(view), strict=True)
-            memory.keep = [self._keep(count, target, view.num_layers, layers) for count, target in rows]
+            memory.keep = self.planned(view)
             return None
-        stage = layers.index(view.layer)
+        stage = self.cut_layers(view.num_layers).index(view.layer)
         raters = memory.raters.to(view.device)  # chosen where the embeddings are
         scores = received_attention(view.attention_BHTV * raters[:, None, :, None], raters.sum(1))
         steps = [
@@ -94,7 +83,7 @@ class SparseVLM(Debiased):
             scores = torch.nn.functional.pad(scores, (0, 1)).scatter(1, chosen, torch.inf)[:, :-1]
         return keep_and_recycle(view, scores, steps, memory)
 
-    def _keep(self, count: int, target: int, num_layers: int, layers: tuple[int, ...]) -> tuple[int, ...]:
+    def keep_list(self, count: int, num_layers: int, layers: tuple[int, ...], target: int) -> tuple[int, ...]:
         if target >= count:
             return (count,) * len(layers)  # as many as there are: none is merged either
         return keep_list(count, num_layers, layers, target, self.budget_kind, self.recycle_fraction)

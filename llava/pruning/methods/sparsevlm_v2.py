@@ -28,9 +28,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava.pruning.budget import PublishedLists, parse_layers
+from llava.pruning.budget import PublishedLists
 from llava.pruning.engine.view import LayerView
-from llava.pruning.method import DecoderMethod
+from llava.pruning.published_cuts import PublishedCuts
 from llava.pruning.scores import text_raters
 from llava.pruning.selection import top_k
 from llava.pruning.types import BEFORE_DECODER, Rows, Selection
@@ -74,45 +74,32 @@ def corrected_score(attention_BHTV: Tensor, bias_BTV: Tensor, raters_BT: Tensor,
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparseVLMPlus(DecoderMethod):
+class SparseVLMPlus(PublishedCuts):
     """Pruning by text raters in three layers, corrected for rotary embedding.
 
     Attributes:
-        layers: layers after which tokens are dropped, such as ``2/6/15``; None: the published ones, scaled.
         heads: how many heads count in each layer.
     """
 
     target_tokens: int | None = 64
-    layers: str | None = None
     heads: int = 14
 
     name: ClassVar[str] = "sparsevlm_v2"
+    published: ClassVar[PublishedLists] = _PUBLISHED
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rising = self.layers is None or parse_layers(self.layers) is not None
-        self.require("layers", rising, "must be rising layer indices such as 2/6/15")
         self.require("heads", self.heads >= 1, "must be at least 1")
 
-    def _layers(self, num_layers: int) -> tuple[int, ...]:
-        if self.layers is None:
-            return _PUBLISHED.scaled(num_layers)
-        layers = parse_layers(self.layers) or ()
-        self.require("layers", layers[-1] < num_layers, f"must be below the decoder's {num_layers} layers")
-        return layers
-
     def stages(self, num_layers: int) -> Mapping[int, Rows]:
-        return {BEFORE_DECODER: Rows.NONE, **dict.fromkeys(self._layers(num_layers), Rows.TEXT)}
+        return {BEFORE_DECODER: Rows.NONE, **super().stages(num_layers)}
 
     def select(self, view: LayerView, memory: SimpleNamespace) -> Selection | None:
-        layers = self._layers(view.num_layers)
         if view.layer == BEFORE_DECODER:
             memory.raters = text_raters(view.hidden_BVC, view.counts, view.text_BTC, view.query_rows)
-            rows = zip(view.counts, self.targets(view), strict=True)
-            kind, depth = self.budget_kind, view.num_layers
-            memory.keep = [_PUBLISHED.keep(count, depth, layers, target, kind) for count, target in rows]
+            memory.keep = self.planned(view)
             return None
-        stage = layers.index(view.layer)
+        stage = self.cut_layers(view.num_layers).index(view.layer)
         keep = tuple(min(own[stage], count) for own, count in zip(memory.keep, view.counts, strict=True))
         bias = rotary_bias(view.rotary_of_text, view.rotary_of_visual)
         score = corrected_score(view.attention_BHTV, bias, memory.raters.to(view.device), self.heads)
