@@ -11,6 +11,7 @@ minutes; a step that would not fit in what is left is skipped and says so, and r
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import os
 import subprocess
@@ -36,6 +37,7 @@ from benchmarks.switches import SWITCHES
 from benchmarks.whole_model import random_image_prompt, random_llava
 from llava.eval.common.arguments import Parser
 from llava.eval.common.jsonio import read_text, write_text_atomic
+from llava.eval.common.outputs import JsonObject, OutputFolder, Text
 from llava.pruning.engine.graphs import PrefillGraphs, capture_on_cuda
 from llava.utils import UserError, cli_main
 
@@ -43,6 +45,12 @@ ROOT = Path(__file__).resolve().parent.parent
 MINUTES = {"tests": 1.5, "prefill": 6.0, "profile": 1.0, "candidates": 3.0}
 """Parts in their order, with the minutes that each may take."""
 FILE = "gpu_check.json"
+OUTPUT = OutputFolder(
+    {
+        FILE: JsonObject("a record of a GPU check", ("rehearsal", "steps", "results")),
+        "tests.xml": Text("what pytest found", r"\s*<\?xml", streams=False),
+    }
+)
 TINY = "tiny"
 CUT_AT = {"llava-1.5-7b": 64, "llava-next-7b": 160, TINY: 16}
 ROUNDS, WARMUP = 15, 3
@@ -277,6 +285,9 @@ def run_candidates(check: Check) -> None:
         peak = prefill.peak_flops(check.device, check.dtype)
         model = random_decoder(check.shape(SHAPES[0]), check.device, check.dtype, "sdpa")
         quick = [name for name in SWITCHES if name != "compiled"]  # torch.compile takes long to begin with
+        if importlib.util.find_spec("triton") is None:
+            part.steps["fused"] = "skipped: Triton is not installed"
+            quick = [name for name in quick if not name.startswith("fused")]
         for switches, name, batch, seconds in (
             (quick, SHAPES[0], 1, 20.0),
             (quick, SHAPES[1], 1, 20.0),
@@ -373,7 +384,9 @@ def take(path: Path, folder: Path) -> int:
 @cli_main
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(description="Tests, times and profile on a GPU, in one run that keeps what it has.")
-    parser.add_argument("output", nargs="?", default="gpu_check", help="folder for everything that is written")
+    parser.add_argument(
+        "output", nargs="?", type=OUTPUT, default="gpu_check", help="folder for everything that is written"
+    )
     parser.add_argument("--rehearse", action="store_true", help="the same paths on the CPU with tiny sizes")
     parser.add_argument("--minutes", default="", help=f"by part, such as prefill=4; default: {MINUTES}")
     parser.add_argument("--take", default=None, metavar="JSON", help="make the figures of a check rows of the report")
