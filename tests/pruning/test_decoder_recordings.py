@@ -186,11 +186,12 @@ def test_sparsevlm_v2(case, monkeypatch):
     parameters, _ = inputs("sparsevlm_v2", case, "inputs_embeds")
     scores = noted_scores(sparsevlm_v2, monkeypatch)
     cuts, table = parameters["pruning_loc"], tuple(parameters["table"])
+    method = get_method("sparsevlm_v2")
     published = dataclasses.replace(
-        sparsevlm_v2._PUBLISHED, layers=tuple(cuts), depth=6, tokens=parameters["N"], lists={1: table}
+        method.published, layers=tuple(cuts), depth=6, tokens=parameters["N"], lists={1: table}
     )
-    monkeypatch.setattr(sparsevlm_v2, "_PUBLISHED", published)
-    hidden, trace = end_to_end(get_method("sparsevlm_v2")(target_tokens=1), "sparsevlm_v2", case)
+    monkeypatch.setattr(method, "published", published)
+    hidden, trace = end_to_end(method(target_tokens=1), "sparsevlm_v2", case)
     check_end_to_end("sparsevlm_v2", case, hidden, trace, cuts, key="l")
     assert trace.tokens_in == output("sparsevlm_v2", case, "counts").tolist()
     for cut, score in zip(cuts, scores, strict=True):
