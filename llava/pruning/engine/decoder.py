@@ -7,7 +7,7 @@ stock loop sizes one mask and one set of rotary tables by layer 0 and uses them 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -67,10 +67,7 @@ def prefill(
     work = Prefilling(decoder, method, prompt, cache, keep_states, timer)
     work.before_decoder()
     with work.scoring():
-        for index in range(len(decoder.layers)):
-            work.layer(index)
-            work.decide()
-            work.select()
+        work.through(range(len(decoder.layers)))
     return work.outcome().delivered(prompt, method, cache)
 
 
@@ -87,13 +84,12 @@ class Prefilling:
         timer: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.decoder, self.method, self.prompt, self.cache, self.timer = decoder, method, prompt, cache, timer
-        self.compact = method.positions == "compact"
         self.sequences = Sequences.start(
             prompt.hidden_BNC,
             prompt.layout,
             prompt.lengths,
             prompt.positions_BN,
-            self.compact,
+            method.positions == "compact",
             None if prompt.reduced is None else [row.origins for row in prompt.reduced],
         )
         self.sequences.added_BNF, self.sequences.index_BN = prompt.added_BNF, prompt.index_BN
@@ -147,6 +143,13 @@ class Prefilling:
         both.enter_context(self._scores)
         both.enter_context(self._blocks)
         return both
+
+    def through(self, layers: Iterable[int]) -> None:
+        """Run layers one after another, with the decision and the selection behind each."""
+        for index in layers:
+            self.layer(index)
+            self.decide()
+            self.select()
 
     def layer(self, index: int) -> None:
         """Run a layer, attention rows inside, and let the method that selects behind it observe what they say."""

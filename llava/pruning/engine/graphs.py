@@ -221,10 +221,7 @@ class PrefillGraphs:
             work = Prefilling(decoder, method, static, compat.new_cache())
             work.before_decoder()
             with work.scoring():
-                for index in range(last):
-                    work.layer(index)
-                    work.decide()
-                    work.select()
+                work.through(range(last))
                 work.layer(last)
             return work
 
@@ -241,10 +238,7 @@ class PrefillGraphs:
             else:
                 work.select()
             with work.scoring():
-                for index in range(0 if decides is None else decides + 1, len(work.decoder.layers)):
-                    work.layer(index)
-                    work.decide()
-                    work.select()
+                work.through(range(0 if decides is None else decides + 1, len(work.decoder.layers)))
             return _Left.of(work.outcome(), compat.cache_layers(work.cache))
 
         graph, left = self.capture(behind_it, self._pool)

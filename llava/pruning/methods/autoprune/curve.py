@@ -189,7 +189,12 @@ def tokens_to_keep(coarse_tokens: int, share: float) -> int:
     float32 while :func:`fit_to_budget` plans in float64, so on a flat curve the two can differ by one token. Both are
     the published behavior.
     """
-    return math.ceil(np.float32(coarse_tokens - 1) * np.float32(share))
+    return _all_to_keep(coarse_tokens, np.array([share]))[0]
+
+
+def _all_to_keep(coarse_tokens: int, shares: FloatArray) -> list[int]:
+    kept: list[int] = np.ceil(np.float32(coarse_tokens - 1) * shares.astype(np.float32)).astype(np.int64).tolist()
+    return kept
 
 
 def coarse_token_count(
@@ -230,9 +235,7 @@ def keep_counts(
     shares = fit_to_budget(
         curve[first - 1 :], coarse_tokens, target_tokens, recycle_fraction, held=first, entering=entering
     )
-    # As `tokens_to_keep`, for all of them at once.
-    kept: list[int] = np.ceil(np.float32(coarse_tokens - 1) * shares.astype(np.float32)).astype(np.int64).tolist()
-    return [coarse_tokens] * first + kept
+    return [coarse_tokens] * first + _all_to_keep(coarse_tokens, shares)
 
 
 def retention_schedule(
