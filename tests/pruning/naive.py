@@ -40,7 +40,7 @@ def visionzip(tokens: Tensor, cls: Tensor, keys: Tensor, dominant: int, contextu
     return kept, merged
 
 
-def prumerge_plus(tokens: Tensor, cls: Tensor, keys: Tensor, target: int, neighbors: int):
+def prumerge_plus(tokens: Tensor, cls: Tensor, keys: Tensor, target: int, neighbors: int, spacing: str = "stride"):
     """Kept patches (important ones first come from the outliers), their merged features, and the token of the rest."""
     count = len(tokens)
     values = sorted(cls.double().tolist())
@@ -53,9 +53,16 @@ def prumerge_plus(tokens: Tensor, cls: Tensor, keys: Tensor, target: int, neighb
 
     limit = quantile(0.75) + 1.5 * (quantile(0.75) - quantile(0.25))
     wanted = target - 1 if target > 1 else 1
-    important = [i for i in ranked(cls) if float(cls[i]) > limit][:wanted]
+    outliers = [i for i in ranked(cls) if float(cls[i]) > limit]
+    important = outliers[:wanted]
     rest = [i for i in range(count) if i not in important]
     fill = wanted - len(important)
+    if spacing == "stride":
+        strides = {s: [i for i in range(0, count - 1, s) if i in rest] for s in range(1, count + 1)}
+        own = max(int(int(1 / (len(outliers) / count)) / 3), 1) if outliers else count
+        if len(strides[own]) != fill:
+            own = max(s for s in strides if len(strides[s]) >= fill)
+        rest = strides[own]
     spaced = [i for j, i in enumerate(rest) if (j + 1) * fill // len(rest) > j * fill // len(rest)]
     kept = sorted(important + spaced)
     merged = []

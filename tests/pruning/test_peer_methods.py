@@ -16,7 +16,7 @@ from llava.pruning.methods.agilepruner import effective_rank
 from llava.pruning.methods.pdrop import PDrop
 from llava.pruning.methods.sparsevlm import keep_list
 from llava.pruning.methods.todre import max_sum_order
-from llava.pruning.methods.tome import bipartite_merge, merges_now
+from llava.pruning.methods.tome import bipartite_merge, merges_per_layer
 from llava.pruning.methods.transprune import plan_cuts, transition
 from llava.pruning.recycling import prune_step
 from llava.pruning.reduction import Crop, reduce_crops
@@ -71,14 +71,30 @@ def test_visionzip_without_a_cls_token_keeps_a_patch_instead():
     assert (got.origin_K >= 0).sum() == 17 and len(got.origin_K) == 20
 
 
+@pytest.mark.parametrize("spacing", ["stride", "rest"])
 @pytest.mark.parametrize("target", [1, 2, 5, 12, 35])
-def test_prumerge_plus_equals_a_naive_loop(target):
+def test_prumerge_plus_equals_a_naive_loop(target, spacing):
     crops = [crop(36, seed) for seed in range(3)]
-    for one, got in zip(crops, reduce(get_method("prumerge_plus")(neighbors=7), crops, target), strict=True):
-        kept, merged, extra = naive.prumerge_plus(one.tokens_PC, one.facts["cls"], one.facts["keys"], target, 7)
+    method = get_method("prumerge_plus")(neighbors=7, spacing=spacing)
+    for one, got in zip(crops, reduce(method, crops, target), strict=True):
+        facts = one.facts["cls"], one.facts["keys"]
+        kept, merged, extra = naive.prumerge_plus(one.tokens_PC, *facts, target, 7, spacing)
         parts = [*merged, extra] if target > 1 else merged
         assert got.origin_K.tolist() == [*kept, *[-1] * (len(parts) - len(kept))]
         torch.testing.assert_close(got.tokens_KC.double(), torch.stack(parts), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("outliers", [1, 3, 29, 31, 60, 95])
+def test_prumerge_plus_chooses_as_published_where_the_budget_is_what_that_gives(outliers):
+    """The whole of LLaVA-1.5's picture: outliers, and of 0..574 what their share makes the stride."""
+    one = crop(576, 0)
+    attention = torch.linspace(1.0, 2.0, 576)[torch.randperm(576, generator=torch.Generator().manual_seed(outliers))]
+    attention[torch.randperm(576, generator=torch.Generator().manual_seed(1))[:outliers]] += 5
+    one.facts["cls"].copy_(attention)
+    found = [i for i in range(576) if attention[i] > 3]
+    chosen = set(found) | set(range(0, 575, max(int(int(1 / (outliers / 576)) / 3), 1)))
+    (got,) = reduce(get_method("prumerge_plus")(neighbors=2), [one], len(chosen) + 1)
+    assert len(found) == outliers and got.origin_K.tolist() == [*sorted(chosen), -1]
 
 
 @pytest.mark.parametrize(("target", "alpha"), [(1, 0.1), (9, 0.6), (20, 1.0), (3, 1.0), (35, 0.1)])
@@ -278,13 +294,18 @@ def test_tome_behind_the_tower_equals_a_naive_loop(target):
 
 @pytest.mark.parametrize(("target", "layers"), [(64, 23), (128, 23), (1, 23), (17, 6), (3, 4), (576, 5)])
 def test_tome_meets_its_budget_by_merging_alike_in_all_layers(target, layers):
-    left, counts = 576, []
-    for layer in range(layers):
-        left -= merges_now(left, target, layers - layer)
+    each, left, counts = merges_per_layer(576, target, layers), 576, []
+    for _ in range(layers):
+        left -= min(each, left // 2, left - min(left, target))
         counts.append(left)
-    expected = naive.tome_schedule(576, target, layers)
-    assert counts[-1] == expected[-1] == max(target, 576 // 2**layers)
-    assert max(a - b for a, b in zip([576, *counts], counts, strict=False)) <= 576 - expected[0]
+    assert counts == naive.tome_schedule(576, target, layers)
+    assert counts[-1] == max(target, 576 // 2**layers)
+
+
+def test_tome_merges_as_many_in_every_layer_as_published():
+    """576 patches to 192 in 23 layers."""
+    assert merges_per_layer(576, 192, 23) == 17
+    assert naive.tome_schedule(576, 192, 23) == [*range(576 - 17, 201, -17), 192]
 
 
 def test_text_raters_equal_a_naive_loop_in_every_row():
@@ -659,6 +680,7 @@ def test_selection_time_is_measured_on_request(model):
         ("pdrop", {"ratio": 0.0}, "0 excluded"),
         ("visionzip", {"contextual_ratio": 1.0}, "contextual_ratio"),
         ("prumerge_plus", {"neighbors": -1}, "neighbors"),
+        ("prumerge_plus", {"spacing": "grid"}, "'stride' or 'rest'"),
         ("hiprune", {"alpha": 2.0}, "alpha"),
         ("hiprune", {"object_layer": 0}, "object_layer"),
         ("vscan", {"window": 0}, "window"),

@@ -6,13 +6,12 @@ means weighted by size. CLS is never merged. Attention is proportional: the loga
 logits, so a merged token counts for all its patches.
 
 Budget: ``target_tokens`` tokens enter the decoder and stay, so nominal and processed mean are both the target. Every
-layer looks anew at what is left and merges the smallest number with which the remaining layers, merging as many each,
-end at the budget: from 576 tokens to 192 in 23 layers, 17 in the first 16 and 16 in the last 7. A layer can at most
-halve the tokens; where halving in every layer is not enough (towers of few layers), the last one merges in several
-rounds. Crops and images share the budget in proportion to their patches.
+layer merges the same number, as in the paper, the smallest with which the tower ends at the budget, and the last ones
+what is left to merge: from 576 tokens to 192 in 23 layers, 17 in each and 10 in the last. A layer can at most halve the
+tokens; where halving in every layer is not enough (towers of few layers), the last one merges in several rounds. Crops
+and images share the budget in proportion to their patches.
 
-Deviations: the paper merges one constant number in every layer, which ends at the budget only if the last layers merge
-less (17 throughout and 10 in the last, in the example). ToMe was published for classification, where nothing reads the
+Deviations: ToMe was published for classification, where nothing reads the
 order of the tokens; here each token leaves at the place of the patch that its set-B token started from.
 ``inside=false`` merges once behind the tower instead (in rounds that halve at most, by the keys of the selected layer),
 which also works on a bare decoder. Inside the tower unpadding (LLaVA-1.6) does not take place: patches outside of the
@@ -67,8 +66,11 @@ class ToMe(TowerMerger, VisionReducer):
         return {} if self.inside else {"keys": VisionFact(TowerValue.KEYS)}
 
     def merge(self, view: TowerView) -> TowerMerge | None:
-        patches = view.keys_NTC.shape[1] - view.has_cls
-        count = merges_now(patches, view.target, view.layers - view.layer)
+        patches, memory = view.keys_NTC.shape[1] - view.has_cls, view.memory
+        if not hasattr(memory, "each"):
+            memory.each = merges_per_layer(patches, view.target, view.layers - view.layer)
+        last = view.layer == view.layers - 1
+        count = min(patches if last else memory.each, patches // 2, max(patches - view.target, 0))
         return bipartite_merge(view.keys_NTC, count, view.has_cls) if count else None
 
     def reduce(self, view: VisionView) -> Reduction:
@@ -96,10 +98,10 @@ class ToMe(TowerMerger, VisionReducer):
         return Reduction(take(tokens, order), place.masked_fill(sizes > 1, -1), place, in_place=True, weights=weights)
 
 
-def merges_now(patches: int, target: int, layers: int) -> int:
-    """Tokens to merge in the first of ``layers`` layers so that the last one ends at ``target``."""
-    if patches <= target:
-        return 0
+def merges_per_layer(patches: int, target: int, layers: int) -> int:
+    """Tokens to merge in each of ``layers`` layers so that the last one ends at ``target``: the smallest number that
+    does, or as many as there are where none does.
+    """
 
     def left(each: int) -> int:
         tokens = patches
@@ -107,11 +109,11 @@ def merges_now(patches: int, target: int, layers: int) -> int:
             tokens -= min(each, tokens // 2)
         return tokens
 
-    low, high = 1, patches
-    while low < high:  # the smallest number that gets there
+    low, high = 0, patches
+    while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if left(middle) <= target else (middle + 1, high)
-    return min(low, patches // 2, patches - target)
+    return low
 
 
 def bipartite_merge(keys_NTC: Tensor, count: int, has_cls: bool) -> TowerMerge:
