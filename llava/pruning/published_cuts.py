@@ -17,25 +17,30 @@ class PublishedCuts(DecoderMethod):
     """Cuts after a few layers, by the lists of a paper.
 
     Attributes:
-        layers: layers after which tokens are dropped, such as ``2/6/15``; None: the published ones, scaled.
+        layers: layers after which tokens are dropped, such as ``2/6/15``; ``scaled``: the published ones at the same
+            relative depth; None: the published ones where the decoder has them (and the method keeps them at every
+            depth), otherwise scaled.
     """
 
     layers: str | None = None
 
     rows: ClassVar[Rows] = Rows.TEXT
     published: ClassVar[PublishedLists]
+    at_every_depth: ClassVar[bool] = True  # whether the published code cuts at the same layers in any decoder
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rising = self.layers is None or parse_layers(self.layers) is not None
+        rising = self.layers in (None, "scaled") or parse_layers(self.layers or "") is not None
         example = "/".join(map(str, self.published.layers))
-        self.require("layers", rising, f"must be rising layer indices such as {example}")
+        self.require("layers", rising, f"must be rising layer indices such as {example}, or 'scaled'")
 
     def cut_layers(self, num_layers: int) -> tuple[int, ...]:
         """Layers after which tokens are dropped."""
-        if self.layers is None:
+        if self.layers is None and self.at_every_depth and self.published.layers[-1] < num_layers:
+            return self.published.layers
+        if self.layers in (None, "scaled"):
             return self.published.scaled(num_layers)
-        layers = parse_layers(self.layers) or ()
+        layers = parse_layers(self.layers or "") or ()
         self.require("layers", layers[-1] < num_layers, f"must be below the decoder's {num_layers} layers")
         return layers
 

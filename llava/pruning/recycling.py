@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from llava.pruning.draws import uniform_draws
 from llava.pruning.engine.view import LayerView
 from llava.pruning.selection import (
     counts_to_mask,
@@ -78,7 +79,11 @@ def _recycled_and_merged(dropped: int, recycle_fraction: float) -> tuple[int, in
 
 
 def keep_and_recycle(
-    view: LayerView, scores_BV: Tensor, steps: Sequence[PruneStep], memory: SimpleNamespace
+    view: LayerView,
+    scores_BV: Tensor,
+    steps: Sequence[PruneStep],
+    memory: SimpleNamespace,
+    noise_seed: int | None = None,
 ) -> Selection:
     """Keep the tokens with the highest scores; cluster the next ones (DPC-kNN) and append the cluster means.
 
@@ -87,6 +92,8 @@ def keep_and_recycle(
         scores_BV: a score per visual token.
         steps: per row how many are kept, how many recycled, and into how many tokens.
         memory: the method's; its report counts the multiply-adds of merging as ``merge_flops``.
+        noise_seed: draw the noise of the published clustering, which parts tokens that tie for the highest density,
+            see :func:`~llava.pruning.selection.density_peaks`; None: no noise.
     """
     order_BV = descending_order(scores_BV, view.counts)
     keep = tuple(step.keep for step in steps)
@@ -104,7 +111,8 @@ def keep_and_recycle(
         merged, source = merge_all(tokens, recycled), candidates[:, :1]
         assignment = torch.zeros_like(candidates)
     else:
-        peaks = density_peaks(tokens, clusters, recycled)
+        noise = None if noise_seed is None else uniform_draws(view, noise_seed, recycled)
+        peaks = density_peaks(tokens, clusters, recycled, noise)
         assignment = peaks.assignment_BM
         merged = merge_clusters(tokens, assignment, max(clusters), recycled)
         source = candidates.gather(1, peaks.centers_BK)

@@ -119,6 +119,7 @@ class Prefilling:
         return LayerView(
             layer, depth, sequences.counts, had, rows or self.query_rows, prompt.samples, sequences, prompt.facts,
             self.cache, self.decoder.norm, attention, said or {}, rotary, tuple(self.recorder.counts_in),
+            prompt.layout if prompt.reduced is None else None,
         )  # fmt: skip
 
     def before_decoder(self) -> None:
@@ -126,7 +127,7 @@ class Prefilling:
         with self.timer():
             cap = None if self.prompt.reduced is not None else self.method.visual_token_num
             if cap is not None and max(self.sequences.counts) > cap:
-                self._drop(cap_by_cls(self._show(BEFORE_DECODER), self.prompt.layout, cap))
+                self._drop(cap_by_cls(self._show(BEFORE_DECODER), cap))
             for part in self.parts:
                 if BEFORE_DECODER in part.stages and max(self.sequences.counts) > 0:
                     self._drop(part.select(self._show(BEFORE_DECODER)))

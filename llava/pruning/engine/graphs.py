@@ -197,7 +197,7 @@ class PrefillGraphs:
         if self.capture is capture_on_cuda and hidden.device.type != "cuda":
             return None
         given = tuple((name, value.shape, value.dtype, value.device) for name, value in _named_inputs(prompt))
-        key = id(decoder), method, prompt.layout.spans, prompt.width, given
+        key = id(decoder), method, prompt.layout.spans, prompt.layout.crops, prompt.width, given
         return None if key in self._never else key
 
     def _captured_head(self, decoder: compat.Decoder, method: Method, prompt: Prompt) -> _Head:

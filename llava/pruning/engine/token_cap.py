@@ -10,19 +10,18 @@ from collections.abc import Sequence
 import torch
 
 from llava.pruning.budget import crop_quotas
-from llava.pruning.engine.layout import VisualLayout
 from llava.pruning.engine.view import LayerView
 from llava.pruning.selection import descending_order, on_device
 from llava.pruning.types import Selection
 
 
-def cap_by_cls(view: LayerView, layout: VisualLayout, cap: int) -> Selection | None:
+def cap_by_cls(view: LayerView, cap: int) -> Selection | None:
     """Of every crop its quota of visual tokens with the highest CLS attention; None where nothing exceeds the cap.
 
     CLS attention is a distribution within one crop, so its values are not compared across crops. (The published code
     ranks within crops too, with the cap as the number per crop, and fails for several crops unless all are kept.)
     """
-    rows = [_row_groups(layout.image_crops(row), count, cap) for row, count in enumerate(view.counts)]
+    rows = [_row_groups(images, count, cap) for images, count in zip(view.images, view.counts, strict=True)]
     keep = tuple(sum(quotas) for _, _, quotas in rows)
     if keep == view.counts:
         return None

@@ -21,6 +21,7 @@ from llava.pruning.vision import CLS_ATTENTION
 
 if TYPE_CHECKING:
     from llava.pruning.engine.attention import VisualAttention
+    from llava.pruning.engine.layout import VisualLayout
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class LayerView:
         layer_facts: what was declared of the layer; methods use :meth:`layer_fact`.
         rotary: cosines and sines of the layer's tokens, ``[B or 1, N, D]``; None in front of the decoder.
         entered: visual tokens per row that entered each layer so far, this one included.
+        layout: where the visual tokens were in the prompt; methods use :attr:`images`. None behind a reduction.
     """
 
     layer: int
@@ -69,6 +71,7 @@ class LayerView:
     layer_facts: Mapping[LayerFact, Any] = field(default_factory=dict)
     rotary: tuple[Tensor, Tensor] | None = None
     entered: Sequence[tuple[int, ...]] = ()
+    layout: VisualLayout | None = None
 
     @cached_property
     def _attention(self) -> VisualAttention | None:
@@ -92,6 +95,15 @@ class LayerView:
     def layer_fact(self, fact: LayerFact) -> Any:
         """What the layer said; its shape stands at each member of :class:`~llava.pruning.types.LayerFact`."""
         return self.layer_facts[fact]
+
+    @property
+    def images(self) -> list[tuple[tuple[int, ...], ...]]:
+        """Per row and image the crop (0 = the whole image) of each visual token that the decoder was given; all of one
+        crop where nobody said so.
+        """
+        if self.layout is None:
+            return [((0,) * count,) for count in self.counts]
+        return [self.layout.image_crops(row) for row in range(len(self.counts))]
 
     @property
     def origins_BV(self) -> Tensor:

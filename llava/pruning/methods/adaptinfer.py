@@ -6,11 +6,12 @@ each text token counts as much as it matters to the text itself: per head its im
 among the text, ``A + A^T - diag(A)``, summed up. A visual token's score is the sum over heads and text tokens of
 importance times attention. Survivors are renumbered.
 
-Budget: the published code lists how many tokens stay after each of the three layers at 128, 64, 48 and 32 of 576
-tokens (the list for 32 ends in none at all). Those lists are the *nominal* mean (tokens leaving the layers) within one
-token on 32 layers, so that is what ``target_tokens`` means here. Other budgets, other token counts and other depths use
-lists in between, in proportion, that meet the mean; ``layers`` are scaled with the depth unless given. The lists for
-the 40 layers of the 13B model are not used: which layers belong to them is not public.
+Budget: the published code lists how many tokens stay after each of the three layers at 128, 64, 48 and 32 of 576 tokens
+(the list for 32 ends in none at all). Those lists are the *nominal* mean (tokens leaving the layers) within one token
+on 32 layers, so that is what ``target_tokens`` means here. Other budgets, other token counts and other depths use lists
+in between, in proportion, that meet the mean; ``layers`` are scaled with the depth unless given (the paper looks for
+them in each model). The lists for the 40 layers of the 13B model are not used: which layers belong to them is not
+public.
 
 Deviations: the published code keeps at least one token less than there are, here a list may keep all; its recycling,
 off by default, is left out; with ``smoothing`` below 1 the mean is that of the row's own text.
@@ -71,6 +72,7 @@ class AdaptInfer(PublishedCuts):
 
     name: ClassVar[str] = "adaptinfer"
     published: ClassVar[PublishedLists] = _PUBLISHED
+    at_every_depth: ClassVar[bool] = False
     facts: ClassVar[frozenset[LayerFact]] = frozenset({LayerFact.TEXT_ATTENTION})
 
     def __post_init__(self) -> None:

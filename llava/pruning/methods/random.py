@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import ClassVar
 
-import torch
-
+from llava.pruning.draws import uniform_draws
 from llava.pruning.engine.view import LayerView
 from llava.pruning.method import DecoderMethod
 from llava.pruning.selection import top_k
@@ -38,10 +37,4 @@ class Random(DecoderMethod):
         return self.choose(view, tuple(map(min, self.targets(view), view.counts)))
 
     def choose(self, view: LayerView, keep: tuple[int, ...]) -> Selection:
-        scores = torch.zeros(len(view.counts), max(view.counts))
-        for row, (sample, count) in enumerate(zip(view.sample_ids, view.counts, strict=True)):
-            # A CPU generator per sample: CUDA streams of random numbers differ between devices.
-            stage = 7919 * (view.layer - BEFORE_DECODER)  # in a schedule every stage draws anew
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + sample + stage)
-            scores[row, :count] = torch.rand(count, generator=generator)
-        return Selection(top_k(scores.to(view.device), view.counts, keep), keep)
+        return Selection(top_k(uniform_draws(view, self.seed, view.counts), view.counts, keep), keep)

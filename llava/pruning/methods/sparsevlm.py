@@ -8,15 +8,19 @@ tokens.
 Budget: the paper lists how many tokens stay after each of the three layers at 192, 128, 96 and 64 of 576 tokens. Those
 lists are the *nominal* mean (tokens leaving the layers, merged ones included) within one token on 32 layers, so that is
 what ``target_tokens`` means here. Other budgets, other token counts and other depths use lists in between, in
-proportion, that meet the mean. ``layers`` are scaled with the depth unless given. All tokens leave the layers in front
-of the first cut, which alone is ``2 N / L`` in the mean: a target of 160 of 2,880 tokens (LLaVA-1.6) cannot be met with
-the published layers on 32 (these two cost 180), and the run says so; ``layers=0/6/15`` begins earlier.
+proportion, that meet the mean. (The published code takes its lists at any depth: on the 40 layers of the 13B model that
+for 192 tokens is 176 in the mean. The list for 96 came with version 2.0.) The layers are the published ones wherever
+the decoder has them; in shallower ones they stand at the same relative depth, as they do everywhere with
+``layers=scaled`` (3, 8 and 19 of 40). All tokens leave the layers in front of the first cut, which alone is ``2 N / L``
+in the mean: a target of 160 of 2,880 tokens (LLaVA-1.6) cannot be met with the published layers on 32 (these two cost
+180), and the run says so; ``layers=0/6/15`` begins earlier.
 
 ``debias_curve`` and ``debias_padding`` correct the attention of the first cut for place and padding, see
 :mod:`llava.pruning.debiasing`; recycling stays with attention as it is.
 
 Deviations: the number of tokens per layer is the fixed list of version 1.5, not the rank estimate of the paper; merging
-is deterministic; attention is summed in float32; if no text token is above the average (a single one) all are raters.
+is without noise unless ``noise_seed`` is given (docs/reproducing.md says where that matters); attention is summed in
+float32; if no text token is above the average (a single one) all are raters.
 """
 
 from __future__ import annotations
@@ -49,11 +53,14 @@ class SparseVLM(Debiased, PublishedCuts):
 
     Attributes:
         recycle_fraction: share of the dropped tokens that is merged; 0 switches recycling off.
+        noise_seed: draw the noise of the published clustering with this seed (the published code has none); None: no
+            noise.
     """
 
     target_tokens: int | None = 64
     positions: str = "compact"
     recycle_fraction: float = 0.3
+    noise_seed: int | None = None
 
     name: ClassVar[str] = "sparsevlm"
     published: ClassVar[PublishedLists] = _PUBLISHED
@@ -81,7 +88,7 @@ class SparseVLM(Debiased, PublishedCuts):
             # What is chosen comes first; which of the others are recycled is decided by attention as it is.
             chosen = top_k(self.debiased(view, scores), view.counts, [step.keep for step in steps])
             scores = torch.nn.functional.pad(scores, (0, 1)).scatter(1, chosen, torch.inf)[:, :-1]
-        return keep_and_recycle(view, scores, steps, memory)
+        return keep_and_recycle(view, scores, steps, memory, self.noise_seed)
 
     def keep_list(self, count: int, num_layers: int, layers: tuple[int, ...], target: int) -> tuple[int, ...]:
         if target >= count:

@@ -8,8 +8,8 @@ merged, and survivors keep their positions.
 Budget: the published code lists how many tokens stay after each of the three layers at 192, 128, 96 and 64 of 576
 tokens. Those lists are the *nominal* mean (tokens leaving the layers) within one token on 32 layers, so that is what
 ``target_tokens`` means here. Other budgets, other token counts and other depths use lists in between, in proportion,
-that meet the mean; ``layers`` are scaled with the depth unless given. As in version 1.5 the layers in front of the
-first cut bound the budget from below.
+that meet the mean. As in version 1.5 the layers are the published ones wherever the decoder has them, and those in
+front of the first cut bound the budget from below.
 
 The divisor depends on the distance of the two positions alone. With the heads of real models (128 wide) it is positive
 at the length of any prompt here; where heads are narrow it comes near 0 and changes its sign, as in the published code.

@@ -60,6 +60,8 @@ class AutoPrune(DecoderMethod):
         curve: name of the curve whose shares are scaled to the budget, see :data:`~.curve.CURVES`; None: the published
             ``logistic``.
         cls_weight: weight of the CLS term in the score of layer 0; 0 needs no CLS attention.
+        noise_seed: draw the noise of the published clustering with this seed (the published code has none); None: no
+            noise, and two clusters grow around one pair of tokens, see docs/reproducing.md.
     """
 
     target_tokens: int | None = 64
@@ -79,9 +81,9 @@ class AutoPrune(DecoderMethod):
     coarse_cut: bool = True
     cls_weight: float = 1.0
     curve: str | None = None
+    noise_seed: int | None = None
 
     name: ClassVar[str] = "autoprune"
-    capturable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,8 +104,14 @@ class AutoPrune(DecoderMethod):
     def needs_cls(self) -> bool:  # type: ignore[override]
         return self.coarse_cut and self.cls_weight != 0
 
+    @property
+    def capturable(self) -> bool:  # type: ignore[override]
+        return self.noise_seed is None  # drawn by the number of the sample
+
     def settings(self) -> dict[str, Any]:
         values = super().settings()
+        if self.noise_seed is None:
+            del values["noise_seed"]
         if self.curve is None:
             del values["curve"]  # records from before there was a choice stay equal
         if not self.slope_step:
@@ -202,4 +210,4 @@ class AutoPrune(DecoderMethod):
         ]
         if tuple(step.keep for step in steps) == view.counts:
             return None
-        return keep_and_recycle(view, view.relevance_BV, steps, memory)
+        return keep_and_recycle(view, view.relevance_BV, steps, memory, self.noise_seed)
