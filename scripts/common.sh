@@ -2,7 +2,8 @@
 #
 #   bash scripts/v1_5/eval/<benchmark>.sh TOKENS [TAG] [flags of the answering tool ...]
 #
-# TOKENS: mean number of visual tokens per layer, or `dense` for no pruning. TAG: a word for the name of the run, as in
+# TOKENS: mean number of visual tokens per layer, a share of each prompt's visual tokens with a point (0.11; answers go to
+# r_0.11), or `dense` for no pruning. TAG: a word for the name of the run, as in
 # AutoPrune's textvqa.sh: answers go to n_TOKENS_TAG (there with a time behind it, which would keep a run from being
 # continued). Environment:
 #   CKPT                  checkpoint folder name below MODEL_DIR            (v1_5: llava-v1.5-7b, v1_6: llava-v1.6-vicuna-7b)
@@ -60,7 +61,7 @@ make_miniature() {
 
 begin() {
     BENCHMARK="$1"; FOLDER="$2"; shift 2
-    [ $# -ge 1 ] || die "usage: bash $0 TOKENS [TAG] [flags of llava.eval.$TOOL ...]; TOKENS is a number or 'dense'"
+    [ $# -ge 1 ] || die "usage: bash $0 TOKENS [TAG] [flags of llava.eval.$TOOL ...]; TOKENS is a number, a share or 'dense'"
     TOKENS="$1"; shift
     TAG=
     case "${1--}" in
@@ -84,8 +85,12 @@ begin() {
     CONV_MODE="${CONV_MODE:-$(conv_mode_of "$CKPT")}"
     case "$TOKENS" in
         dense) METHOD=dense; RUN=dense ;;
-        "" | *[!0-9]*) die "TOKENS must be a number or 'dense', got '$TOKENS'" ;;
-        *) RUN="$METHOD/n_$TOKENS" ;;
+        *.*) # one spelling of each share, as it names files
+            [[ "$TOKENS" =~ ^(0\.[0-9]{0,3}[1-9]|1\.0)$ ]] ||
+                die "a share of the tokens is written 0.11, up to 1.0, with up to four digits and no 0 at the end, got '$TOKENS'"
+            RUN="$METHOD/r_$TOKENS"; BUDGET=(--target-ratio "$TOKENS") ;;
+        "" | *[!0-9]*) die "TOKENS must be a number, a share such as 0.11, or 'dense', got '$TOKENS'" ;;
+        *) RUN="$METHOD/n_$TOKENS"; BUDGET=(--target-token-num "$TOKENS") ;;
     esac
     RUN="$RUN${TAG:+_$TAG}"
     if [ -z "${PYTHON:-}" ]; then
@@ -111,7 +116,7 @@ begin() {
 # Runs the tool on one part: run_part ANSWERS_FILE NUM_CHUNKS CHUNK_IDX [flags of the benchmark ...]
 run_part() {
     local file="$1" chunks="$2" index="$3" budget=(); shift 3
-    [ "$METHOD" = dense ] || budget=(${VISUAL_TOKENS:+--visual-token-num "$VISUAL_TOKENS"} --target-token-num "$TOKENS")
+    [ "$METHOD" = dense ] || budget=(${VISUAL_TOKENS:+--visual-token-num "$VISUAL_TOKENS"} "${BUDGET[@]}")
     run "$PYTHON" -m "llava.eval.$TOOL" \
         --model-path "$MODEL_DIR/$CKPT" "$@" --answers-file "$file" \
         --num-chunks "$chunks" --chunk-idx "$index" --temperature 0 --conv-mode "$CONV_MODE" \

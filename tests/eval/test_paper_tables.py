@@ -208,6 +208,21 @@ def test_table_says_what_its_figures_refer_to(finished, capsys):
     assert "AutoPrune 64: starts from 2880 visual tokens, the dense row from 576; FLOPs are relative" in printed
 
 
+def test_shares_as_budgets(finished, capsys):
+    """A budget with a point is a share of each prompt's tokens, in files' names, labels and lists."""
+    write_run(finished, "gqa", "llava-v1.5-7b/autoprune/r_0.11", {"accuracy": 48.0}, meta={"complete": True})
+    write_run(finished, "gqa", "llava-v1.5-7b/autoprune/r_x", {"accuracy": 48.0})
+    place = (get_task("gqa"), finished, "llava-v1.5-7b")
+    assert discover(*place) == [("dense", None), ("autoprune", 64), ("autoprune", 0.11)]
+    assert find_run(*place, "autoprune", 0.11).status == COMPLETE
+    argv = ["--checkpoint", "llava-v1.5-7b", "--data-dir", str(finished), "--benchmarks", "gqa"]
+    table.main(argv)
+    printed = capsys.readouterr().out
+    assert "| AutoPrune 64 | 57.0 |" in printed and "| AutoPrune 0.11 of all | 48.0 | 80.0% (80.0%) |" in printed
+    table.main([*argv, "--methods", "autoprune", "--budgets", "0.11,0.25", "--missing"])
+    assert capsys.readouterr().out == "gqa 0.25 autoprune\n"
+
+
 def test_missing_runs_are_listed(finished, capsys):
     argv = ["--table", "1", "--data-dir", str(finished), "--budgets", "64", "--missing"]
     table.main(argv)
@@ -225,6 +240,7 @@ def test_bad_input(finished, capsys):
     for argv, part in (
         ([], "--table"),
         (["--table", "1", *data, "--budgets", "x"], "--budgets"),
+        (["--table", "1", *data, "--budgets", "64,1.5"], "--budgets"),
         (["--table", "1", *data, "--benchmarks", "seed"], "none of seed is part of table 1"),
         (["--table", "1", *data, "--benchmarks", "nosuch"], "unknown benchmark"),
         (["--table", "1", *data, "--limit", "0"], "--limit"),

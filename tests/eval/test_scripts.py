@@ -298,10 +298,22 @@ def test_data_are_checked_before_anything_runs(run, place, tmp_path):
     assert result.stderr.startswith("error: gqa: ") and len(result.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("arguments", [(), ("many",), ("",), ("-5",), ("6.4",)])
+def test_a_share_as_budget(run):
+    """Of each prompt's visual tokens: for models whose pictures have different numbers of them."""
+    stdout = run("v1_6/eval/gqa", "0.11", DRY_RUN="1", CKPT="c", METHOD="fastv").stdout
+    assert "--visual-token-num 2880 --target-ratio 0.11" in stdout and "token-num 0.11" not in stdout
+    assert "c/fastv/r_0.11/merge.jsonl" in stdout
+    assert "--target-ratio 1.0 " in run("v1_5/eval/pope", "1.0", DRY_RUN="1").stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("many",), ("",), ("-5",), ("6.4",), ("0.0",), ("0.10",), (".5",), ("1.5",), ("0.1.2",), ("-0.5",)],
+)
 def test_wrong_budget_is_refused_by_the_script(arguments, run):
     result = run("v1_5/eval/pope", *arguments)
-    assert result.returncode == 2 and "TOKENS" in result.stderr and len(result.stderr.splitlines()) == 1
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+    assert "TOKENS" in result.stderr or "a share of the tokens is written 0.11" in result.stderr
 
 
 def test_python_without_torch_is_explained(run):

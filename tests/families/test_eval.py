@@ -15,7 +15,7 @@ from tests.families.models import FAMILIES
 from tests.families.processors import chat_template, picture, processor, save
 
 QUESTIONS = ["what is shown here ?", "how many red shapes are there ?", "say yes or no", "what is blue ?"]
-NAMES = ["llava_onevision", "internvl", "idefics3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+NAMES = ["llava_onevision", "internvl", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 
 
 @pytest.fixture(scope="module", params=NAMES)

@@ -16,7 +16,16 @@ import torch
 import transformers
 
 from llava.families import family_of, list_families
-from llava.pruning import BEFORE_DECODER, AutoPrune, Dense, OptionError, UnsupportedError, build_method, get_method
+from llava.pruning import (
+    BEFORE_DECODER,
+    AutoPrune,
+    Dense,
+    OptionError,
+    UnsupportedError,
+    build_method,
+    get_method,
+    list_methods,
+)
 from tests.families.models import FAMILIES, IMAGE, VIDEO, Tiny
 
 FILMS = [name for name, tiny in FAMILIES.items() if tiny.film is not None]
@@ -62,6 +71,39 @@ def test_with_every_token_kept_it_is_dense(name, method):
     counts = [(row == IMAGE).sum().item() for row in inputs["input_ids"]]
     seen = [trace.visual_tokens + trace.structure_tokens for trace in run.traces]
     assert seen == counts and counts[2] == 0
+
+
+@every_family
+def test_every_method(name):
+    """All kept is dense; a few kept are fewer, and finite. What has no meaning here is an error with both names."""
+    tiny = FAMILIES[name]
+    model, inputs = tiny.model(), tiny.batch(ONE, TWO, TEXT)
+    logits = generated(model, dict(inputs), tokens=2)[1]
+    for method in list_methods():
+        kind = get_method(method)
+        try:
+            with kind(target_tokens=EVERYTHING).attach(model):
+                own = generated(model, dict(inputs), tokens=2)[1]
+        except UnsupportedError as error:
+            assert kind.merges_in_tower and f"'{method}'" in str(error) and str(error).endswith(name), method
+            continue
+        torch.testing.assert_close(own, logits, atol=1e-4, rtol=1e-4, msg=lambda text, m=method: f"{m}: {text}")
+        if method == "dense":
+            continue
+        with kind(target_tokens=6).attach(model) as run:
+            pruned = generated(model, dict(inputs), tokens=2)[1]
+        assert pruned.isfinite().all() and not torch.allclose(pruned[:2], logits[:2], atol=1e-3), method
+        torch.testing.assert_close(pruned[2], logits[2], atol=1e-4, rtol=1e-4)
+        assert [trace.tokens_out[-1] < trace.visual_tokens for trace in run.traces] == [True, True, False], method
+
+
+def test_frames_of_a_video_are_images():
+    """InternVL and SmolVLM take a film as images with text between: as many spans as frames."""
+    film = (2, ("image", 1), 2, ("image", 2), 2, ("image", 3), 2, ("image", 4), 5)
+    for name in ("internvl", "smolvlm"):
+        tiny = FAMILIES[name]
+        for method in ("autoprune", "hiprune"):
+            compare_with_oracle(tiny, film, get_method(method)(target_tokens=half(tiny, *film), **METHODS[method]))
 
 
 class Watched:

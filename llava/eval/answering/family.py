@@ -96,7 +96,19 @@ def load_processor(folder: str) -> Any:
     template = Path(folder) / "chat_template.jinja"
     if template.is_file():
         plain["chat_template"] = template.read_text(encoding="utf-8")
-    return Images(**parts, video_processor=None, **plain)
+    made = Images(**parts, video_processor=None, **plain)
+    made.video_processor = _NoFilms()
+    return made
+
+
+class _NoFilms:
+    """Where the part for videos would be. Some processors ask it for its settings with every prompt."""
+
+    num_frames = fps = None
+    model_input_names: tuple[str, ...] = ()
+
+    def __call__(self, *films: Any, **options: Any) -> Any:
+        raise ImportError("videos need torchvision; install it")
 
 
 def _pillow_class(folder: str) -> Any:

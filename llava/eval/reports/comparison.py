@@ -25,21 +25,13 @@ from llava.eval.common.arguments import (
     check_range,
     split_names,
 )
+from llava.eval.common.budgets import BUDGETS_HELP, Budget, parse_budgets, parse_ratios
 from llava.eval.common.jsonio import read_json, require_folder, write_json, write_text_atomic
 from llava.eval.common.outputs import PICTURE, TABLE_MARKDOWN, JsonObject, OutputFolder, Text
 from llava.eval.common.questions import most_images, read_questions, spread
 from llava.eval.reports.bootstrap import LEVEL, MAX_RESAMPLES, RESAMPLES
 from llava.eval.reports.comparison_tables import csv_table, markdown_report
-from llava.eval.reports.defaults import (
-    BUDGETS_HELP,
-    DEFAULT_BUDGETS,
-    MAX_NEW_TOKENS,
-    RESULTS,
-    TINY,
-    Budget,
-    parse_budgets,
-    parse_ratios,
-)
+from llava.eval.reports.defaults import DEFAULT_BUDGETS, MAX_NEW_TOKENS, RESULTS, TINY
 from llava.eval.reports.differences import credits_path
 from llava.eval.reports.results import collect, credits_csv, make_rows
 from llava.eval.reports.settings import Setting, Variant, ablation_variants, make_settings, read_variants

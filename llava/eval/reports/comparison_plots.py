@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava.eval.reports.comparison_tables import budget_name, sorted_budgets
+from llava.eval.common.budgets import budget_text
+from llava.eval.reports.comparison_tables import sorted_budgets
 from llava.eval.reports.plots import FAINT, INK, MUTED, pyplot, save
 
 # Colors that stay apart for most color-blind eyes; markers tell apart what lies close.
@@ -86,7 +87,7 @@ def _thin(ticks: Sequence[int], ratio: float = 1.18) -> list[int]:
 def plot_variants(result: Mapping[str, Any], path: Path) -> None:
     """Every variant on a line of its own, one panel per budget, the first variant's interval as a band."""
     rows = [row for row in result["rows"] if row["budget"] is not None]
-    budgets = [budget_name(budget) for budget in sorted_budgets(rows)]
+    budgets = [budget_text(budget) for budget in sorted_budgets(rows)]
     names = list(variants_of(rows))
     plot = pyplot()
     figure, axes = plot.subplots(
@@ -94,7 +95,7 @@ def plot_variants(result: Mapping[str, Any], path: Path) -> None:
         layout="constrained",
     )  # fmt: skip
     for axis, budget in zip(axes[0], budgets, strict=True):
-        by_name = {row["variant"]: _figure_of(row) for row in rows if budget_name(row["budget"]) == budget}
+        by_name = {row["variant"]: _figure_of(row) for row in rows if budget_text(row["budget"]) == budget}
         reference = by_name.get(names[0])
         if reference:
             axis.axvspan(reference["low"], reference["high"], color=FAINT, alpha=0.6, linewidth=0)

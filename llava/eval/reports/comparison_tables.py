@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llava.eval.common import tables
+from llava.eval.common.budgets import Budget, budget_text, falling
 from llava.eval.common.jsonio import read_json
 from llava.eval.reports.bootstrap import MAX_RESAMPLES
 from llava.eval.reports.differences import Difference, credits_path, differences, read_credits
@@ -50,13 +51,6 @@ def _interval(estimate: Mapping[str, float] | None, unit: str = "%") -> str:
     return f"{estimate['value']:.1f}{unit} ({estimate['low']:.1f} to {estimate['high']:.1f})"
 
 
-def budget_name(budget: float | None) -> str:
-    """A budget as tables show it: tokens, or the share that a float is."""
-    if budget is None:
-        return "–"
-    return f"{budget} of all" if isinstance(budget, float) else str(budget)
-
-
 def markdown_table(result: Mapping[str, Any]) -> str:
     """One line per setting."""
     names = [b["name"] for b in result["benchmarks"] if b["graded"]]
@@ -65,7 +59,7 @@ def markdown_table(result: Mapping[str, Any]) -> str:
     header += ["same answer as dense", "tokens, nominal", "tokens, processed", "FLOPs", "KV", "peak memory", "prefill"]
     rows = []
     for row in result["rows"]:
-        cells = [row["variant"], budget_name(row["budget"])]
+        cells = [row["variant"], budget_text(row["budget"])]
         cells += [f"{row['accuracy'][name]['value']:.1f}" for name in names]
         cells += [_interval(row["mean_accuracy"]), _interval(row["retained"])] if names else []
         cells += [_interval(row["agreement"]), f"{row['tokens_nominal']:.1f}", f"{row['tokens_processed']:.1f}"]
@@ -76,10 +70,10 @@ def markdown_table(result: Mapping[str, Any]) -> str:
     return tables.markdown_table(header, rows)
 
 
-def sorted_budgets(rows: Sequence[Mapping[str, Any]]) -> list[float]:
+def sorted_budgets(rows: Sequence[Mapping[str, Any]]) -> list[Budget]:
     """The budgets of all rows: falling tokens, then falling shares."""
-    found = {budget_name(row["budget"]): row["budget"] for row in rows if row["budget"] is not None}
-    return sorted(found.values(), key=lambda budget: (isinstance(budget, float), -budget))
+    found = {budget_text(row["budget"]): row["budget"] for row in rows if row["budget"] is not None}
+    return sorted(found.values(), key=falling)
 
 
 def markdown_notes(result: Mapping[str, Any]) -> str:
@@ -109,8 +103,8 @@ def markdown_matrix(result: Mapping[str, Any], figure: str = "mean_accuracy") ->
     """One line per variant, one column per budget: the figure with its interval and the processed tokens."""
     rows = result["rows"]
     # By name: 1 and 1.0 are a token and all tokens.
-    budgets = [budget_name(budget) for budget in sorted_budgets(rows)]
-    cells = {(row["variant"], budget_name(row["budget"])): row for row in rows}
+    budgets = [budget_text(budget) for budget in sorted_budgets(rows)]
+    cells = {(row["variant"], budget_text(row["budget"])): row for row in rows}
     counted = " processed" if result["run"]["budget"] == "processed" else ""
     header = ["", *(f"budget {budget}{counted}" for budget in budgets)]
     dense = rows[0]

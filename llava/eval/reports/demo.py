@@ -25,11 +25,12 @@ from llava.eval.common.arguments import (
     check_range,
     find_method,
 )
+from llava.eval.common.budgets import BUDGETS_HELP, parse_budgets
 from llava.eval.common.jsonio import read_json, require_folder, write_json, write_text_atomic
 from llava.eval.common.outputs import PICTURE, TABLE_MARKDOWN, JsonObject, OutputFolder
 from llava.eval.common.questions import spread
 from llava.eval.common.tables import markdown_table as pipe_table
-from llava.eval.reports.defaults import BUDGETS_HELP, DEFAULT_BUDGETS, MAX_NEW_TOKENS, RESULTS, TINY, parse_budgets
+from llava.eval.reports.defaults import DEFAULT_BUDGETS, MAX_NEW_TOKENS, RESULTS, TINY
 from llava.eval.reports.paper_tables import retained_percent
 from llava.eval.reports.results import collect, costs
 from llava.eval.reports.settings import Variant, make_settings

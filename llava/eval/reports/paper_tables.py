@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from llava.eval.common.budgets import Budget, budget_text
 from llava.eval.common.tables import csv_table, markdown_table
 from llava.eval.reports.published import COLLECTED, published_rows
 from llava.eval.reports.runs import COMPLETE, COSTS, PARTIAL, Run, count_questions, find_run, result_path
@@ -65,17 +66,17 @@ def collect(
     out_dir: str | Path,
     data_dir: str | Path,
     checkpoint: str,
-    settings: Sequence[tuple[str, int | None]],
+    settings: Sequence[tuple[str, Budget | None]],
     limit: int | None = None,
-) -> dict[tuple[str, int | None], dict[str, Run]]:
-    """(method, tokens) -> benchmark -> state of its run."""
+) -> dict[tuple[str, Budget | None], dict[str, Run]]:
+    """(method, budget) -> benchmark -> state of its run."""
     tasks = [get_task(name) for name in table.benchmarks]
     totals = {task.name: count_questions(task, data_dir, limit) for task in tasks}
     return {
-        (method, tokens): {
-            task.name: find_run(task, out_dir, checkpoint, method, tokens, totals[task.name]) for task in tasks
+        (method, budget): {
+            task.name: find_run(task, out_dir, checkpoint, method, budget, totals[task.name]) for task in tasks
         }
-        for method, tokens in settings
+        for method, budget in settings
     }
 
 
@@ -103,16 +104,16 @@ def mean_costs(runs: Sequence[Run]) -> dict[str, float]:
     return means
 
 
-def label(method: str, tokens: int | None) -> str:
+def label(method: str, budget: Budget | None) -> str:
     """`AutoPrune 64`, `dense`."""
     name = METHOD_NAMES.get(method, method)
-    return name if tokens is None else f"{name} {tokens}"
+    return name if budget is None else f"{name} {budget_text(budget)}"
 
 
 def build(
     table: Table,
     checkpoint: str,
-    collected: Mapping[tuple[str, int | None], Mapping[str, Run]],
+    collected: Mapping[tuple[str, Budget | None], Mapping[str, Run]],
     limit: int | None = None,
 ) -> dict[str, Any]:
     """The table as JSON-able data: columns, rows and, under each row, the published ones."""
@@ -121,14 +122,14 @@ def build(
     # The dense row of the tables that other methods' rows are from only says something beside them.
     others = any(method not in ("dense", "autoprune") for method, _ in collected)
     rows = []
-    for (method, tokens), runs in collected.items():
+    for (method, budget), runs in collected.items():
         scores = read_scores(table, runs)
         shared = {key: dense[key] for key in table.columns if key in dense and key in scores}
         rows.append(
             {
-                "label": label(method, tokens),
+                "label": label(method, budget),
                 "method": method,
-                "tokens": tokens,
+                "tokens": budget,
                 "scores": scores,
                 "retained": retained_percent(scores, shared) if shared else None,
                 "retained_at_most_100": retained_percent(scores, shared, 1.0) if shared else None,
@@ -145,7 +146,7 @@ def build(
                 },
                 "published": [
                     {"scores": dict(row.scores), "retained": row.retained, "flops": row.flops, "source": row.source}
-                    for row in published_rows(checkpoint, method, tokens)
+                    for row in published_rows(checkpoint, method, budget)
                     if set(row.scores) & set(keys) and (others or row.source != COLLECTED)
                 ],
             }

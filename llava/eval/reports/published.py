@@ -159,7 +159,7 @@ ROWS: tuple[Published, ...] = (
 _ALIASES = {"pyramiddrop": "pdrop", "prumerge": "prumerge+", "prumerge_plus": "prumerge+"}
 
 
-def published_rows(checkpoint: str, method: str, tokens: int | None) -> list[Published]:
+def published_rows(checkpoint: str, method: str, tokens: float | None) -> list[Published]:
     """The rows published for a checkpoint (by the name of its folder), a method and a budget; most have none."""
     wanted = _ALIASES.get(method, method)
     tokens = None if method == "dense" else tokens

@@ -5,12 +5,12 @@ The scripts leave answers, scores and metadata beside each other: `X.jsonl`, `X.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llava.eval.common.budgets import Budget, falling, named_budget
 from llava.eval.common.jsonio import parse_line, read_json
 from llava.eval.common.paths import meta_path
 from llava.eval.tasks.task import Task, run_name
@@ -31,7 +31,7 @@ COSTS = ("visual", "nominal", "processed", "flops_ratio", "prefill_ms")
 
 @dataclass(frozen=True)
 class Run:
-    """One benchmark under one method and budget (tokens: None for dense).
+    """One benchmark under one method and budget (budget: None for dense).
 
     status: `missing`, `partial` (answers are missing), `not scored`, `complete`; a whole run can have `skipped` samples
     that could not be read. result: the scorer's JSON, and what
@@ -40,7 +40,7 @@ class Run:
 
     task: Task
     method: str
-    tokens: int | None
+    budget: Budget | None
     answers: Path
     status: str
     answered: int = 0
@@ -65,12 +65,12 @@ def find_run(
     out_dir: str | Path,
     checkpoint: str,
     method: str,
-    tokens: int | None = None,
+    budget: Budget | None = None,
     questions: int | None = None,
 ) -> Run:
     """The state of one run. questions: how many a whole run answers; None: what its metadata say."""
-    answers = task.answers_file(out_dir, run_name(checkpoint, method, tokens))
-    place = (task, method, tokens, answers)
+    answers = task.answers_file(out_dir, run_name(checkpoint, method, budget))
+    place = (task, method, budget, answers)
     if not answers.is_file():
         return Run(*place, MISSING, questions=questions)
     meta = check(_read(meta_path(answers)), _META, str(meta_path(answers)))
@@ -136,16 +136,16 @@ def count_questions(task: Task, data_dir: str | Path, limit: int | None = None) 
     return number if limit is None else min(number, limit)
 
 
-def discover(task: Task, out_dir: str | Path, checkpoint: str) -> list[tuple[str, int | None]]:
-    """(method, tokens) of every run of a benchmark that has answers, dense first, then by method and falling budget."""
-    found: set[tuple[str, int | None]] = set()
+def discover(task: Task, out_dir: str | Path, checkpoint: str) -> list[tuple[str, Budget | None]]:
+    """(method, budget) of every run of a benchmark that has answers, dense first, then by method and falling budget."""
+    found: set[tuple[str, Budget | None]] = set()
     folder = task.answers_file(out_dir, checkpoint + "/dense")
     folder = folder.parent.parent if task.merged else folder.parent
-    pattern = "n_*/merge.jsonl" if task.merged else "n_*.jsonl"
+    pattern = "*/*/merge.jsonl" if task.merged else "*/*.jsonl"
     if task.answers_file(out_dir, run_name(checkpoint, "dense")).is_file():
         found.add(("dense", None))
-    for path in folder.glob(f"*/{pattern}"):
-        match = re.fullmatch(r"n_(\d+)", path.parent.name if task.merged else path.stem)
-        if match:
-            found.add((path.relative_to(folder).parts[0], int(match.group(1))))
-    return sorted(found, key=lambda item: (item[0] != "dense", item[0], -(item[1] or 0)))
+    for path in folder.glob(pattern):
+        budget = named_budget(path.parent.name if task.merged else path.stem)
+        if budget is not None:
+            found.add((path.relative_to(folder).parts[0], budget))
+    return sorted(found, key=lambda run: (run[0] != "dense", run[0], falling(run[1] or 0)))

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from llava.eval.common.arguments import find_method, with_options
+from llava.eval.common.budgets import Budget
 from llava.eval.common.jsonio import read_json, read_text
-from llava.eval.reports.defaults import Budget
 from llava.utils import UserError
 
 DENSE = "dense"

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from llava.eval.common.arguments import DEFAULT_METHOD, Parser, parse_count, split_names
+from llava.eval.common.arguments import DEFAULT_METHOD, Parser, split_names
+from llava.eval.common.budgets import BUDGETS_HELP, Budget, falling, parse_budgets
 from llava.eval.common.jsonio import write_json, write_text_atomic
 from llava.eval.common.outputs import DOCUMENT, TABLE_MARKDOWN, JsonObject, Text
 from llava.eval.common.tables import print_or_insert
@@ -32,7 +33,7 @@ def build_parser() -> Parser:
     runs.add_argument("--out-dir", help="where <benchmark>/answers/ lies; default: --data-dir")
     runs.add_argument("--benchmarks", help="names by commas; default: those of --table, else all with runs")
     runs.add_argument("--methods", help="names by commas; default: autoprune for --table, else all that have runs")
-    runs.add_argument("--budgets", help="numbers by commas; default: those of --table, else all that have runs")
+    runs.add_argument("--budgets", help=f"{BUDGETS_HELP}; default: those of --table, else all that have runs")
     runs.add_argument("--limit", type=int, help="runs were limited to that many questions and are whole with them")
     runs.add_argument(
         "--csv",
@@ -51,13 +52,13 @@ def build_parser() -> Parser:
     return parser
 
 
-def describe_table(args: Any) -> tuple[paper_tables.Table, list[tuple[str, int | None]]]:
-    """The table that the flags ask for, and its rows as (method, tokens), dense first."""
+def describe_table(args: Any) -> tuple[paper_tables.Table, list[tuple[str, Budget | None]]]:
+    """The table that the flags ask for, and its rows as (method, budget), dense first."""
     given = paper_tables.TABLES.get(args.table)
     checkpoint = args.checkpoint or (given.checkpoint if given else None)
     if checkpoint is None:
         raise UserError("give --table, or --checkpoint, or a demo result")
-    found: set[tuple[str, int | None]] = set()
+    found: set[tuple[str, Budget | None]] = set()
     names = split_names(args.benchmarks)
     if given is None:
         present = {task.name: set(discover(task, args.out_dir, checkpoint)) for task in TASKS}
@@ -79,13 +80,12 @@ def describe_table(args: Any) -> tuple[paper_tables.Table, list[tuple[str, int |
     methods = split_names(args.methods) or (
         [DEFAULT_METHOD] if args.table else sorted({method for method, _ in found} - {"dense"})
     )
-    budgets = [parse_count(text, "--budgets") for text in split_names(args.budgets)] or list(given.budgets)
-    settings: list[tuple[str, int | None]] = [("dense", None)]
+    budgets = parse_budgets(args.budgets) if args.budgets is not None else list(given.budgets)
+    settings: list[tuple[str, Budget | None]] = [("dense", None)]
     for method in methods:
-        own = budgets or sorted(
-            (tokens for name, tokens in found if name == method and tokens is not None), reverse=True
-        )
-        settings += [(method, tokens) for tokens in own if method != "dense"]
+        own_budgets = [budget for name, budget in found if name == method and budget is not None]
+        own = budgets or sorted(own_budgets, key=falling)
+        settings += [(method, budget) for budget in own if method != "dense"]
     return replace(given, checkpoint=checkpoint), settings
 
 
@@ -115,13 +115,13 @@ def run(args: argparse.Namespace) -> None:
         write_text_atomic(args.markdown, text + "\n")
 
 
-def print_missing(settings: Sequence[tuple[str, int | None]], collected: Mapping[Any, Mapping[str, Any]]) -> None:
+def print_missing(settings: Sequence[tuple[str, Budget | None]], collected: Mapping[Any, Mapping[str, Any]]) -> None:
     """One line for each run that is not complete: script, budget, method."""
     from llava.pruning import get_method
 
     for method in {method for method, _ in settings}:
         get_method(method)  # an unknown name is told now, not after the dense runs
-    for (method, tokens), runs in collected.items():
+    for (method, budget), runs in collected.items():
         for name, found in runs.items():
             if found.status != COMPLETE:
-                print(name, "dense" if tokens is None else tokens, method)
+                print(name, "dense" if budget is None else budget, method)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llava.eval.common.budgets import Budget, budget_name
 from llava.eval.common.questions import Question, read_questions
 from llava.eval.tasks.join import shorten
 from llava.utils import UserError
@@ -154,6 +155,6 @@ def id_of(item: Question) -> str:
     return str(item.id)
 
 
-def run_name(checkpoint: str, method: str, tokens: int | None = None) -> str:
-    """`CHECKPOINT/METHOD/n_TOKENS`, and `CHECKPOINT/dense` without pruning."""
-    return f"{checkpoint}/dense" if method == "dense" else f"{checkpoint}/{method}/n_{tokens}"
+def run_name(checkpoint: str, method: str, budget: Budget | None = None) -> str:
+    """`CHECKPOINT/METHOD/n_TOKENS`, with a share as budget `r_SHARE`, and `CHECKPOINT/dense` without pruning."""
+    return f"{checkpoint}/dense" if budget is None else f"{checkpoint}/{method}/{budget_name(budget)}"
