@@ -1,4 +1,4 @@
-"""A data folder with all twelve benchmarks in upstream's layout and formats: a few questions each, made by hand."""
+"""A data folder with all benchmarks in upstream's layout and formats: a few questions each, made by hand."""
 
 import base64
 import csv
@@ -31,7 +31,7 @@ def ten(word: str, other: str = "no"):
 
 
 def write_all(folder: Path) -> Path:
-    for write in (vqav2, gqa, vizwiz, sqa, textvqa, pope, mme, mmvet, seed, llavabench):
+    for write in (vqav2, gqa, vizwiz, sqa, textvqa, pope, mme, mmvet, seed, llavabench, senna, planning, drivelm):
         write(folder)
     mmbench(folder / "mmbench" / "mmbench_dev_20230712.tsv", ("Which color is it?", "Which shape is it?"))
     mmbench(folder / "mmbench_cn" / "mmbench_dev_cn_20231003.tsv", ("这是什么颜色？", "这是什么形状？"))
@@ -189,4 +189,45 @@ def llavabench(folder):
     write_jsonl(
         place / "questions.jsonl",
         [{"question_id": i, "image": n, "text": "Describe it.", "category": "detail"} for i, n in enumerate(names)],
+    )
+
+
+CAMERAS = ("FRONT", "FRONT_LEFT", "FRONT_RIGHT", "BACK", "BACK_LEFT", "BACK_RIGHT")
+
+
+def views(place, index):
+    """Six pictures of a moment, by camera."""
+    for number, camera in enumerate(CAMERAS):
+        picture(place / "images" / "samples" / f"CAM_{camera}" / f"{index}.png", index + number)
+    return [f"samples/CAM_{camera}/{index}.png" for camera in CAMERAS]
+
+
+def senna(folder):
+    place = folder / "senna"
+    text = "".join(f"<{camera.replace('_', ' ')} VIEW>:\n<image>\n" for camera in CAMERAS) + "SPEED plan, PATH plan?"
+    questions = [{"question_id": f"t{i}", "images": views(place, i), "text": text} for i in range(2)]
+    write_jsonl(place / "llava_senna.jsonl", questions)
+    labels = [("KEEP", "STRAIGHT"), ("STOP", "LEFT_TURN")]
+    truth = [{"question_id": f"t{i}", "speed": speed, "path": path} for i, (speed, path) in enumerate(labels)]
+    write_json(place / "senna_truth.json", truth)
+
+
+def planning(folder):
+    place = folder / "nuscenes_planning"
+    questions = [{"question_id": f"t{i}", "images": views(place, i), "text": "Where to?"} for i in range(2)]
+    write_jsonl(place / "llava_nuscenes_planning.jsonl", questions)
+    write_jsonl(
+        place / "planning_truth.jsonl",
+        [{"token": f"t{i}", "ego": [[0.0, 2.0 * k] for k in range(1, 7)], "agents": []} for i in range(2)],
+    )
+
+
+def drivelm(folder):
+    place = folder / "drivelm"
+    entries = [{"Q": "What are the important objects?", "A": "A car <c1,CAM_FRONT,412.5,480.0>.", "tag": [2]}]
+    frame = {"QA": {"perception": entries, "prediction": [], "planning": [], "behavior": []}}
+    write_json(place / "drivelm_truth.json", {"s1": {"key_frames": {"k1": frame}}})
+    write_jsonl(
+        place / "llava_drivelm.jsonl",
+        [{"question_id": "s1_k1_0", "images": views(place, 0), "text": entries[0]["Q"]}],
     )

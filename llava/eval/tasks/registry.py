@@ -1,8 +1,22 @@
-"""All benchmarks, in upstream's order. A new one is a file beside this one and a line here."""
+"""All benchmarks, upstream's in its order and those of driving. A new one is a file beside this one and a line here."""
 
 from __future__ import annotations
 
-from llava.eval.tasks import gqa, llava_bench, mmbench, mme, mmvet, pope, science_qa, seed, textvqa, vqa
+from llava.eval.tasks import (
+    drivelm,
+    gqa,
+    llava_bench,
+    mmbench,
+    mme,
+    mmvet,
+    planning,
+    pope,
+    science_qa,
+    seed,
+    senna,
+    textvqa,
+    vqa,
+)
 from llava.eval.tasks.task import Column, Task
 from llava.utils import UserError
 
@@ -19,6 +33,9 @@ TASKS: tuple[Task, ...] = (
     mmvet.TASK,
     seed.TASK,
     llava_bench.TASK,
+    senna.TASK,
+    planning.TASK,
+    drivelm.TASK,
 )
 
 DEMO: tuple[Task, ...] = (textvqa.TASK, pope.TASK, gqa.TASK, mme.TASK)
