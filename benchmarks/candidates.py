@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks.geometry import RandomPrompt
+from benchmarks.parts import Parts, selection_apart
 from benchmarks.published import Published, published_prefill, run_published
 from benchmarks.switches import switched_on
 from llava import compat
@@ -158,14 +159,17 @@ def traces_of(model: nn.Module, method: Setting | None, prompt: RandomPrompt) ->
 
 
 def choice_seconds(model: nn.Module, method: Setting, prompt: RandomPrompt, rounds: int = 3) -> float | None:
-    """Median seconds that scores and choices take in a prefill, by the run's own clock; moving what is kept and the
-    masks of the new lengths are not in it. None for what has no such clock.
+    """Median seconds that scores and choices take in a prefill; moving what is kept and the masks of the new lengths
+    are not in it. None for what does not tell them apart.
     """
     if isinstance(method, Published | Tuned):
         return None
     with torch.inference_mode(), method.attach(model) as run:
-        run.time_selection = True
+        seconds = []
         for _ in range(rounds):
+            clock = Parts(prompt.embeds_BNC.device)
             run.set_visual(prompt.layout, prompt.cls_BV if run.needs_cls_attention else None)
-            model.model(inputs_embeds=prompt.embeds_BNC, use_cache=True)
-        return sorted(run.selection_seconds)[rounds // 2]
+            with selection_apart(run, clock):
+                model.model(inputs_embeds=prompt.embeds_BNC, use_cache=True)
+            seconds.append(clock.seconds["selection"])
+        return sorted(seconds)[rounds // 2]

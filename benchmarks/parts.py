@@ -94,4 +94,4 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 def selection_apart(run: Any, parts: Parts) -> AbstractContextManager[None]:
     """While it lasts, what the attached run calls selection is the part `selection` and taken from the part around."""
-    return replaced(run, "selection_timer", lambda device: parts.part("selection"))
+    return replaced(run, "selection_timer", functools.partial(parts.part, "selection"))

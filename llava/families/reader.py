@@ -177,7 +177,7 @@ class FamilyReader:
                 bound = signature.bind(*args, **kwargs)
                 bound.apply_defaults()
                 call = Call(self._model, modality, bound.arguments, packs)
-                with run.selection_timer(self._model.device):
+                with run.selection_timer():
                     encoded = self._encoded(call, output, places, watch)
             if encoded is not None:
                 setattr(output, _ATTRIBUTE, encoded)

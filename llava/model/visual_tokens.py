@@ -68,7 +68,7 @@ def encode_images(
     facts = {name: fact for name, fact in facts.items() if name not in of_picture}
     timer: Callable[[], AbstractContextManager] = nullcontext
     if run is not None:
-        timer = partial(run.selection_timer, stacks[0].device)
+        timer = run.selection_timer
     encode = partial(
         encode_crops,
         tower.vision_tower,

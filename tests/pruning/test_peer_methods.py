@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 
 import numpy as np
@@ -651,18 +652,25 @@ def test_an_unreachable_budget_is_said_once(model, caplog):
     )
 
 
-def test_selection_time_is_measured_on_request(model):
-    batch = Batch(model)
-    for wanted in (False, True):
-        with get_method("fastv")().attach(model) as run, torch.no_grad():
-            run.time_selection = wanted
-            for _ in range(2):
-                run.set_visual(batch.alone(0)["layout"])
-                model(inputs_embeds=batch.embeds[0][None])
-        assert len(run.selection_seconds) == (2 if wanted else 0)
-        if wanted:
-            pairs = zip(run.selection_seconds, run.prefill_seconds, strict=True)
-            assert all(0 < selection < prefill for selection, prefill in pairs)
+def test_selection_is_told_apart_by_who_measures(model):
+    """Every piece of what only pruning needs runs inside the context manager that was set, and a prefill is timed."""
+    batch, open_blocks, blocks = Batch(model), [], []
+
+    @contextlib.contextmanager
+    def block():
+        assert not open_blocks, "a piece inside another would count twice"
+        open_blocks.append(1)
+        yield
+        blocks.append(open_blocks.pop())
+
+    with get_method("fastv")().attach(model) as run, torch.no_grad():
+        for wanted in (False, True):
+            if wanted:
+                run.selection_timer = block
+            run.set_visual(batch.alone(0)["layout"])
+            model(inputs_embeds=batch.embeds[0][None])
+            assert bool(blocks) == wanted
+    assert len(run.prefill_seconds) == 2 and min(run.prefill_seconds) > 0
 
 
 @pytest.mark.parametrize(

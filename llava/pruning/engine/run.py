@@ -11,12 +11,10 @@ import functools
 import inspect
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
 from typing import Any, NoReturn, SupportsIndex
 
-import torch
 from torch import Tensor, nn
 
 from llava import compat
@@ -25,17 +23,16 @@ from llava.pruning.engine.decoder import decode, prefill
 from llava.pruning.engine.labels import follow_labels
 from llava.pruning.engine.layout import VisualLayout
 from llava.pruning.engine.missed import MissedBudgets
-from llava.pruning.engine.prompt import Prompt
+from llava.pruning.engine.prompting import deepstack_features, prompt_of
 from llava.pruning.engine.prompts import reader_of
 from llava.pruning.engine.protocol import Method, Replays
 from llava.pruning.engine.recorder import dense_traces
 from llava.pruning.engine.rows import check_lengths, repeated, row_lengths
-from llava.pruning.engine.sequence import Numbering
 from llava.pruning.engine.stopwatch import Stopwatch
 from llava.pruning.engine.support import check_arguments, check_decoder, check_prompt_form, check_step_form
+from llava.pruning.engine.told import Told, told_of
 from llava.pruning.engine.trace import Trace
 from llava.pruning.engine.view import SampleIds
-from llava.pruning.reduction import reduce_prompt
 from llava.pruning.types import OptionError, OwnDefault, UnsupportedError
 from llava.pruning.vision import CLS_ATTENTION, ReducedRow, TowerValue, VisionFact
 
@@ -43,16 +40,6 @@ _LOGGER = logging.getLogger(__name__)
 
 _ANY_DEPTH = 24  # names of facts do not depend on the depth of the tower
 _RUN_ATTRIBUTE = "pruning_run"
-
-
-@dataclass(frozen=True)
-class _Told:
-    """What :meth:`PruningRun.set_visual` was told about the next prompts; one prefill uses it up."""
-
-    layout: VisualLayout
-    facts: Mapping[str, list[Tensor]]
-    reduced: Sequence[ReducedRow] | None
-    sample_ids: tuple[int, ...] | None
 
 
 class PruningRun:
@@ -72,9 +59,12 @@ class PruningRun:
         sample_ids: numbers of the samples of the next prefill, one per prompt, where a reader finds the visual tokens;
             None: counted on from ``samples_seen``. One prefill uses it up.
         graphs: :class:`~llava.pruning.engine.graphs.PrefillGraphs` to replay instead of launching kernel by kernel;
-            None: no graphs. Not while ``time_selection`` is set.
-        time_selection: measure :attr:`selection_seconds` too; off by default.
+            None: no graphs. Not while a ``selection_timer`` is set.
+        selection_timer: makes the context manager around each piece of what only pruning needs (in the tower, in front
+            of the decoder, between its layers); whoever measures sets it.
     """
+
+    selection_timer: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def __init__(self, method: Method, model: nn.Module, graphs: Replays | None = None) -> None:
         self.graphs = graphs
@@ -89,9 +79,6 @@ class PruningRun:
         self._threads: set[threading.Thread] = set()
         self.samples_seen = 0
         self.sample_ids: Sequence[int] | None = None
-        self.time_selection = False
-        self._selection: list[list[Stopwatch]] = []
-        self._watches: list[Stopwatch] = []
         self._missed = MissedBudgets()
         self._seconds: list[float] = []
         self._unread: list[Stopwatch] = []
@@ -205,21 +192,6 @@ class PruningRun:
         return names + [CLS_ATTENTION] * any(part.needs_cls for part in parts)
 
     @property
-    def selection_seconds(self) -> list[float]:
-        """Seconds of every prefill spent on selection, reductions in front of the decoder included.
-
-        Empty unless :attr:`time_selection` is set. Reading it waits for the device; measuring does not.
-        """
-        return [sum(watch.seconds() for watch in watches) for watches in self._selection]
-
-    def selection_timer(self, device: torch.device) -> AbstractContextManager[Any]:
-        """Times a block as selection of the next (or running) prefill, if that is wanted."""
-        if not self.time_selection:
-            return nullcontext()
-        self._watches.append(Stopwatch(device))
-        return self._watches[-1]
-
-    @property
     def prefill_seconds(self) -> list[float]:
         """Wall-clock seconds of every decoder prefill, selection included; reading it waits for the device."""
         self._seconds.extend(watch.seconds() for watch in self._unread)
@@ -250,42 +222,8 @@ class PruningRun:
         Raises:
             ValueError: a fact is missing or of the wrong length.
         """
-        given: dict[str, Any] = dict(facts or {})
-        if cls_attention is not None:
-            alone = isinstance(cls_attention, Tensor) and cls_attention.ndim == 1
-            given[CLS_ATTENTION] = [cls_attention] if alone else cls_attention
-        if reduced is not None and tuple(len(row.origins) for row in reduced) != layout.counts:
-            raise ValueError("the reduced rows and the layout differ in their numbers of visual tokens")
-        counts = layout.counts if reduced is None else tuple(row.visual_tokens for row in reduced)
         needed = self._needed_facts(reduced is not None)
-        vectors: dict[str, list[Tensor]] = {}
-        for name in needed:
-            if name not in given:
-                if any(counts):
-                    what = name if name == CLS_ATTENTION else f"facts={{'{name}': ...}}"
-                    raise ValueError(f"method '{self.method.name}' needs {what} with set_visual")
-                given[name] = [None] * layout.batch_size
-        for name, rows in given.items():
-            if name not in needed:
-                continue
-            filled = [vector.detach() for vector in rows if vector is not None]
-            like = filled[0] if filled else torch.zeros(0)
-            vectors[name] = [like.new_zeros(0, *like.shape[1:]) if v is None else v.detach() for v in rows]
-            if name == CLS_ATTENTION:
-                vectors[name] = [vector.float() for vector in vectors[name]]
-            if tuple(map(len, vectors[name])) != counts:
-                raise ValueError(
-                    f"{name} has {[len(vector) for vector in vectors[name]]} values, the layout has "
-                    f"{list(counts)} visual tokens"
-                )
-        if sample_ids is not None and len(sample_ids) != layout.batch_size:
-            raise ValueError(f"{len(sample_ids)} sample_ids for a layout of {layout.batch_size} rows")
-        self._told.prompts = _Told(
-            layout,
-            vectors,
-            None if reduced is None else list(reduced),
-            None if sample_ids is None else tuple(sample_ids),
-        )
+        self._told.prompts = told_of(self.method.name, layout, cls_attention, facts, reduced, sample_ids, needed)
 
     @property
     def _prunes(self) -> bool:
@@ -327,7 +265,7 @@ class PruningRun:
                 last, states = decode(self.decoder, embeds, past_key_values, self._keeps_states(kwargs))
                 return self._output(last, past_key_values, states, kwargs)
 
-            added = self._added(kwargs, given)
+            added = deepstack_features(self.decoder, kwargs, given) if self._prunes else None
             told = self._take_told()
             layout, repeats = repeated(told.layout, batch)
             prunes = self._prunes and any(layout.counts)
@@ -356,9 +294,12 @@ class PruningRun:
                     cache = compat.new_cache() if past_key_values is None else past_key_values
                     compat.check_cache(cache)
                     embeds = self._embeds(input_ids, inputs_embeds)
-                    prompt = self._prompt(embeds, lengths, position_ids, layout, told, repeats, added, labeled)
-                    timer = functools.partial(self.selection_timer, given.device)
-                    through = prefill if self.graphs is None or self.time_selection else self.graphs.prefill
+                    prompt = prompt_of(
+                        self.method, self.selection_timer, embeds, lengths, position_ids, layout, told, repeats,
+                        self._ids(told, repeats), added, labeled,
+                    )  # fmt: skip
+                    timer = self.selection_timer
+                    through = prefill if self.graphs is None or timer is not nullcontext else self.graphs.prefill
                     pruned = through(self.decoder, self.method, prompt, cache, self._keeps_states(kwargs), timer)
                     traces, self._told.left = pruned.traces, pruned.index_BN
                     if use_cache is None:
@@ -366,9 +307,6 @@ class PruningRun:
                     cached = cache if use_cache or past_key_values is not None else None
                     result = self._output(pruned.hidden_BNC, cached, pruned.hidden_states, kwargs)
             self._unread.append(watch)
-            if self.time_selection:
-                self._selection.append(self._watches)
-                self._watches = []
             self._missed.add(self.method.name, traces[::repeats])
             self.samples_seen += told.layout.batch_size
             self.traces.extend(traces[::repeats])
@@ -387,29 +325,17 @@ class PruningRun:
             raise UnsupportedError("visual token pruning is for inference: call model.eval() first")
         check_arguments(self.decoder.config, kwargs)
 
-    def _added(self, kwargs: dict[str, Any], given: Tensor) -> Tensor | None:
-        """Features that are to be added behind the first layers, taken out of the arguments where the loop does it."""
-        if not self._prunes or not hasattr(self.decoder, "_deepstack_process"):
-            return None
-        features, places = kwargs.get("deepstack_visual_embeds"), kwargs.get("visual_pos_masks")
-        if features is None or places is None:
-            return None
-        stacked = torch.cat(list(features), dim=-1)
-        added = stacked.new_zeros(*given.shape[:2], stacked.shape[-1])
-        added[places.to(added.device)] = stacked
-        return added
-
     @property
     def told(self) -> bool:
         """Whether this thread has said where the visual tokens of the next prompts are."""
         return getattr(self._told, "prompts", None) is not None
 
-    def _take_told(self) -> _Told:
+    def _take_told(self) -> Told:
         """What was said about this prompt. It holds for one prefill: the next prompt has its image elsewhere."""
         if self.reader is not None and not self.told:
             self.reader.tell(self)
             self.sample_ids = None
-        told: _Told | None = getattr(self._told, "prompts", None)
+        told: Told | None = getattr(self._told, "prompts", None)
         self._told.prompts = None
         if told is None:
             raise RuntimeError(
@@ -420,55 +346,7 @@ class PruningRun:
         self._threads.add(threading.current_thread())
         return told
 
-    def _prompt(
-        self,
-        hidden: Tensor,
-        lengths: tuple[int, ...],
-        positions: Tensor | None,
-        layout: VisualLayout,
-        told: _Told,
-        repeats: int,
-        added: Tensor | None,
-        labeled: bool,
-    ) -> Prompt:
-        facts = {name: [v for v in rows for _ in range(repeats)] for name, rows in told.facts.items()}
-        reduced = None if told.reduced is None else [row for row in told.reduced for _ in range(repeats)]
-        if self.method.merges_in_tower and reduced is None:
-            raise ValueError(
-                f"method '{self.method.name}' merges inside the vision tower, but the prompt was prepared without it: "
-                "encode the images while the method is attached"
-            )
-        numbering, width, index = None, hidden.shape[1], None
-        if labeled:
-            index = torch.arange(width, device=hidden.device).expand(len(hidden), -1)
-        if self.method.reduces_vision and reduced is None:
-            if positions is not None:
-                numbering = Numbering(positions, lengths)
-            with self.selection_timer(hidden.device):
-                short = reduce_prompt(self.method.parts[0], hidden, lengths, layout, facts)
-            added = None if added is None else short.mix(added, lengths)
-            if index is not None:
-                index = short.follow(index, lengths)
-                for row, left, spans in zip(index, short.rows, short.layout.spans, strict=True):
-                    slots = [slot for first, last in spans for slot in range(first, last)]
-                    row[slots] = row[slots].masked_fill(left.origins.to(row.device) < 0, -1)
-            hidden, lengths, layout, reduced = short.hidden_BNC, short.lengths, short.layout, short.rows
-        if reduced is not None and self.method.positions == "original":
-            # Positions that the tokens would have without the reduction.
-            rows = [row.positions.to(hidden.device) for row in reduced]
-            positions = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
-            if numbering is not None:
-                positions = numbering.at(positions)
-        elif numbering is not None:
-            positions = numbering.first(lengths, hidden.shape[1], hidden.device)
-        padded = {
-            name: nn.utils.rnn.pad_sequence([vector.to(hidden.device) for vector in rows], batch_first=True)
-            for name, rows in facts.items()
-        }
-        ids = self._ids(told, repeats)
-        return Prompt(hidden, lengths, positions, layout, padded, ids, reduced, added, index, width)
-
-    def _ids(self, told: _Told, repeats: int) -> SampleIds:
+    def _ids(self, told: Told, repeats: int) -> SampleIds:
         if told.sample_ids is not None:
             ids = told.sample_ids
         else:
