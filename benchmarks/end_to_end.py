@@ -26,9 +26,10 @@ from llava import compat
 from llava.eval.common.arguments import GenerationOptions, Parser
 from llava.eval.common.jsonio import require_folder
 from llava.eval.common.questions import spread
-from llava.eval.reports.defaults import MAX_NEW_TOKENS, ROOT
+from llava.eval.reports.defaults import MAX_NEW_TOKENS
 from llava.eval.tasks.registry import DEMO
 from llava.pruning import get_method
+from llava.tiny import BENCHMARKS, CHECKPOINT
 from llava.utils import UserError, cli_main
 
 PARTS = ("image", "tokenize", "vision", "projector", "encode", "prefill", "selection", "decode", "detokenize", "other")
@@ -88,9 +89,8 @@ def measure(answerer: Any, batches: Sequence[Sequence[Any]], methods: dict, devi
 @cli_main
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description="Time per question on the miniature benchmarks, split into parts.")
-    tiny = ROOT / "playground" / "tiny"
-    parser.add_argument("--model-path", default=str(tiny / "models" / "tiny-llava-v1.5"), help="checkpoint folder")
-    parser.add_argument("--data-dir", default=str(tiny / "data" / "eval"), help="benchmark data, upstream's layout")
+    parser.add_argument("--model-path", default=str(CHECKPOINT), help="checkpoint folder")
+    parser.add_argument("--data-dir", default=str(BENCHMARKS), help="benchmark data, upstream's layout")
     parser.add_argument("--methods", default="autoprune", help="pruning methods by commas; dense is always measured")
     parser.add_argument("--budgets", default="192,128,64", help="target tokens, by commas")
     parser.add_argument("--limit", type=int, default=40, help="questions per benchmark, spread over it")

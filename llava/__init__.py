@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["LlavaLlamaForCausalLM", "__version__"]
 
+from llava.neighbors import warn_of_neighbors  # noqa: E402
+
+warn_of_neighbors()
+
 if sys.argv[:1] == ["-m"]:  # only while Python looks for the module of `python -m llava...`
     from llava.launch import explain_missing_packages
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from types import TracebackType
 
-ROOT = Path(__file__).resolve().parent.parent
+from llava.places import CHECKOUT
 
 
 def explain_missing_packages() -> None:
@@ -18,11 +17,14 @@ def explain_missing_packages() -> None:
         if not isinstance(error, ModuleNotFoundError) or name in ("", "llava"):
             previous(kind, error, trace)
             return
-        print(
-            f"error: {sys.executable} lacks the package {name}; run: {sys.executable} -m pip install -e {ROOT} "
-            f"(or once bash {ROOT / 'scripts' / 'demo.sh'}, and then {ROOT / '.venv' / 'bin' / 'python'})",
-            file=sys.stderr,
-        )
+        print(f"error: {sys.executable} lacks the package {name}; run: {_remedy(name)}", file=sys.stderr)
         sys.exit(2)
 
     sys.excepthook = hook
+
+
+def _remedy(package: str) -> str:
+    if CHECKOUT is None:
+        return f"{sys.executable} -m pip install {package}"
+    script, python = CHECKOUT / "scripts" / "demo.sh", CHECKOUT / ".venv" / "bin" / "python"
+    return f"{sys.executable} -m pip install -e {CHECKOUT} (or once bash {script}, and then {python})"

@@ -52,12 +52,7 @@ conv_mode_of() {
 }
 
 # The data that ship with the repository are made on first use.
-make_miniature() {
-    local folder="${DATA_DIR%/data/*}"
-    if [ -z "${DRY_RUN:-}" ] && [ -f "$folder/build/checksums.txt" ] && [ "$folder" -ef "$ROOT/playground/tiny" ]; then
-        "$PYTHON" -m playground.tiny.build --quiet >&2
-    fi
-}
+make_miniature() { [ -n "${DRY_RUN:-}" ] || "$PYTHON" -m llava.tiny --only-for "$DATA_DIR"; }
 
 begin() {
     BENCHMARK="$1"; FOLDER="$2"; shift 2
@@ -100,7 +95,8 @@ begin() {
     [ -n "${DRY_RUN:-}" ] ||
         "$PYTHON" -c 'import sys, importlib.util as u; sys.exit(not (u.find_spec("torch") and u.find_spec("transformers")))' \
             >/dev/null 2>&1 || die "$PYTHON has no torch and transformers; run scripts/demo.sh once, or set PYTHON"
-    export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+    # In an installation, where these scripts lie inside the package, Python finds it by itself.
+    [ ! -f "$ROOT/llava/__init__.py" ] || export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
     # Waiting threads sleep instead of spinning; spinning slows every process down when cores are shared.
     export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
     make_miniature

@@ -92,6 +92,7 @@ autoprune_setup() {
     "$PYTHON" -m pip install --quiet -c "$AUTOPRUNE_ROOT/constraints.txt" torch >&2 || {
         _autoprune_die "pip could not install torch; see its message above"; return; }
     _autoprune_say "installing the project and its development tools"
+    "$PYTHON" -m pip uninstall --quiet --yes llava >/dev/null 2>&1 || true # the name of earlier versions
     (cd -- "$AUTOPRUNE_ROOT" && "$PYTHON" -m pip install --quiet -c constraints.txt -e '.[dev]' >&2) || {
         _autoprune_die "pip could not install the project; see its message above"; return; }
     printf '%s\n' "$stamp" >"$venv/.autoprune-stamp"

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import llava
+
 yaml = pytest.importorskip("yaml")
 tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,7 +49,7 @@ def test_the_changelog_knows_the_version() -> None:
     text = (ROOT / "CHANGELOG.md").read_text()
     sections = re.findall(r"^## \[([^]]+)\](?: - (\d{4}-\d\d-\d\d))?$", text, re.M)
     assert sections[0] == ("Unreleased", "")
-    assert PROJECT["version"] in [name for name, _ in sections]
+    assert llava.__version__ in [name for name, _ in sections]
     assert all(date for _, date in sections[1:])
 
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llava.eval.common.arguments import Parser
-from llava.eval.tasks.data_check import DEFAULT_DATA_DIR, check_benchmark, report_all
+from llava.eval.tasks.data_check import check_benchmark, report_all
 from llava.eval.tasks.registry import TASKS, get_task
+from llava.places import DATA
 from llava.utils import cli_main
 
 __all__ = ["check_benchmark", "main"]
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = ", ".join(task.name for task in TASKS)
     parser = Parser(description="Say what of a benchmark's data is missing or misplaced.")
     parser.add_argument("benchmarks", nargs="+", metavar="BENCHMARK", help=f"all, or some of: {names}")
-    parser.add_argument("--data-dir", default=str(DEFAULT_DATA_DIR), help="benchmark data, upstream's layout")
+    parser.add_argument("--data-dir", default=str(DATA), help="benchmark data, upstream's layout")
     parser.add_argument("--all-images", action="store_true", help="look for every image, not for a sample")
     parser.add_argument("--quiet", action="store_true", help="print problems only")
     args = parser.parse_args(argv)

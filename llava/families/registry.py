@@ -37,6 +37,11 @@ def register_family(family: Family) -> None:
     _FAMILIES = (family, *_FAMILIES)
 
 
+def known_families() -> list[Family]:
+    """All families by name, those that are refused included."""
+    return sorted(_FAMILIES, key=lambda family: family.name)
+
+
 def list_families() -> list[str]:
     """Names of the families that can be pruned, sorted."""
     return sorted(family.name for family in _FAMILIES if family.refused is None)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections import Counter
 from dataclasses import dataclass
 
@@ -166,6 +167,16 @@ def test_demo_of_tiled_pictures(checkpoint, tmp_path, capsys):
     assert pruned["label"] == "AutoPrune 0.25" and pruned["tokens_nominal"] < dense["tokens_nominal"]
     assert "no survivors.png" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["retention.png"]
+
+
+def test_demo_without_matplotlib(checkpoint, tmp_path, capsys, monkeypatch):
+    """It is an extra: the figures are there all the same."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    general = ("--model-path", checkpoint, "--output-dir", tmp_path / "out", "--limit", 2, "--device", "cpu")
+    demo.main([str(flag) for flag in (*general, "--budgets", 4)])
+    printed = capsys.readouterr()
+    assert "no pictures" in printed.err and "pip install matplotlib" in printed.err
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"demo.json", "demo.md"} and "took" in printed.out
 
 
 def test_table_is_put_between_the_markers(checkpoint, tmp_path):

@@ -58,7 +58,7 @@ PATHS_THAT_ARE_READ = {
 # Folders that have to be empty, or not there yet.
 EMPTY_FOLDERS = {"llava/model/export_hf.py": {"output"}}
 NOT_PATHS = {
-    *("target_ratio", "minutes"),
+    *("target_ratio", "minutes", "tokens"),
     *("device", "dtype", "attn_implementation", "mm_patch_merge_type", "conv_mode", "method", "budget", "positions"),
     *(
         "method_args",
@@ -110,6 +110,7 @@ def parsers_of(path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_args", catch)
         patch.setattr(Parser, "parse_args", catch)
+        patch.setattr(Parser, "parse_known_args", catch)
         patch.setattr("sys.argv", [str(path)])
         run = module.main if "main" in names else module.parse_args
         with pytest.raises(Caught):

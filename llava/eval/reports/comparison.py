@@ -31,11 +31,13 @@ from llava.eval.common.outputs import PICTURE, TABLE_MARKDOWN, JsonObject, Outpu
 from llava.eval.common.questions import most_images, read_questions, spread
 from llava.eval.reports.bootstrap import LEVEL, MAX_RESAMPLES, RESAMPLES
 from llava.eval.reports.comparison_tables import csv_table, markdown_report
-from llava.eval.reports.defaults import DEFAULT_BUDGETS, MAX_NEW_TOKENS, RESULTS, TINY
+from llava.eval.reports.defaults import DEFAULT_BUDGETS, MAX_NEW_TOKENS
 from llava.eval.reports.differences import credits_path
 from llava.eval.reports.results import collect, credits_csv, make_rows
 from llava.eval.reports.settings import Setting, Variant, ablation_variants, make_settings, read_variants
 from llava.eval.tasks.registry import COMPARED
+from llava.places import RESULTS
+from llava.tiny import BENCHMARKS, CHECKPOINT, make_benchmarks
 from llava.utils import INCOMPLETE_STATUS, UserError
 
 OUTPUT = OutputFolder(
@@ -56,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m llava.eval.compare",
         description="Many pruning methods and budgets on the same questions: one table with intervals, one plot.",
     )
-    add_model_arguments(parser, default=str(TINY / "models" / "tiny-llava-v1.5"))
+    add_model_arguments(parser, default=str(CHECKPOINT))
     group = parser.add_argument_group("settings")
     group.add_argument("--methods", default=None, help="pruning methods by commas, or all; dense is always there")
     group.add_argument(
@@ -74,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group = parser.add_argument_group("questions")
     names = ", ".join(task.key for task in COMPARED)
-    group.add_argument("--data-dir", default=str(TINY / "data" / "eval"), help="benchmark data, upstream's layout")
+    group.add_argument("--data-dir", default=str(BENCHMARKS), help="benchmark data, upstream's layout")
     group.add_argument("--benchmarks", default=None, help=f"by commas: {names}; default: those that are there")
     group.add_argument("--question-file", default=None, help="any question file instead of the benchmarks (no truth)")
     group.add_argument("--image-folder", default=None, help="images of --question-file")
@@ -211,6 +213,7 @@ def chosen_sets(args: argparse.Namespace) -> list[Any]:
             require_folder(folder, "image folder")
         name = Path(args.question_file).stem
         return [QuestionSet(name, name, spread(questions, limit), len(questions), folder)]
+    make_benchmarks(args.data_dir)
     data_dir = require_folder(args.data_dir, "data folder")
     known = {task.key: task for task in COMPARED}
     if args.benchmarks is None:

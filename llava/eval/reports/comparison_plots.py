@@ -1,6 +1,6 @@
 """Pictures of a comparison: accuracy over processed tokens, and variants beside each other with their intervals.
 
-Drawn from the rows that `compare` writes. Needs matplotlib (`pip install -e '.[plot]'`).
+Drawn from the rows that `compare` writes. Needs matplotlib (`pip install matplotlib`).
 """
 
 from __future__ import annotations

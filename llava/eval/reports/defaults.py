@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[3]
-TINY = ROOT / "playground" / "tiny"
-RESULTS = ROOT / "results"
 DEFAULT_BUDGETS = (192, 128, 64)
 # Answers are a word or a letter; the bound only matters for a model that does not stop.
 MAX_NEW_TOKENS = 16

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -30,12 +31,14 @@ from llava.eval.common.jsonio import read_json, require_folder, write_json, writ
 from llava.eval.common.outputs import PICTURE, TABLE_MARKDOWN, JsonObject, OutputFolder
 from llava.eval.common.questions import spread
 from llava.eval.common.tables import markdown_table as pipe_table
-from llava.eval.reports.defaults import DEFAULT_BUDGETS, MAX_NEW_TOKENS, RESULTS, TINY
+from llava.eval.reports.defaults import DEFAULT_BUDGETS, MAX_NEW_TOKENS
 from llava.eval.reports.paper_tables import retained_percent
 from llava.eval.reports.results import collect, costs
 from llava.eval.reports.settings import Variant, make_settings
 from llava.eval.tasks.registry import DEMO
+from llava.places import RESULTS
 from llava.schema import NUMBER, SCALAR, TEXT, Fields, ListOf, MapOf, check
+from llava.tiny import BENCHMARKS, CHECKPOINT, make_benchmarks
 from llava.utils import UserError
 
 OUTPUT = OutputFolder(
@@ -54,8 +57,8 @@ _COSTS = ("tokens_nominal", "tokens_processed", "flops_ratio")
 def build_parser() -> argparse.ArgumentParser:
     """All flags of the demo."""
     parser = Parser(description="Dense and AutoPrune on the miniature benchmarks: one table, two pictures.")
-    parser.add_argument("--model-path", default=str(TINY / "models" / "tiny-llava-v1.5"), help="checkpoint folder")
-    parser.add_argument("--data-dir", default=str(TINY / "data" / "eval"), help="benchmark data, upstream's layout")
+    parser.add_argument("--model-path", default=str(CHECKPOINT), help="checkpoint folder")
+    parser.add_argument("--data-dir", default=str(BENCHMARKS), help="benchmark data, upstream's layout")
     parser.add_argument("--output-dir", type=OUTPUT, default=str(RESULTS / "demo"), help="where the results go")
     parser.add_argument("--method", default="autoprune", help="pruning method that is compared with dense")
     parser.add_argument("--budgets", default=",".join(map(str, DEFAULT_BUDGETS)), help=BUDGETS_HELP)
@@ -74,13 +77,14 @@ def run(args: argparse.Namespace) -> None:
     budgets = parse_budgets(args.budgets)
     check_range("--batch-size", args.batch_size, 1)
     check_range("--limit", args.limit, 0)
+    make_benchmarks(args.data_dir)
     data_dir = require_folder(args.data_dir, "data folder")
     title = getattr(find_method(args.method, "--method"), "__name__", args.method)
     settings = make_settings([Variant(title, args.method)], budgets, flag="--method")
 
     from llava.eval.answering.answerer import Answerer
     from llava.eval.reports.experiment import Experiment, QuestionSet, describe_conditions
-    from llava.eval.reports.sample_plots import Example, plot_retention_curves, plot_survivors
+    from llava.eval.reports.sample_plots import Example
 
     sets = []
     for task in DEMO:
@@ -119,18 +123,30 @@ def run(args: argparse.Namespace) -> None:
     write_json(output / "demo.json", result)
     write_text_atomic(output / "demo.md", report + "\n")
     written = ["demo.md", "demo.json"]
-    if adapter.family is not None or getattr(model.config, "image_aspect_ratio", None) == "anyres":
-        print("no survivors.png: it is drawn where a picture is one square of patches, as in LLaVA-1.5")
-    elif plot_survivors(examples, model.config, adapter.image_processor, output / "survivors.png"):
-        written.append("survivors.png")
-    targets = [e.trace.target_tokens for e in examples if e.trace.target_tokens is not None]
-    # Of a share, what it is on average.
-    target = budgets[-1] if isinstance(budgets[-1], int) else round(statistics.fmean(targets or [1]))
-    if plot_retention_curves(examples, target, output / "retention.png"):
-        written.append("retention.png")
+    try:
+        written += draw(examples, adapter, budgets[-1], output)
+    except UserError as error:  # no matplotlib: the figures are there all the same
+        print(f"no pictures: {error}", file=sys.stderr)
     for name in written:
         print(f"wrote {output / name}")
     print(f"took {time.perf_counter() - started:.0f} s")
+
+
+def draw(examples: Sequence[Any], adapter: Any, budget: Budget, output: Path) -> list[str]:
+    """Draws the pictures that these samples give; the names of their files."""
+    from llava.eval.reports.sample_plots import plot_retention_curves, plot_survivors
+
+    config, written = adapter.model.config, []
+    if adapter.family is not None or getattr(config, "image_aspect_ratio", None) == "anyres":
+        print("no survivors.png: it is drawn where a picture is one square of patches, as in LLaVA-1.5")
+    elif plot_survivors(examples, config, adapter.image_processor, output / "survivors.png"):
+        written.append("survivors.png")
+    targets = [e.trace.target_tokens for e in examples if e.trace.target_tokens is not None]
+    # Of a share, what it is on average.
+    target = budget if isinstance(budget, int) else round(statistics.fmean(targets or [1]))
+    if plot_retention_curves(examples, target, output / "retention.png"):
+        written.append("retention.png")
+    return written
 
 
 def make_rows(experiment: Any, data_dir: Path) -> list[dict[str, Any]]:

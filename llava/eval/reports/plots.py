@@ -1,6 +1,6 @@
 """How all pictures of the reports are drawn: matplotlib into files, one set of colors.
 
-Needs matplotlib, which is an extra (`pip install -e '.[plot]'`).
+Needs matplotlib, which is an extra (`pip install matplotlib`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def pyplot() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise UserError("the pictures need matplotlib: pip install -e '.[plot]'") from None
+        raise UserError("the pictures need matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

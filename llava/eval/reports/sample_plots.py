@@ -1,6 +1,6 @@
 """Pictures of single samples: which patches survive in which layer, and retention curves against mutual information.
 
-Drawn from traces and images, by the demo. Needs matplotlib, which is an extra (`pip install -e '.[plot]'`).
+Drawn from traces and images, by the demo. Needs matplotlib, which is an extra (`pip install matplotlib`).
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from llava.eval.common.outputs import DOCUMENT, TABLE_MARKDOWN, JsonObject, Text
 from llava.eval.common.tables import print_or_insert
 from llava.eval.reports import paper_tables
 from llava.eval.reports.runs import COMPLETE, discover
-from llava.eval.tasks.data_check import DEFAULT_DATA_DIR
 from llava.eval.tasks.registry import COLUMNS, TASK_OF, TASKS, get_task
+from llava.places import DATA
 from llava.utils import UserError
 
 
@@ -29,7 +29,7 @@ def build_parser() -> Parser:
     runs = parser.add_argument_group("finished runs")
     runs.add_argument("--table", choices=tuple(paper_tables.TABLES), help="table of the paper: 7B, 13B, 1.6-7B")
     runs.add_argument("--checkpoint", help="name of the checkpoint; default: that of --table")
-    runs.add_argument("--data-dir", default=str(DEFAULT_DATA_DIR), help="benchmark data, upstream's layout")
+    runs.add_argument("--data-dir", default=str(DATA), help="benchmark data, upstream's layout")
     runs.add_argument("--out-dir", help="where <benchmark>/answers/ lies; default: --data-dir")
     runs.add_argument("--benchmarks", help="names by commas; default: those of --table, else all with runs")
     runs.add_argument("--methods", help="names by commas; default: autoprune for --table, else all that have runs")

@@ -13,7 +13,6 @@ from llava.eval.tasks.join import shorten, warn
 from llava.eval.tasks.task import Task
 from llava.utils import USER_ERROR_STATUS, UserError, visible
 
-DEFAULT_DATA_DIR = Path(__file__).resolve().parents[3] / "playground" / "data" / "eval"
 SAMPLED_IMAGES = 200
 _SEARCH_DEPTH = 3
 _SEARCH_LIMIT = 200_000  # directory entries: a search for a lost file must not take longer than a look

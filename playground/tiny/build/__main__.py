@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.utils import UserError, cli_main
-from playground.tiny.build.benchmarks import ROOT
-from playground.tiny.build.ensure import COMMAND, ensure, makers
-from playground.tiny.build.files import CHECKSUMS, Unreadable, checksum, read_checksums, write_checksums
+
+from .benchmarks import ROOT
+from .ensure import COMMAND, ensure, makers
+from .files import CHECKSUMS, Unreadable, checksum, read_checksums, write_checksums
 
 
 def check(root: Path) -> int:

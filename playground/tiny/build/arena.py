@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from playground.tiny.build.items import Build, Item, distinct, dumps_lines, eval_scene, stream
-from playground.tiny.world import questions as q
-from playground.tiny.world.scenes import WORDS, Scene
+from ..world import questions as q
+from ..world.scenes import WORDS, Scene
+from .items import Build, Item, distinct, dumps_lines, eval_scene, stream
 
 Draw = Callable[..., Scene]
 YES_NO = "Please answer yes or no."

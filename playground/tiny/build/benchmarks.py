@@ -7,18 +7,18 @@ MMBench-CN, SEED-Bench) and `open_ended` (MM-Vet, LLaVA-Bench).
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
-from playground.tiny.build.arena import build_gqa, build_mme, build_pope, build_textvqa
-from playground.tiny.build.choice import build_mmbench, build_mmbench_cn, build_scienceqa, build_seed
-from playground.tiny.build.items import Build
-from playground.tiny.build.open_ended import build_llava_bench, build_mmvet
-from playground.tiny.build.short import build_vizwiz, build_vqav2
-from playground.tiny.world.scenes import Scene, sample_wide
+from llava.tiny import DATA as ROOT
 
-ROOT = Path(__file__).resolve().parents[1] / "data"
+from ..world.scenes import Scene, sample_wide
+from .arena import build_gqa, build_mme, build_pope, build_textvqa
+from .choice import build_mmbench, build_mmbench_cn, build_scienceqa, build_seed
+from .items import Build
+from .open_ended import build_llava_bench, build_mmvet
+from .short import build_vizwiz, build_vqav2
+
 DATA, DATA_WIDE = ROOT / "eval", ROOT / "eval_wide"
 ARENA = ("textvqa", "pope", "gqa", "mme")
 BUILDERS: dict[str, Callable[[], Build]] = {

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from playground.tiny.build.items import Build, Item, distinct, dumps_lines, eval_scene, stream
-from playground.tiny.world import chinese, formats
-from playground.tiny.world import questions as q
-from playground.tiny.world.scenes import Scene
+from ..world import chinese, formats
+from ..world import questions as q
+from ..world.scenes import Scene
+from .items import Build, Item, distinct, dumps_lines, eval_scene, stream
 
 LETTERS = "ABCD"
 ROTATION = 1_000_000

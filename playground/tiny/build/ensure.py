@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from llava.utils import UserError
-from playground.tiny.build.benchmarks import DATA, DATA_WIDE, ROOT, build_all, build_wide
-from playground.tiny.build.files import CHECKSUMS, Unreadable, checksum, contents, read_checksums
+
+from .benchmarks import DATA, DATA_WIDE, ROOT, build_all, build_wide
+from .files import CHECKSUMS, Unreadable, checksum, contents, read_checksums
 
 try:
     import fcntl
@@ -25,7 +26,7 @@ except ImportError:  # not a POSIX system: files still appear whole, but two pro
     fcntl = None
 
 MADE, LOCK, PART = ".made.json", ".lock", ".part-"
-COMMAND = "python -m playground.tiny.build"
+COMMAND = f"python -m {__package__}"  # playground.tiny.build, and in an installation llava.tiny.build
 Record = list  # checksum, size, time of change in nanoseconds
 
 

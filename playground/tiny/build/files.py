@@ -16,8 +16,8 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image, UnidentifiedImageError
 
-from playground.tiny.build.items import Build
-from playground.tiny.world.scenes import Scene, render
+from ..world.scenes import Scene, render
+from .items import Build
 
 CHECKSUMS = Path(__file__).resolve().parent / "checksums.txt"
 DIGITS = 16

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from playground.tiny.world import questions as q
-from playground.tiny.world.scenes import Scene, sample_scene
+from ..world import questions as q
+from ..world.scenes import Scene, sample_scene
 
 
 @dataclass

@@ -10,10 +10,10 @@ import json
 
 import numpy as np
 
-from playground.tiny.build.items import Build, Item, distinct, dumps_lines, eval_scene, stream
-from playground.tiny.world import formats
-from playground.tiny.world import questions as q
-from playground.tiny.world.scenes import Scene
+from ..world import formats
+from ..world import questions as q
+from ..world.scenes import Scene
+from .items import Build, Item, distinct, dumps_lines, eval_scene, stream
 
 ORDER = ("color", "word", "relation", "word_color", "count", "sum", "animal", "shape", "color", "describe")
 BENCH_KINDS = {"conv": ("word_color", "relation", "count"), "detail": ("describe",), "complex": ("sum", "animal")}

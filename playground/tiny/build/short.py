@@ -10,9 +10,9 @@ import json
 
 import numpy as np
 
-from playground.tiny.build.items import Build, Item, distinct, dumps_lines, eval_scene, stream
-from playground.tiny.world import formats
-from playground.tiny.world import questions as q
+from ..world import formats
+from ..world import questions as q
+from .items import Build, Item, distinct, dumps_lines, eval_scene, stream
 
 VQA_KINDS = {  # generator, answer type, how VQA names the kind of question: its first words
     "exists": (q.exists, "yes/no", "is there a"),

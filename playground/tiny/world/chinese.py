@@ -11,10 +11,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from playground.tiny.world import formats
-from playground.tiny.world import questions as q
-from playground.tiny.world.questions import NUMBERS, Question, pick
-from playground.tiny.world.scenes import COLORS, SHAPES, WORDS, Scene
+from . import formats
+from . import questions as q
+from .questions import NUMBERS, Question, pick
+from .scenes import COLORS, SHAPES, WORDS, Scene
 
 LETTER = "请直接回答选项字母。"
 COLOR = dict(zip(COLORS, ("红色", "绿色", "蓝色", "黄色", "紫色", "橙色", "粉色", "青色"), strict=True))

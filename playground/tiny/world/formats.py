@@ -12,9 +12,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from playground.tiny.world import questions as q
-from playground.tiny.world.questions import NUMBERS, Question, pick
-from playground.tiny.world.scenes import COLORS, SHAPES, WORDS, Scene
+from . import questions as q
+from .questions import NUMBERS, Question, pick
+from .scenes import COLORS, SHAPES, WORDS, Scene
 
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 ANIMALS = ("CAT", "DOG", "FOX")

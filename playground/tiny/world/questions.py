@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from playground.tiny.world.scenes import COLORS, SHAPES, WORDS, Scene, Thing
+from .scenes import COLORS, SHAPES, WORDS, Scene, Thing
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
