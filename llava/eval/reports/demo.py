@@ -26,7 +26,7 @@ from llava.eval.common.arguments import (
     check_range,
     find_method,
 )
-from llava.eval.common.budgets import BUDGETS_HELP, parse_budgets
+from llava.eval.common.budgets import BUDGETS_HELP, Budget, parse_budgets
 from llava.eval.common.jsonio import read_json, require_folder, write_json, write_text_atomic
 from llava.eval.common.outputs import PICTURE, TABLE_MARKDOWN, JsonObject, OutputFolder
 from llava.eval.common.questions import spread
