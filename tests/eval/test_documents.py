@@ -35,6 +35,12 @@ ALL = [
 ]
 
 
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_no_block_of_code_has_to_be_scrolled(document):
+    long = [line for block in blocks(document, "[a-z]*") for line in block.splitlines() if len(line) > 120]
+    assert not long
+
+
 def test_there_are_commands():
     assert len(ALL) >= 15
 
@@ -51,7 +57,7 @@ def test_command_is_valid(document, command, monkeypatch):
     if words[0] == "bash":
         assert (ROOT / words[1]).is_file()
         if "eval/" in words[1]:
-            assert words[2] == "dense" or words[2].isdigit()
+            assert words[2] == "dense" or float(words[2]) > 0
             known_flags("llava.eval.model_vqa_loader", words[3:], monkeypatch, required=False)
     elif words[0] == "autoprune":
         known_flags(DOORS[words[1]].module, words[2:], monkeypatch)
