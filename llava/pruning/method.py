@@ -26,6 +26,7 @@ from llava.pruning.engine.protocol import Replays
 from llava.pruning.engine.run import PruningRun
 from llava.pruning.engine.view import LayerView
 from llava.pruning.types import LayerFact, OptionError, OwnDefault, Rows, Selection
+from llava.pruning.views import JOINT, read_view_budget
 from llava.pruning.vision import Reduction, TowerHide, TowerKeep, TowerMerge, TowerView, VisionFact, VisionView
 
 MethodT = typing.TypeVar("MethodT", bound="PruningMethod")
@@ -47,6 +48,8 @@ class PruningMethod:
             highest CLS attention; an image of several crops keeps of each crop in proportion to its size.
         target_ratio: the budget as a share of each prompt's visual tokens, above 0 and at most 1, instead of
             ``target_tokens``; rounded down, at least one token.
+        view_budget: how the tokens that a selection keeps are shared out among the images of a prompt: ``joint`` (all
+            compete with all), ``equal``, or a file with a share per image; see :mod:`llava.pruning.views`.
     """
 
     target_tokens: int | None = None
@@ -54,6 +57,7 @@ class PruningMethod:
     visual_token_num: int | None = None
     budget: str = "nominal"
     target_ratio: float | None = None
+    view_budget: str | tuple[float, ...] = JOINT
 
     name: ClassVar[str]
     needs_cls: ClassVar[bool] = False
@@ -63,6 +67,7 @@ class PruningMethod:
     reduces_projected: ClassVar[bool] = False  # whether `reduce` works behind the projector
     merges_in_tower: ClassVar[bool] = False  # whether `merge` takes part
     capturable: ClassVar[bool] = False  # whether selections may be captured in a CUDA graph, see engine/graphs.py
+    shares_views: ClassVar[bool] = False  # whether selections can be shared out among images, see `LayerView.best`
     reads_text: ClassVar[bool] = False  # whether `reduce` looks at the text of the prompt
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -91,6 +96,9 @@ class PruningMethod:
             raise OptionError(f"positions must be 'compact' or 'original', got {self.positions!r}")
         if self.budget not in BUDGETS:
             raise OptionError(f"budget must be 'nominal' or 'processed', got {self.budget!r}")
+        object.__setattr__(self, "view_budget", read_view_budget(self.view_budget))
+        if self.view_budget != JOINT and not self.shares_views:
+            raise OptionError(f"{self.name} cannot share its budget out among images: view_budget must be {JOINT}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             self.require(field.name, not isinstance(value, float) or math.isfinite(value), "must be a finite number")
@@ -195,8 +203,11 @@ class PruningMethod:
     def settings(self) -> dict[str, Any]:
         """The values of all options, JSON-able: what is recorded of a method."""
         values = dataclasses.asdict(self) | {"positions": str(self.positions)}
+        # Records from before there was a choice stay equal.
         if self.target_ratio is None:
-            del values["target_ratio"]  # records from before there was a choice stay equal
+            del values["target_ratio"]
+        if self.view_budget == JOINT:
+            del values["view_budget"]
         return values
 
     @classmethod

@@ -95,8 +95,8 @@ def keep_and_recycle(
         noise_seed: draw the noise of the published clustering, which parts tokens that tie for the highest density,
             see :func:`~llava.pruning.selection.density_peaks`; None: no noise.
     """
-    order_BV = descending_order(scores_BV, view.counts)
     keep = tuple(step.keep for step in steps)
+    order_BV = descending_order(view.shared_out(scores_BV, keep), view.counts)
     kept = first_in_sequence_order(order_BV, keep)
     costs = memory.report.setdefault("merge_flops", [0] * len(steps))
     recycled = [step.recycled for step in steps]

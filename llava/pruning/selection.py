@@ -60,7 +60,9 @@ def top_k(scores_BV: Tensor, counts: Sequence[int], keep: Sequence[int]) -> Tens
     return first_in_sequence_order(descending_order(scores_BV, counts), keep)
 
 
-def max_min_order(tokens_BVC: Tensor, counts: Sequence[int], picks: int) -> Tensor:
+def max_min_order(
+    tokens_BVC: Tensor, counts: Sequence[int], picks: int, room: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """Indices ``[B, picks]`` of the most diverse tokens, in the order in which they are picked.
 
     First the token whose nearest neighbor is farthest, then always the token farthest from those already picked, by
@@ -70,6 +72,8 @@ def max_min_order(tokens_BVC: Tensor, counts: Sequence[int], picks: int) -> Tens
         tokens_BVC: ``[B, V, C]``, row i valid up to ``counts[i]``.
         counts: valid tokens per row; a row with fewer than ``picks`` repeats arbitrary indices behind its count.
         picks: tokens to pick.
+        room: the group of each token ``[B, V]``, and how many of each group ``[B, G]`` are picked before any other
+            token: of the groups that have room left and tokens, the token farthest from all that are picked.
     """
     unit = torch.nn.functional.normalize(tokens_BVC.float(), dim=2)
     batch, width = unit.shape[:2]
@@ -87,12 +91,24 @@ def max_min_order(tokens_BVC: Tensor, counts: Sequence[int], picks: int) -> Tens
     isolation, closest = torch.cat(nearest, 1), unit.new_full((batch, width), torch.inf)
     if padding is not None:
         isolation, closest = (values.masked_fill(padding, -torch.inf) for values in (isolation, closest))
-    picked = [isolation.argmax(1)]  # of equals the first
+    left_BG = None if room is None else room[1].clone()
+
+    def best_of(values_BV: Tensor) -> Tensor:
+        """The best token that there is room for; of equals the first."""
+        if room is None or left_BG is None:
+            return values_BV.argmax(1)
+        open_BV = (left_BG.gather(1, room[0]) > 0) & (values_BV > -torch.inf)
+        open_BV |= ~open_BV.any(1, keepdim=True)
+        best_B = values_BV.masked_fill(~open_BV, -torch.inf).argmax(1)
+        left_BG.scatter_add_(1, room[0].gather(1, best_B[:, None]), left_BG.new_full((batch, 1), -1))
+        return best_B
+
+    picked = [best_of(isolation)]
     for _ in range(picks - 1):
         last = picked[-1][:, None]
         from_last = 1 - (unit @ unit.gather(1, last[:, :, None].expand(-1, -1, unit.shape[2])).transpose(1, 2))[:, :, 0]
         closest = torch.minimum(closest, from_last).scatter(1, last, -torch.inf)
-        picked.append(closest.argmax(1))
+        picked.append(best_of(closest))
     return torch.stack(picked, 1)
 
 

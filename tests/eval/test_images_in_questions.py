@@ -110,6 +110,17 @@ def test_questions_of_several_images(argv, data, loaded, preloaded, fields, text
     assert model_vqa_loader.main(argv("--target-token-num", 20, answers="b.jsonl")) == 0
 
 
+def test_traces_and_budgets_by_image(argv, data, preloaded):
+    several = {"question_id": 2, "text": "Which?", "images": ["0.png", "1.png", "2.png"]}
+    write_jsonl(data / "q.jsonl", [PLAIN[0], several])
+    flags = ("--method", "random", "--target-token-num", 9, "--view-budget", "equal", "--trace-file", data / "t.jsonl")
+    assert model_vqa_loader.main(argv(*flags)) == 0
+    one, three = read_jsonl(data / "t.jsonl")
+    assert "views" not in one and three["views"] == [16, 16, 16]
+    assert three["kept_per_view"] == [[3, 3, 3]] * len(three["tokens_out"])
+    assert read_jsonl(data / "a.jsonl")[1]["metadata"]["view_budget"] == "equal"
+
+
 def test_a_budget_above_all_images_is_refused(argv, data, preloaded, capsys):
     write_jsonl(data / "q.jsonl", [{"question_id": 2, "text": "?", "images": ["0.png", "1.png"]}])
     fails_with_one_line(model_vqa_loader.main, argv("--target-token-num", 33), capsys, "33 is more than the 32")

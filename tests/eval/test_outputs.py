@@ -38,7 +38,7 @@ FOREIGN = {
 # nothing, or gives it a kind. (--results-dir of the benchmarks: they replace a CSV only by a repetition of itself.)
 PATHS_THAT_ARE_READ = {
     "take",
-    *("truth", "gpt_scores", "qa", "image_root", "scenes_file", "gt_dir", "infos"),
+    *("truth", "gpt_scores", "qa", "image_root", "scenes_file", "gt_dir", "infos", "view_budget"),
     *("model_path", "model_base", "image_folder", "image_file", "question_file", "annotation_file", "annotation_dir"),
     *("result_file", "result_dir", "base_dir", "data_dir", "src", "dir", "parts", "traces", "result", "question_files"),
     *(

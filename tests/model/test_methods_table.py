@@ -1,7 +1,7 @@
 """Every registered method in every situation: what a sample gives alone is what it gives in a batch.
 
 A new method needs no line here: the table reads the registry. Kernels, position modes, left padding, rows of different
-make-up, several images, beams, crops with and without unpadding.
+make-up, several images, beams, crops with and without unpadding. Budgets per image: tests/pruning/test_views.py.
 """
 
 from __future__ import annotations

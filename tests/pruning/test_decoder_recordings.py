@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaModel
 
 from llava.mm_utils import padding_share
 from llava.pruning import VisualLayout, get_method
-from llava.pruning.methods import sparsevlm_v2, transprune, vscan
+from llava.pruning.engine.view import LayerView
 from llava.pruning.methods.adaptinfer import text_guided_score
 from llava.pruning.methods.entropyprune import head_entropy
 from llava.pruning.methods.sparsevlm_v2 import corrected_score, rotary_bias
@@ -86,15 +86,15 @@ def check_end_to_end(name, case, hidden, trace, layers, key="r"):
     torch.testing.assert_close(hidden, output(name, case, "last_hidden"), atol=1e-5, rtol=1e-5)
 
 
-def noted_scores(module, monkeypatch):
+def noted_scores(monkeypatch):
     """What a method will rank its tokens by, in a list that fills."""
-    scores = []
+    scores, best = [], LayerView.best
 
-    def noted(values, counts, keep):
+    def noted(self, values, keep):
         scores.append(values[0])
-        return top_k(values, counts, keep)
+        return best(self, values, keep)
 
-    monkeypatch.setattr(module, "top_k", noted)
+    monkeypatch.setattr(LayerView, "best", noted)
     return scores
 
 
@@ -116,7 +116,7 @@ def test_transition(case):
 @pytest.mark.parametrize("case", parted("transprune", "fn_")[1])
 def test_transprune(case, monkeypatch):
     parameters, _ = inputs("transprune", case, "inputs_embeds")
-    scores = noted_scores(transprune, monkeypatch)
+    scores = noted_scores(monkeypatch)
     cuts = parameters["pruning_layer_list"]
     method = get_method("transprune")(
         layers="/".join(map(str, cuts)),
@@ -134,7 +134,7 @@ def test_transprune(case, monkeypatch):
 def test_vscan(case, monkeypatch):
     """Nothing is reduced in front of the decoder there."""
     parameters, _ = inputs("vscan", case, "inputs_embeds")
-    scores = noted_scores(vscan, monkeypatch)
+    scores = noted_scores(monkeypatch)
     cuts = parameters["layer_list"]
     method = get_method("vscan")(
         layers="/".join(map(str, cuts)), tokens="/".join(map(str, parameters["image_token_list"]))
@@ -184,7 +184,7 @@ def test_sparsevlm_v2_function(case):
 @pytest.mark.parametrize("case", parted("sparsevlm_v2", "e2e_")[0])
 def test_sparsevlm_v2(case, monkeypatch):
     parameters, _ = inputs("sparsevlm_v2", case, "inputs_embeds")
-    scores = noted_scores(sparsevlm_v2, monkeypatch)
+    scores = noted_scores(monkeypatch)
     cuts, table = parameters["pruning_loc"], tuple(parameters["table"])
     method = get_method("sparsevlm_v2")
     published = dataclasses.replace(
@@ -207,11 +207,18 @@ def test_padding_of_debiasing(case):
         assert (share <= most).int().tolist() == output("attention_debias", case, array).tolist(), array
 
 
+class Said(SimpleNamespace):
+    """A view that says what it is told to."""
+
+    views = None
+    best, shared_out = LayerView.best, LayerView.shared_out
+
+
 def debiased(case, tmp_path):
     """Options of a recorded case, and a view of its scores."""
     parameters, attention = inputs("attention_debias", case, "attn")
     share = padding_share(tuple(parameters["size"]), 24).flatten()[None]
-    view = SimpleNamespace(
+    view = Said(
         counts=(576,),
         prompt_counts=(576,),
         num_layers=32,

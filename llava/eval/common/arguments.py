@@ -38,6 +38,7 @@ _METHOD_FLAGS = {
     "--target-ratio": "target_ratio",
     "--visual-token-num": "visual_token_num",
     "--budget": "budget",
+    "--view-budget": "view_budget",
     "--positions": "positions",
     "--x0": "x0",
     "--k0": "k0",
@@ -203,6 +204,13 @@ def add_pruning_arguments(parser: argparse.ArgumentParser) -> None:
         "that the layers compute on, alike for all methods; default: nominal",
     )
     group.add_argument(
+        "--view-budget",
+        default=None,
+        metavar="joint|equal|FILE",
+        help="questions of several images: all tokens compete (joint, the default), or every image keeps its share of "
+        "each selection: equal ones, or those of a file with a number per image; not all methods can",
+    )
+    group.add_argument(
         "--visual-token-num",
         type=int,
         default=None,
@@ -269,6 +277,8 @@ def method_options(args: argparse.Namespace) -> dict[str, Any]:
         # One script runs all with the same flags; a budget means nothing without pruning or for given shares.
         options.pop("target_tokens", None)
         options.pop("target_ratio", None)
+        if args.method == "dense":
+            options.pop("view_budget", None)
     elif "target_ratio" not in options:
         options.setdefault("target_tokens", DEFAULT_TARGET_TOKENS)
     return options

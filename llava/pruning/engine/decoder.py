@@ -32,6 +32,7 @@ from llava.pruning.engine.token_cap import cap_by_cls
 from llava.pruning.engine.trace import Trace
 from llava.pruning.engine.view import LayerView
 from llava.pruning.types import BEFORE_DECODER, LayerFact, Rows, Selection
+from llava.pruning.views import JOINT, ViewBudget
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ class Prefilling:
 
     def _show(
         self,
+        part: _Part | None,
         layer: int,
         rows: tuple[int, ...] | None = None,
         attention: Callable[[], VisualAttention] | None = None,
@@ -119,7 +121,7 @@ class Prefilling:
         return LayerView(
             layer, depth, sequences.counts, had, rows or self.query_rows, prompt.samples, sequences, prompt.facts,
             self.cache, self.decoder.norm, attention, said or {}, rotary, tuple(self.recorder.counts_in),
-            prompt.layout if prompt.reduced is None else None,
+            prompt.layout if prompt.reduced is None else None, JOINT if part is None else part.budget,
         )  # fmt: skip
 
     def before_decoder(self) -> None:
@@ -127,10 +129,10 @@ class Prefilling:
         with self.timer():
             cap = None if self.prompt.reduced is not None else self.method.visual_token_num
             if cap is not None and max(self.sequences.counts) > cap:
-                self._drop(cap_by_cls(self._show(BEFORE_DECODER), cap))
+                self._drop(cap_by_cls(self._show(None, BEFORE_DECODER), cap))
             for part in self.parts:
                 if BEFORE_DECODER in part.stages and max(self.sequences.counts) > 0:
-                    self._drop(part.select(self._show(BEFORE_DECODER)))
+                    self._drop(part.select(self._show(part, BEFORE_DECODER)))
 
     def scoring(self) -> ExitStack:
         """What the calls of :meth:`layer` have to lie in: layers say there what methods ask of them."""
@@ -191,7 +193,7 @@ class Prefilling:
             elif found is not None and wanted is not None:
                 self.recorder.scored(wanted, self.sequences)
                 attention = partial(_same, found)
-            view = self._show(index, wanted, attention, said, frame.rotary)
+            view = self._show(part, index, wanted, attention, said, frame.rotary)
             part.observe(view)
         self._pending = part, view
 
@@ -311,6 +313,12 @@ class _Part:
     stages: Mapping[int, Rows]
     facts: Mapping[int, Collection[LayerFact]]
     memory: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(report={}, carried={}))
+
+    @property
+    def budget(self) -> ViewBudget:
+        """How its selections are shared out among the images."""
+        given = self.method.view_budget
+        return given if isinstance(given, str) else tuple(given)
 
     def observe(self, view: LayerView) -> None:
         self.method.observe(view, self.memory)

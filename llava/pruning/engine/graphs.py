@@ -26,6 +26,7 @@ from llava.pruning.engine.decoder import Outcome, Prefill, Prefilling, prefill
 from llava.pruning.engine.prompt import Prompt
 from llava.pruning.engine.protocol import Method
 from llava.pruning.engine.view import SampleIds
+from llava.pruning.views import JOINT
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -191,8 +192,9 @@ class PrefillGraphs:
     def _key(self, decoder: compat.Decoder, method: Method, prompt: Prompt) -> Hashable:
         """What a graph depends on; None if there can be none."""
         hidden = prompt.hidden_BNC
+        shares = any(part.view_budget != JOINT for part in method.parts)  # quotas are numbers of the host
         plain = prompt.reduced is None and prompt.added_BNF is None and prompt.index_BN is None
-        if not (plain and method.capturable and min(prompt.lengths) == hidden.shape[1]):
+        if not (plain and method.capturable and not shares and min(prompt.lengths) == hidden.shape[1]):
             return None
         if self.capture is capture_on_cuda and hidden.device.type != "cuda":
             return None

@@ -28,6 +28,7 @@ class Recorder:
         # Not the sequences themselves: they would keep the embeddings alive until the end of the prefill.
         self.start_lengths, self.start_counts = sequences.lengths, sequences.counts
         self.structure_counts = prompt.layout.structure_counts
+        self._layout = prompt.layout if prompt.reduced is None else None
         self.visual_tokens = list(sequences.counts)
         for row, reduced in enumerate(prompt.reduced or ()):
             # The last patch of a prompt that ends in its image counts as text, see Sequences.start.
@@ -96,6 +97,7 @@ class Recorder:
                 target_tokens=method.aim_of(self.visual_tokens[row]),
                 target_ratio=method.target_ratio,
                 budget=method.budget_kind,
+                views=() if self._layout is None else _views_of_row(self._layout, row, self.start_counts[row]),
                 _origins=partial(_origins_of_row, self.origins, self.counts_out, row),
             )
             for row in range(len(self.start_counts))
@@ -112,6 +114,14 @@ class Recorder:
 
 def _origins_of_row(origins: Sequence[PatchIds], counts: Sequence[tuple[int, ...]], row: int) -> list[Tensor]:
     return [layer.tensor()[row, : count[row]] for layer, count in zip(origins, counts, strict=True)]
+
+
+def _views_of_row(layout: VisualLayout, row: int, count: int) -> tuple[int, ...]:
+    """Visual tokens of each image; of the last one without a patch that ends the prompt, see Sequences.start."""
+    sizes = [len(image) for image in layout.image_crops(row)]
+    if sizes:
+        sizes[-1] -= sum(sizes) - count
+    return tuple(sizes)
 
 
 def _all_origins(count: int, layers: int) -> list[Tensor]:
@@ -145,7 +155,10 @@ def dense_traces(
             structure_tokens=structure,
             tokens_in=[count] * shape.num_layers,
             tokens_out=[count] * shape.num_layers,
+            views=_views_of_row(layout, row, count),
             _origins=partial(_all_origins, count, shape.num_layers),
         )
-        for length, count, structure in zip(lengths, layout.counts, layout.structure_counts, strict=True)
+        for row, (length, count, structure) in enumerate(
+            zip(lengths, layout.counts, layout.structure_counts, strict=True)
+        )
     ]

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -49,6 +50,8 @@ class Trace:
         target_tokens: mean that the method was to meet; None if it had no budget.
         target_ratio: the share of ``visual_tokens`` that it comes from; None if it was given in tokens.
         budget: how that mean counts, ``nominal`` or ``processed``.
+        views: visual tokens of each image in the prompt, before any pruning; empty where nobody can say (behind a
+            method that reduced them in front of the decoder).
         structure_tokens: how many of ``text_tokens`` are newline tokens of an image (LLaVA-1.6 with unpadding). They
             count in costs and cache, not in the means of visual tokens.
     """
@@ -64,12 +67,22 @@ class Trace:
     target_tokens: int | None = None
     target_ratio: float | None = None
     budget: str = "nominal"
+    views: tuple[int, ...] = ()
     _origins: Callable[[], list[Tensor]] = field(default=list, repr=False)  # asked when somebody reads `kept`
 
     @property
     def kept(self) -> list[Tensor]:
         """Per layer a LongTensor: original visual index of each token leaving it, in sequence order; -1 if merged."""
         return [origins.cpu() for origins in self._origins()]
+
+    @property
+    def kept_per_view(self) -> list[list[int]] | None:
+        """Per layer the tokens of each image that leave it; merged tokens are of none. None without :attr:`views`."""
+        if not self.views:
+            return None
+        ends = torch.tensor(self.views).cumsum(0)
+        views = [torch.bucketize(origins[origins >= 0], ends, right=True) for origins in self.kept]
+        return [torch.bincount(view, minlength=len(self.views)).tolist() for view in views]
 
     @property
     def mutual_information(self) -> dict[str, float] | None:
@@ -139,6 +152,8 @@ class Trace:
             **({} if self.target_ratio is None else {"target_ratio": self.target_ratio}),
             **self.details,
         }
+        if len(self.views) > 1:
+            summary |= {"views": list(self.views), "kept_per_view": self.kept_per_view}
         if kept:
             summary["kept"] = [origins.tolist() for origins in self.kept]
         return summary

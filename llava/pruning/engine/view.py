@@ -15,8 +15,9 @@ from torch import Tensor
 
 from llava import compat
 from llava.pruning.engine.sequence import Sequences
-from llava.pruning.selection import on_device
-from llava.pruning.types import BEFORE_DECODER, LayerFact, OptionError, UnsupportedError
+from llava.pruning.selection import on_device, top_k
+from llava.pruning.types import BEFORE_DECODER, LayerFact, OptionError, Selection, UnsupportedError
+from llava.pruning.views import EQUAL, JOINT, ViewBudget, Views
 from llava.pruning.vision import CLS_ATTENTION
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class LayerView:
         rotary: cosines and sines of the layer's tokens, ``[B or 1, N, D]``; None in front of the decoder.
         entered: visual tokens per row that entered each layer so far, this one included.
         layout: where the visual tokens were in the prompt; methods use :attr:`images`. None behind a reduction.
+        view_budget: how the method's selections are shared out among the images, see :mod:`llava.pruning.views`.
     """
 
     layer: int
@@ -72,6 +74,33 @@ class LayerView:
     rotary: tuple[Tensor, Tensor] | None = None
     entered: Sequence[tuple[int, ...]] = ()
     layout: VisualLayout | None = None
+    view_budget: ViewBudget = JOINT
+
+    def best(self, scores_BV: Tensor, keep: tuple[int, ...]) -> Selection:
+        """Keep the ``keep[i]`` visual tokens with the highest scores, of each image its share if it has one."""
+        return Selection(top_k(self.shared_out(scores_BV, keep), self.counts, keep), keep)
+
+    def shared_out(self, scores_BV: Tensor, keep: tuple[int, ...]) -> Tensor:
+        """Scores whose ``keep[i]`` highest are those that :meth:`best` keeps."""
+        return scores_BV if self.views is None else self.views.ranked(scores_BV, self.counts, keep)
+
+    @cached_property
+    def views(self) -> Views | None:
+        """Which image each visual token is part of, and the images' shares; None where all compete with all.
+
+        Raises:
+            UnsupportedError: there are shares, and nobody can say any more what belongs to which image.
+        """
+        if self.view_budget == JOINT:
+            return None
+        if self.layout is None:
+            raise UnsupportedError(
+                "view_budget cannot be kept behind a method that reduces the images in front of the decoder"
+            )
+        sizes = [tuple(map(len, images)) for images in self.images]
+        # A share per image says how many there have to be, even where there is one.
+        alone = self.view_budget == EQUAL and max(map(len, sizes)) <= 1
+        return None if alone else Views.of(self.view_budget, sizes, self.origins_BV)
 
     @cached_property
     def _attention(self) -> VisualAttention | None:

@@ -30,7 +30,6 @@ from torch import Tensor
 from llava.pruning.budget import PublishedLists
 from llava.pruning.engine.view import LayerView
 from llava.pruning.published_cuts import PublishedCuts
-from llava.pruning.selection import top_k
 from llava.pruning.types import LayerFact, Selection
 
 _PUBLISHED = PublishedLists(
@@ -71,6 +70,7 @@ class AdaptInfer(PublishedCuts):
     smoothing: float = 1.0
 
     name: ClassVar[str] = "adaptinfer"
+    shares_views: ClassVar[bool] = True
     published: ClassVar[PublishedLists] = _PUBLISHED
     at_every_depth: ClassVar[bool] = False
     facts: ClassVar[frozenset[LayerFact]] = frozenset({LayerFact.TEXT_ATTENTION})
@@ -91,4 +91,4 @@ class AdaptInfer(PublishedCuts):
     def choose(self, view: LayerView, keep: tuple[int, ...]) -> Selection:
         text = view.layer_fact(LayerFact.TEXT_ATTENTION)
         score = text_guided_score(text, view.attention_BHTV, view.query_rows_B, self.smoothing)
-        return Selection(top_k(score, view.counts, keep), keep)
+        return view.best(score, keep)

@@ -131,7 +131,7 @@ class CompositionSpec:
         }
 
     def from_options(self, options: Mapping[str, Any]) -> Composition:
-        """Build all parts. A plain option goes to the last part, ``budget`` to all that have none of their own.
+        """Build all parts. A plain option goes to the last part, ``budget`` and ``view_budget`` to all without one.
 
         Raises:
             OptionError: unknown option, or a part but the last whose budget is not given.
@@ -150,8 +150,9 @@ class CompositionSpec:
             if not free and "target_tokens" not in values and "target_ratio" not in values:
                 ways = " or ".join(f"{kind.name}.{option}=..." for option in ("target_tokens", "target_ratio"))
                 raise OptionError(f"{self.name}: give the budget of {kind.name} too, as {ways}")
-            if "budget" in own[-1]:
-                values.setdefault("budget", own[-1]["budget"])
+            for option in ("budget", "view_budget"):
+                if option in own[-1]:
+                    values.setdefault(option, own[-1][option])
         members = tuple(kind.from_options(values) for kind, values in zip(self.kinds, own, strict=True))
         cap = PruningMethod.from_options({"visual_token_num": cap}).visual_token_num
         if members[0].reduces_vision or members[0].merges_in_tower:

@@ -17,7 +17,7 @@ from typing import ClassVar
 
 from llava.pruning.engine.view import LayerView
 from llava.pruning.method import DecoderMethod
-from llava.pruning.selection import first_in_sequence_order, max_min_order
+from llava.pruning.selection import first_in_sequence_order, max_min_order, on_device
 from llava.pruning.types import BEFORE_DECODER, Rows, Selection
 
 
@@ -29,6 +29,7 @@ class DivPrune(DecoderMethod):
     positions: str = "compact"
 
     name: ClassVar[str] = "divprune"
+    shares_views: ClassVar[bool] = True
     capturable: ClassVar[bool] = True
 
     def stages(self, num_layers: int) -> Mapping[int, Rows]:
@@ -38,5 +39,8 @@ class DivPrune(DecoderMethod):
         return self.choose(view, tuple(map(min, self.targets(view), view.counts)))
 
     def choose(self, view: LayerView, keep: tuple[int, ...]) -> Selection:
-        order = max_min_order(view.hidden_BVC, view.counts, max(keep))
+        room = None
+        if view.views is not None:
+            room = view.views.view_BV, view.views.quotas(on_device(keep, view.device))
+        order = max_min_order(view.hidden_BVC, view.counts, max(keep), room)
         return Selection(first_in_sequence_order(order, keep, width=max(view.counts)), keep)

@@ -32,7 +32,6 @@ from torch import Tensor
 from llava.pruning.budget import one_cut
 from llava.pruning.engine.view import LayerView
 from llava.pruning.method import DecoderMethod
-from llava.pruning.selection import top_k
 from llava.pruning.types import LayerFact, Rows, Selection
 
 _LEAST = 1e-10
@@ -66,6 +65,7 @@ class EntropyPrune(DecoderMethod):
     ratio: float | None = None
 
     name: ClassVar[str] = "entropyprune"
+    shares_views: ClassVar[bool] = True
     published_budget: ClassVar[str] = "processed"
     instead_of_target: ClassVar[str | None] = "ratio"
     facts: ClassVar[frozenset[LayerFact]] = frozenset({LayerFact.QUERIES})
@@ -92,7 +92,7 @@ class EntropyPrune(DecoderMethod):
             states = view.layer_fact(LayerFact.QUERIES)
         else:
             states = view.of_visual(view.keys_BGND.transpose(2, 3)).transpose(2, 3)
-        return Selection(top_k(head_entropy(states), view.counts, keep), keep)
+        return view.best(head_entropy(states), keep)
 
     def _keep(self, count: int, prompt_count: int, num_layers: int) -> int:
         if self.ratio is not None:

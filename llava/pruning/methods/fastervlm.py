@@ -25,8 +25,9 @@ from torch import Tensor
 from llava.pruning.budget import crop_quotas
 from llava.pruning.engine.view import LayerView
 from llava.pruning.method import DecoderMethod
-from llava.pruning.selection import descending_order, on_device, top_k
+from llava.pruning.selection import descending_order, on_device
 from llava.pruning.types import BEFORE_DECODER, Rows, Selection
+from llava.pruning.views import first_of_groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,7 @@ class FasterVLM(DecoderMethod):
     across_crops: bool = False
 
     name: ClassVar[str] = "fastervlm"
+    shares_views: ClassVar[bool] = True
     capturable: ClassVar[bool] = True
     needs_cls: ClassVar[bool] = True
 
@@ -55,7 +57,7 @@ class FasterVLM(DecoderMethod):
         scores = view.cls_attention_BV
         if not self.across_crops:
             scores = first_of_each_crop(view, scores, keep)
-        return Selection(top_k(scores, view.counts, keep), keep)
+        return view.best(scores, keep)
 
 
 def first_of_each_crop(view: LayerView, scores_BV: Tensor, keep: tuple[int, ...]) -> Tensor:
@@ -80,10 +82,4 @@ def first_of_each_crop(view: LayerView, scores_BV: Tensor, keep: tuple[int, ...]
     origins_BV = view.origins_BV.clamp_max(width)
     group_BV = labels_BN.gather(1, torch.where(origins_BV < 0, width, origins_BV))
     order_BV = descending_order(scores_BV, view.counts)
-    place_BV = order_BV.argsort(dim=1)
-    # Rank within the crop: tokens of the same crop that come earlier in the order.
-    same_BGV = group_BV.gather(1, order_BV)[:, None, :] == torch.arange(most + 1, device=device)[:, None]
-    ranks_BGV = same_BGV.long().cumsum(2) - 1
-    rank_BV = ranks_BGV.gather(1, group_BV.gather(1, order_BV)[:, None, :])[:, 0].gather(1, place_BV)
-    first_BV = rank_BV < quotas_BG.gather(1, group_BV)
-    return (first_BV * scores_BV.shape[1] - place_BV).float()
+    return first_of_groups(order_BV, group_BV, quotas_BG)

@@ -24,7 +24,6 @@ from typing import ClassVar
 from llava.pruning.budget import one_cut
 from llava.pruning.debiasing import Debiased
 from llava.pruning.engine.view import LayerView
-from llava.pruning.selection import top_k
 from llava.pruning.types import Rows, Selection
 
 
@@ -42,6 +41,7 @@ class FastV(Debiased):
     ratio: float | None = None
 
     name: ClassVar[str] = "fastv"
+    shares_views: ClassVar[bool] = True
     capturable: ClassVar[bool] = True
     published_budget: ClassVar[str] = "processed"
     instead_of_target: ClassVar[str | None] = "ratio"
@@ -62,7 +62,7 @@ class FastV(Debiased):
         return self.choose(view, self.without_padding(view, keep))
 
     def choose(self, view: LayerView, keep: tuple[int, ...]) -> Selection:
-        return Selection(top_k(self.debiased(view, view.relevance_BV), view.counts, keep), keep)
+        return view.best(self.debiased(view, view.relevance_BV), keep)
 
     def _keep(self, count: int, prompt_count: int, num_layers: int) -> int:
         if self.ratio is not None:

@@ -27,7 +27,6 @@ from typing import ClassVar
 from llava.pruning.budget import STAGES, parse_layers, plan_stages, spaced_layers
 from llava.pruning.debiasing import Debiased
 from llava.pruning.engine.view import LayerView
-from llava.pruning.selection import top_k
 from llava.pruning.types import Rows, Selection
 
 
@@ -46,6 +45,7 @@ class PDrop(Debiased):
     ratio: float | None = None
 
     name: ClassVar[str] = "pdrop"
+    shares_views: ClassVar[bool] = True
     capturable: ClassVar[bool] = True
     published_budget: ClassVar[str] = "processed"
     instead_of_target: ClassVar[str | None] = "ratio"
@@ -79,7 +79,7 @@ class PDrop(Debiased):
         first = not hasattr(memory, "has_dropped")
         memory.has_dropped = True
         scores = self.debiased(view, view.relevance_BV) if first else view.relevance_BV
-        return Selection(top_k(scores, view.counts, keep), keep)
+        return view.best(scores, keep)
 
     def _plan(self, count: int, prompt_count: int, num_layers: int) -> Mapping[int, int]:
         layers = None if self.layers is None else parse_layers(self.layers)

@@ -13,7 +13,6 @@ from typing import ClassVar
 from llava.pruning.draws import uniform_draws
 from llava.pruning.engine.view import LayerView
 from llava.pruning.method import DecoderMethod
-from llava.pruning.selection import top_k
 from llava.pruning.types import BEFORE_DECODER, Rows, Selection
 
 
@@ -29,6 +28,7 @@ class Random(DecoderMethod):
     seed: int = 0
 
     name: ClassVar[str] = "random"
+    shares_views: ClassVar[bool] = True
 
     def stages(self, num_layers: int) -> Mapping[int, Rows]:
         return {BEFORE_DECODER: Rows.NONE}
@@ -37,4 +37,4 @@ class Random(DecoderMethod):
         return self.choose(view, tuple(map(min, self.targets(view), view.counts)))
 
     def choose(self, view: LayerView, keep: tuple[int, ...]) -> Selection:
-        return Selection(top_k(uniform_draws(view, self.seed, view.counts), view.counts, keep), keep)
+        return view.best(uniform_draws(view, self.seed, view.counts), keep)

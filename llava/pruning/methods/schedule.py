@@ -51,6 +51,10 @@ class Schedule(DecoderMethod):
         return None
 
     @property
+    def shares_views(self) -> bool:  # type: ignore[override]
+        return all(stage.method.shares_views for stage in self.entries)
+
+    @property
     def needs_cls(self) -> bool:  # type: ignore[override]
         return any(stage.method.needs_cls for stage in self.entries)
 

@@ -39,7 +39,6 @@ from llava.pruning.engine.view import LayerView
 from llava.pruning.published_cuts import PublishedCuts
 from llava.pruning.recycling import keep_and_recycle, prune_step
 from llava.pruning.scores import received_attention, text_raters
-from llava.pruning.selection import top_k
 from llava.pruning.types import BEFORE_DECODER, Rows, Selection
 
 _PUBLISHED = PublishedLists(
@@ -63,6 +62,7 @@ class SparseVLM(Debiased, PublishedCuts):
     noise_seed: int | None = None
 
     name: ClassVar[str] = "sparsevlm"
+    shares_views: ClassVar[bool] = True
     published: ClassVar[PublishedLists] = _PUBLISHED
 
     def __post_init__(self) -> None:
@@ -86,7 +86,7 @@ class SparseVLM(Debiased, PublishedCuts):
         ]
         if stage == 0 and self.debiases:
             # What is chosen comes first; which of the others are recycled is decided by attention as it is.
-            chosen = top_k(self.debiased(view, scores), view.counts, [step.keep for step in steps])
+            chosen = view.best(self.debiased(view, scores), tuple(step.keep for step in steps)).keep_BK
             scores = torch.nn.functional.pad(scores, (0, 1)).scatter(1, chosen, torch.inf)[:, :-1]
         return keep_and_recycle(view, scores, steps, memory, self.noise_seed)
 

@@ -32,7 +32,6 @@ from llava.pruning.budget import PublishedLists
 from llava.pruning.engine.view import LayerView
 from llava.pruning.published_cuts import PublishedCuts
 from llava.pruning.scores import text_raters
-from llava.pruning.selection import top_k
 from llava.pruning.types import BEFORE_DECODER, Rows, Selection
 
 _PUBLISHED = PublishedLists(
@@ -85,6 +84,7 @@ class SparseVLMPlus(PublishedCuts):
     heads: int = 14
 
     name: ClassVar[str] = "sparsevlm_v2"
+    shares_views: ClassVar[bool] = True
     published: ClassVar[PublishedLists] = _PUBLISHED
 
     def __post_init__(self) -> None:
@@ -103,4 +103,4 @@ class SparseVLMPlus(PublishedCuts):
         keep = tuple(min(own[stage], count) for own, count in zip(memory.keep, view.counts, strict=True))
         bias = rotary_bias(view.rotary_of_text, view.rotary_of_visual)
         score = corrected_score(view.attention_BHTV, bias, memory.raters.to(view.device), self.heads)
-        return Selection(top_k(score, view.counts, keep), keep)
+        return view.best(score, keep)

@@ -32,7 +32,7 @@ from torch import Tensor
 from llava.pruning.budget import mean_tokens, nearest_plan, parse_layers
 from llava.pruning.engine.view import LayerView
 from llava.pruning.method import DecoderMethod
-from llava.pruning.selection import counts_to_mask, on_device, top_k
+from llava.pruning.selection import counts_to_mask, on_device
 from llava.pruning.types import LayerFact, Rows, Selection
 
 _LAYERS, _DEPTH = (7, 9, 12), 32
@@ -76,6 +76,7 @@ class TransPrune(DecoderMethod):
     shares: str | None = None
 
     name: ClassVar[str] = "transprune"
+    shares_views: ClassVar[bool] = True
     published_budget: ClassVar[str] = "processed"
     instead_of_target: ClassVar[str | None] = "shares"
 
@@ -129,7 +130,7 @@ class TransPrune(DecoderMethod):
         if keep == view.counts:
             return None
         score = _shared(memory.carried.get("transition", torch.zeros_like(view.relevance_BV)))
-        return Selection(top_k(score + _shared(view.relevance_BV), view.counts, keep), keep)
+        return view.best(score + _shared(view.relevance_BV), keep)
 
     def _given(self, num_layers: int) -> tuple[int, ...] | None:
         if self.layers is not None:

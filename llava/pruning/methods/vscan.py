@@ -30,7 +30,6 @@ from torch import Tensor
 from llava.pruning.budget import parse_layers, plan_stages
 from llava.pruning.engine.view import LayerView
 from llava.pruning.method import VisionReducer
-from llava.pruning.selection import top_k
 from llava.pruning.types import Rows, Selection
 from llava.pruning.vision import CLS_ATTENTION, Reduction, TowerValue, VisionFact, VisionView
 
@@ -163,7 +162,7 @@ class VScan(VisionReducer):
         keep = tuple(
             min(plan.get(view.layer + 1, count), count) for plan, count in zip(memory.plans, view.counts, strict=True)
         )
-        return None if keep == view.counts else Selection(top_k(view.relevance_BV, view.counts, keep), keep)
+        return None if keep == view.counts else view.best(view.relevance_BV, keep)
 
     def _plan(self, count: int, prompt_count: int, num_layers: int) -> Mapping[int, int]:
         """Tokens to keep in front of each layer."""

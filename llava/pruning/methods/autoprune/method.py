@@ -34,7 +34,6 @@ from llava.pruning.methods.autoprune.curve import (
 )
 from llava.pruning.methods.autoprune.information import mutual_information
 from llava.pruning.recycling import keep_and_recycle, prune_step
-from llava.pruning.selection import top_k
 from llava.pruning.types import OptionError, Rows, Selection
 
 
@@ -84,6 +83,7 @@ class AutoPrune(DecoderMethod):
     noise_seed: int | None = None
 
     name: ClassVar[str] = "autoprune"
+    shares_views: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -179,7 +179,7 @@ class AutoPrune(DecoderMethod):
             scores = self.text_weight * information[:, None] * view.relevance_BV
         if self.needs_cls:
             scores = scores + self.cls_weight * view.cls_attention_BV
-        return Selection(top_k(scores, view.counts, memory.coarse), memory.coarse)
+        return view.best(scores, memory.coarse)
 
     def _plan(self, view: LayerView, memory: SimpleNamespace) -> list[tuple[int, ...]]:
         """Per sample the tokens to keep after each layer."""
