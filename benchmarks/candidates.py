@@ -15,11 +15,11 @@ from torch import nn
 from benchmarks.geometry import RandomPrompt
 from benchmarks.parts import Parts, selection_apart
 from benchmarks.published import Published, published_prefill, run_published
-from benchmarks.switches import switched_on
 from llava import compat
 from llava.pruning import get_method
 from llava.pruning.engine.graphs import PrefillGraphs, capture_on_cuda
 from llava.pruning.engine.recorder import dense_traces
+from llava.pruning.engine.run import PruningRun
 from llava.pruning.engine.trace import Trace
 from llava.pruning.method import PruningMethod
 from llava.pruning.methods.autoprune.curve import planned_counts
@@ -50,15 +50,18 @@ def needs_no_tower(method: PruningMethod) -> PruningMethod:
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """A setting of the benchmarks: a method with CUDA graphs, or with switches of benchmarks/switches.py, or both."""
+class Graphed:
+    """A setting of the benchmarks: a method whose prefills replay CUDA graphs where they can."""
 
     method: PruningMethod
-    graphs: PrefillGraphs | None = None
-    switches: tuple[str, ...] = ()
+    graphs: PrefillGraphs
+
+    def attach(self, model: nn.Module) -> PruningRun:
+        """As of the method."""
+        return self.method.attach(model, self.graphs)
 
 
-Setting = PruningMethod | Published | Tuned
+Setting = PruningMethod | Published | Graphed
 
 
 def run_pruned(model: nn.Module, setting: Setting, prompt: RandomPrompt) -> tuple[Any, list[Trace]]:
@@ -66,16 +69,7 @@ def run_pruned(model: nn.Module, setting: Setting, prompt: RandomPrompt) -> tupl
     planned_counts.cache_clear()  # every sample has another slope; here they are all the same
     if isinstance(setting, Published):
         return run_published(model, setting.method, prompt)
-    if isinstance(setting, Tuned):
-        with switched_on(setting.switches):
-            return _run(model, setting.method, prompt, setting.graphs)
-    return _run(model, setting, prompt)
-
-
-def _run(
-    model: nn.Module, method: PruningMethod, prompt: RandomPrompt, graphs: PrefillGraphs | None = None
-) -> tuple[Any, list[Trace]]:
-    with method.attach(model, graphs) as run:
+    with setting.attach(model) as run:
         run.set_visual(prompt.layout, prompt.cls_BV if run.needs_cls_attention else None)
         output = model.model(inputs_embeds=prompt.embeds_BNC, use_cache=True)
     return output, run.traces
@@ -162,7 +156,7 @@ def choice_seconds(model: nn.Module, method: Setting, prompt: RandomPrompt, roun
     """Median seconds that scores and choices take in a prefill; moving what is kept and the masks of the new lengths
     are not in it. None for what does not tell them apart.
     """
-    if isinstance(method, Published | Tuned):
+    if isinstance(method, Published | Graphed):
         return None
     with torch.inference_mode(), method.attach(model) as run:
         seconds = []

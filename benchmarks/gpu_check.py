@@ -1,4 +1,4 @@
-"""Everything that only a GPU can say, in one run of twelve minutes: tests, times, a profile, and which candidates pay.
+"""Everything that only a GPU can say, in one run of nine minutes: tests, times, a profile.
 
     bash scripts/gpu_check.sh OUT                      # on a machine with a GPU; nothing is installed
     bash scripts/gpu_check.sh --rehearse OUT           # the same paths on a CPU, with tiny sizes
@@ -11,9 +11,7 @@ minutes; a step that would not fit in what is left is skipped and says so, and r
 from __future__ import annotations
 
 import gc
-import importlib.util
 import json
-import os
 import subprocess
 import sys
 import time
@@ -28,12 +26,11 @@ from typing import Any
 import torch
 
 from benchmarks import decode, first_token, prefill, profile, report
-from benchmarks.candidates import Tuned, build_method, traces_of
+from benchmarks.candidates import Graphed, build_method
 from benchmarks.environment import RESULTS, environment, use_fixed_allocator
-from benchmarks.geometry import Geometry, RandomPrompt, geometry, random_decoder, random_prompt
+from benchmarks.geometry import Geometry, geometry, random_decoder, random_prompt
 from benchmarks.output import save, table
 from benchmarks.published import NAME, Published
-from benchmarks.switches import SWITCHES
 from benchmarks.whole_model import random_image_prompt, random_llava
 from llava.eval.common.arguments import Parser
 from llava.eval.common.jsonio import read_text, write_text_atomic
@@ -42,7 +39,7 @@ from llava.pruning.engine.graphs import PrefillGraphs, capture_on_cuda
 from llava.utils import UserError, cli_main
 
 ROOT = Path(__file__).resolve().parent.parent
-MINUTES = {"tests": 1.5, "prefill": 6.0, "profile": 1.0, "candidates": 3.0}
+MINUTES = {"tests": 1.5, "prefill": 6.0, "profile": 1.0}
 """Parts in their order, with the minutes that each may take."""
 FILE = "gpu_check.json"
 OUTPUT = OutputFolder(
@@ -59,7 +56,6 @@ SLOPED, SLOPE = "autoprune slope 0.25", {"k0": 0.25, "gamma": 0.0}
 most of them do.
 """
 SHAPES = ("llava-1.5-7b", "llava-next-7b")
-CANDIDATE_COLUMNS = ("method", "batch", "ms", "p10", "p90", "of_dense", "over_floor", "selection_ms", "same_tokens")
 
 
 @dataclass
@@ -246,14 +242,14 @@ def compared(check: Check, shape: Geometry, batch: int) -> dict[tuple[str, int],
     method = build_method("autoprune", budget)
     settings: dict[tuple[str, int], Any] = {
         ("autoprune", budget): method,
-        ("autoprune graphs", budget): Tuned(method, check.graphs()),
+        ("autoprune graphs", budget): Graphed(method, check.graphs()),
         (SLOPED, budget): (sloped := build_method("autoprune", budget, **SLOPE)),
-        (f"{SLOPED} graphs", budget): Tuned(sloped, check.graphs()),
+        (f"{SLOPED} graphs", budget): Graphed(sloped, check.graphs()),
         ("fastv", budget): build_method(
             "fastv", budget, **({"target_tokens": max(budget, 24)} if check.rehearse else {})
         ),
         ("divprune", budget): build_method("divprune", budget),
-        ("divprune graphs", budget): Tuned(build_method("divprune", budget), check.graphs()),
+        ("divprune graphs", budget): Graphed(build_method("divprune", budget), check.graphs()),
     }
     if batch == 1:
         settings[NAME, budget] = Published(method)
@@ -279,72 +275,8 @@ def run_profile(check: Check) -> None:
         check.step(part, "profile of a prefill", check.least(20.0), work)
 
 
-def run_candidates(check: Check) -> None:
-    """Each switch alone and with graphs; `same_tokens` is the share of survivors that are those of the plain run."""
-    with check.part("candidates") as part:
-        peak = prefill.peak_flops(check.device, check.dtype)
-        model = random_decoder(check.shape(SHAPES[0]), check.device, check.dtype, "sdpa")
-        quick = [name for name in SWITCHES if name != "compiled"]  # torch.compile takes long to begin with
-        if importlib.util.find_spec("triton") is None:
-            part.steps["fused"] = "skipped: Triton is not installed"
-            quick = [name for name in quick if not name.startswith("fused")]
-        for switches, name, batch, seconds in (
-            (quick, SHAPES[0], 1, 20.0),
-            (quick, SHAPES[1], 1, 20.0),
-            (quick, SHAPES[0], 8, 20.0),
-            (["compiled"], SHAPES[0], 1, 40.0),
-        )[: 1 if check.rehearse else None]:  # Triton's interpreter is slow, and torch.compile needs a compiler
-
-            def work(until: float, switches: Sequence[str] = switches, name: str = name, batch: int = batch) -> None:
-                shape = check.shape(name)
-                prompt = random_prompt(shape, batch, check.device, check.dtype)
-                rows = switched(check, model, shape, prompt, switches, peak, until)
-                label = f"{check.label(rows, shape)} {' '.join(switches)} batch {batch}"
-                check.add("candidates", label, rows, CANDIDATE_COLUMNS)
-
-            check.step(part, f"{', '.join(switches)}: {name} batch {batch}", check.least(seconds), work)
-
-
-def switched(
-    check: Check,
-    model: Any,
-    shape: Geometry,
-    prompt: RandomPrompt,
-    switches: Sequence[str],
-    peak: float,
-    until: float,
-) -> list[dict[str, Any]]:
-    """Rows of AutoPrune with these switches, beside those without any."""
-    name, budget = SLOPED, CUT_AT[shape.name]
-    method = build_method("autoprune", budget, **SLOPE)
-    plain = traces_of(model, method, prompt)
-    settings: dict[tuple[str, int], Any] = {
-        (name, budget): method,
-        (f"{name} graphs", budget): Tuned(method, check.graphs()),
-    }
-    for switch in switches:
-        settings[f"{name} {switch}", budget] = Tuned(method, None, (switch,))
-        settings[f"{name} {switch} graphs", budget] = Tuned(method, check.graphs(), (switch,))
-    found = prefill.measure(model, prompt, settings, check.args(), peak, until)
-    for row in found:
-        setting = settings.get((row["method"], row["budget"]))
-        if setting is not None:
-            row["same_tokens"] = agreement(traces_of(model, setting, prompt), plain)
-    return found
-
-
-def agreement(traces: Sequence[Any], others: Sequence[Any]) -> float:
-    """Share of the survivors of all layers that are survivors there, too."""
-    same = total = 0
-    for one, other in zip(traces, others, strict=True):
-        for kept, theirs in zip(one.kept, other.kept, strict=True):
-            same += len(set(kept.tolist()) & set(theirs.tolist()))
-            total += len(set(kept.tolist()))
-    return same / total
-
-
 PARTS: dict[str, Callable[[Check], None]] = {
-    "tests": run_tests, "prefill": run_prefills, "profile": run_profile, "candidates": run_candidates,
+    "tests": run_tests, "prefill": run_prefills, "profile": run_profile,
 }  # fmt: skip
 
 
@@ -352,7 +284,7 @@ PARTS: dict[str, Callable[[Check], None]] = {
 
 
 def minutes_of(text: str) -> dict[str, float]:
-    """`prefill=4,candidates=0`: other minutes for some parts; 0 leaves a part out."""
+    """`prefill=4,profile=0`: other minutes for some parts; 0 leaves a part out."""
     minutes = dict(MINUTES)
     for entry in filter(None, (part.strip() for part in text.split(","))):
         name, equals, value = entry.partition("=")
@@ -394,10 +326,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.take is not None:
         return take(Path(args.take), Path(args.results_dir))
-    if args.rehearse and argv is None and os.environ.get("TRITON_INTERPRET") != "1":
-        # Triton reads it when it is imported, which torch may have done already.
-        os.environ["TRITON_INTERPRET"] = "1"
-        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu_check", *sys.argv[1:]])
     if argv is None:
         use_fixed_allocator("benchmarks.gpu_check", sys.argv[1:])
     if not args.rehearse and not torch.cuda.is_available():

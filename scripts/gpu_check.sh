@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can say, in one run of less than twelve minutes that keeps what it has when it is cut off.
-#   bash scripts/gpu_check.sh [OUT]                   tests, times, profile, candidates; OUT/gpu_check.json has all of it
+# Everything that only a GPU can say, in one run of about nine minutes that keeps what it has when it is cut off.
+#   bash scripts/gpu_check.sh [OUT]                   tests, times, profile; OUT/gpu_check.json has all of it
 #   bash scripts/gpu_check.sh --rehearse [OUT]        the same paths on a CPU with tiny sizes
-#   bash scripts/gpu_check.sh OUT --minutes prefill=3,candidates=0
+#   bash scripts/gpu_check.sh OUT --minutes prefill=3,profile=0
 # Installs nothing: it takes the first interpreter that has torch and transformers, with a GPU unless it is a rehearsal.
 # AUTOPRUNE_PYTHON=/path/to/python names one.
 set -euo pipefail
@@ -10,14 +10,12 @@ set -euo pipefail
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 need="True"
 gpu="a GPU, "
-export TRITON_INTERPRET=0
 for argument in "$@"; do
     case "$argument" in
-        --rehearse) need="False"; gpu=""; export TRITON_INTERPRET=1 ;;
+        --rehearse) need="False"; gpu=""; ;;
         --take) need="False"; gpu="" ;;
     esac
 done
-if [ "$TRITON_INTERPRET" = 0 ]; then unset TRITON_INTERPRET; fi
 
 python=""
 for candidate in ${AUTOPRUNE_PYTHON:+"$AUTOPRUNE_PYTHON"} "$root/.venv/bin/python" python3 python; do

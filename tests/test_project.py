@@ -33,7 +33,7 @@ def test_the_hook_has_the_pinned_ruff() -> None:
 def test_every_development_tool_is_pinned() -> None:
     pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
     tools = {re.match(r"[\w-]+", entry)[0].lower() for entry in PROJECT["optional-dependencies"]["dev"]}
-    assert tools - {"triton"} <= pinned  # builds of torch for CUDA pin it
+    assert tools <= pinned
 
 
 def test_workflow_runs_what_the_repository_has() -> None:

@@ -156,30 +156,3 @@ def test_what_cannot_be_captured_is_told_and_runs_as_always(caplog):
             assert torch.isfinite(model(inputs_embeds=embeds.cuda()).logits).all()
     assert graphs.counts == {"eager": 4, "captured": 0, "replayed": 0}
     assert caplog.text.count("run without CUDA graphs") == 1
-
-
-@pytest.mark.parametrize("move", [True, False])
-def test_the_fused_candidate_chooses_what_the_engine_chooses(move):
-    fused = pytest.importorskip("benchmarks.fused", reason="needs Triton")
-    from llava.pruning.scores import attention_rows, causal_bias
-    from llava.pruning.selection import descending_order, first_in_sequence_order, merge_all
-
-    generator = torch.Generator(device="cuda").manual_seed(0)
-    batch, heads, rows, keys, visual, first, keep, recycle = 2, 32, 50, 245, 160, 35, 151, 3
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device="cuda", generator=generator).to(torch.bfloat16)
-
-    query, key, hidden = random(batch, heads, rows, 128), random(batch, heads, keys, 128), random(batch, keys, 4096)
-    attention = attention_rows(query, key, 128**-0.5, causal_bias(rows, query.device))[..., first : first + visual]
-    order = descending_order(attention.mean((1, 2)), (visual,) * batch)
-    kept, recycled = first_in_sequence_order(order, (keep,) * batch), order[:, keep : keep + recycle]
-    moved, ids = fused.score_select_move(query, key, 128**-0.5, hidden, first, visual, keep, recycle, move=move)
-    assert torch.equal(ids[:, :keep], kept) and torch.equal(ids[:, keep:], recycled)
-    inside = hidden[:, first : first + visual]
-
-    def of(index: torch.Tensor) -> torch.Tensor:
-        return inside.gather(1, index[..., None].expand(-1, -1, 4096))
-
-    wanted = torch.cat((hidden[:, :first], of(kept), merge_all(of(recycled), [recycle] * batch), hidden[:, 195:]), 1)
-    torch.testing.assert_close(moved, wanted)
