@@ -21,7 +21,8 @@ LOADER_FLAGS = """
     --image-folder --k0 --limit --max-new-tokens --max_new_tokens --method --method-args --model-base
     --model-path --no-resume --num-beams --num-chunks --num_beams --positions --question-file --resume --seed --strict
     --target-ratio --target-token-num --temperature --top-p --top_p --trace-file --visual-token-num --x0 -h
-    --view-budget --mm-patch-merge-type --overwrite --max-image-pixels --num-workers --padding-attention --quiet --trace-kept
+    --mm-patch-merge-type --overwrite --max-image-pixels --num-workers --padding-attention --quiet --trace-kept
+    --view-budget
 """.split()
 
 
