@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["LlavaLlamaForCausalLM", "__version__"]
 
-from llava.neighbors import warn_of_neighbors  # noqa: E402
+from llava import neighbors, upstream  # noqa: E402
 
-warn_of_neighbors()
+neighbors.warn_of_neighbors()
+upstream.install()
 
 if sys.argv[:1] == ["-m"]:  # only while Python looks for the module of `python -m llava...`
     from llava.launch import explain_missing_packages

@@ -22,8 +22,8 @@ from llava.utils import UserError
 
 
 class SeparatorStyle(Enum):
-    """How turns are joined: one separator, two alternating ones, chat-markup, none (pretraining), or
-    Llama-2 instruction tags.
+    """How turns are joined: one separator, two alternating ones, chat-markup, none (pretraining),
+    Llama-2 instruction tags; in LLaVA-NeXT also chat-markup with line breaks, Llama-3's headers, or Gemma's turns.
     """
 
     SINGLE = auto()
@@ -31,6 +31,9 @@ class SeparatorStyle(Enum):
     MPT = auto()
     PLAIN = auto()
     LLAMA_2 = auto()
+    CHATML = auto()
+    LLAMA_3 = auto()
+    GEMMA = auto()
 
 
 def _text(message: Any) -> str:
@@ -104,13 +107,20 @@ class Conversation:
             head, colon = self.system + self.sep, ": "
         elif self.sep_style is SeparatorStyle.MPT:
             head, colon, separators = self.system + self.sep, "", (self.sep, self.sep)
+        elif self.sep_style is SeparatorStyle.CHATML:
+            head, colon = f"{self.system}{self.sep}\n" if self.system else "", "\n"
+            separators = (f"{self.sep}\n", f"{self.sep}\n")
+        elif self.sep_style is SeparatorStyle.GEMMA:
+            head, colon, separators = "", "", (self.sep, self.sep)
+        elif self.sep_style is SeparatorStyle.LLAMA_3:
+            return self._llama_3_prompt(turns)
         elif self.sep_style is SeparatorStyle.PLAIN:
             return self.system + "".join(text + separators[i % 2] for i, (_, text) in enumerate(turns) if text)
         else:
             raise ValueError(f"unknown separator style {self.sep_style!r}")
         prompt = head
         for i, (role, text) in enumerate(turns):
-            prompt += role + colon + text + separators[i % 2] if text else role + colon.rstrip()
+            prompt += role + colon + text + separators[i % 2] if text else role + colon.rstrip(" ")
         return prompt
 
     def _llama_2_prompt(self, turns: list[tuple[str, str | None]]) -> str:
@@ -129,7 +139,14 @@ class Conversation:
         # The tokenizer writes the first BOS itself.
         return prompt.removeprefix(self.sep)
 
+    def _llama_3_prompt(self, turns: list[tuple[str, str | None]]) -> str:
+        # As Llama 3's own chat template writes it: texts are stripped, and the model's turn is opened in any case.
+        said = [("system", self.system), *((role, text) for role, text in turns if text)]
+        written = [f"{_HEADER.format(role)}{(text or '').strip()}{self.sep}" for role, text in said]
+        return "".join(["<|begin_of_text|>", *written, _HEADER.format(self.roles[1])])
 
+
+_HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
 _POLITE_HUMAN = (
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
@@ -138,12 +155,13 @@ _POLITE_USER = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
+_TAGS = "The visual content will be provided with the following format: <Image>visual content</Image>."
 _TAGGED_IMAGE = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant is able to understand the visual content that the user provides, and assist the user with "
     "a variety of tasks using natural language."
-    "The visual content will be provided with the following format: <Image>visual content</Image>."
-)
+) + _TAGS
+_ABOUT_CONTENT = "Answer the questions about the visual content that the user provides."
 _LLAMA_2_SYSTEM = (
     "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, "
     "while being safe.  Your answers should not include any harmful, unethical, racist, sexist, toxic, "
@@ -194,6 +212,7 @@ def _template(system: str, roles: tuple[str, str], style: SeparatorStyle, sep: s
 _HUMAN = ("Human", "Assistant")
 _USER = ("USER", "ASSISTANT")
 _CHATML = ("<|im_start|>user\n", "<|im_start|>assistant\n")
+_QWEN = ("<|im_start|>user", "<|im_start|>assistant")
 _EOS = "</s>"
 
 conv_vicuna_v0 = _template(
@@ -213,6 +232,39 @@ conv_mistral_instruct = _template("", _USER, SeparatorStyle.LLAMA_2, "", sep2=_E
 conv_mpt = _template(_MPT_SYSTEM, _CHATML, SeparatorStyle.MPT, "<|im_end|>", version="mpt")
 conv_chatml_direct = _template(
     "<|im_start|>system\nAnswer the questions.", _CHATML, SeparatorStyle.MPT, "<|im_end|>", version="mpt"
+)
+conv_mistral_orca = _template(
+    "<|im_start|>system\nYou are MistralOrca, a large language model trained by Alignment Lab AI. "
+    "Write out your reasoning step-by-step to be sure you get the right answers!",
+    _CHATML,
+    SeparatorStyle.MPT,
+    "<|im_end|>",
+    version="mpt",
+)
+conv_mistral_zephyr = _template(
+    "<|system|>\nYou are a helpful AI assistant.",
+    ("<|user|>\n", "<|assistant|>\n"),
+    SeparatorStyle.MPT,
+    _EOS,
+    version="mpt",
+)
+conv_llava_llama_2_simple = _template(
+    _ABOUT_CONTENT, _USER, SeparatorStyle.LLAMA_2, "<s>", sep2=_EOS, version="llama_v2"
+)
+conv_llava_llama_2_mmtag = _template(
+    _ABOUT_CONTENT + _TAGS, _USER, SeparatorStyle.LLAMA_2, "<s>", sep2=_EOS, version="llama_v2_mmtag"
+)
+conv_llava_llama_3 = _template(
+    _LLAVA_LLAMA_2_SYSTEM, ("user", "assistant"), SeparatorStyle.LLAMA_3, "<|eot_id|>", version="llama_v3"
+)
+conv_qwen = _template(
+    "<|im_start|>system\nYou are a helpful assistant.", _QWEN, SeparatorStyle.CHATML, "<|im_end|>", version="qwen"
+)
+conv_qwen_2_5 = dataclasses.replace(
+    conv_qwen, system="<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+)
+conv_gemma_instruct = _template(
+    "", ("<start_of_turn>user\n", "<start_of_turn>model\n"), SeparatorStyle.GEMMA, "<end_of_turn>\n", version="gemma"
 )
 conv_llava_plain = _template("", ("", ""), SeparatorStyle.PLAIN, "\n")
 conv_llava_v0 = _template(_POLITE_HUMAN, _HUMAN, SeparatorStyle.SINGLE, "###")
@@ -240,6 +292,19 @@ conv_templates: dict[str, Conversation] = {
     "v1_mmtag": conv_llava_v1_mmtag,
     "llava_llama_2": conv_llava_llama_2,
     "mpt": conv_mpt,
+    # Of LLaVA-NeXT.
+    "mistral_orca": conv_mistral_orca,
+    "mistral_zephyr": conv_mistral_zephyr,
+    "llava_v0_mmtag": conv_llava_v0_mmtag,
+    "llava_v1_mmtag": conv_llava_v1_mmtag,
+    "llava_llama_2_simple": conv_llava_llama_2_simple,
+    "llava_llama_2_mmtag": conv_llava_llama_2_mmtag,
+    "llava_llama_3": conv_llava_llama_3,
+    "llava_mistral_instruct": conv_mistral_instruct,
+    "qwen_1_5": conv_qwen,
+    "qwen_2": conv_qwen,
+    "qwen_2_5": conv_qwen_2_5,
+    "gemma_instruct": conv_gemma_instruct,
 }
 
 

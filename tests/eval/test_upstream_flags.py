@@ -1,11 +1,13 @@
 """Command lines as LLaVA's scripts and documentation have them: every flag is still taken, by every tool."""
 
 import importlib
+import re
 import runpy
 
 import pytest
 
 from llava.eval.common.arguments import Parser
+from llava.utils import UserError
 from tests.eval.helpers import ROOT
 
 _COMMON = "--model-path M --model-base B --image-folder I --question-file Q --answers-file A --conv-mode vicuna_v1"
@@ -47,3 +49,68 @@ def test_every_flag_of_upstream_is_taken(name, monkeypatch):
     main = runpy.run_path(str(ROOT / name))["main"] if name.endswith(".py") else importlib.import_module(name).main
     with pytest.raises(Parsed):
         main(TOOLS[name].split())
+
+
+# Defaults in LLaVA's own tools.
+PUBLISHED = {
+    "model_vqa_loader": {"--model-path": "facebook/opt-350m", "--conv-mode": "llava_v1", "--temperature": "0.2"},
+    "model_vqa_science": {"--model-path": "facebook/opt-350m", "--conv-mode": "llava_v0", "--temperature": "0.2"},
+    "run_llava": {"--model-path": "facebook/opt-350m", "--conv-mode": "None", "--temperature": "0.2", "--sep": ","},
+    "eval_textvqa": dict.fromkeys(("--annotation-file", "--result-file", "--result-dir"), "None"),
+}
+_MORE = {"--model-base": "None", "--top_p": "None", "--num_beams": "1"}
+_FILES = {"--image-folder": "", "--answers-file": "answer.jsonl", "--num-chunks": "1", "--chunk-idx": "0"}
+PUBLISHED["model_vqa"] = {
+    **PUBLISHED["model_vqa_loader"],
+    **_MORE,
+    **_FILES,
+    "--question-file": "tables/question.jsonl",
+}
+PUBLISHED["model_vqa_mmbench"] = {**PUBLISHED["model_vqa_loader"], **_MORE, **_FILES, "--lang": "en"}
+PUBLISHED["model_vqa_loader"] |= {
+    **_MORE,
+    **_FILES,
+    "--max_new_tokens": "128",
+    "--question-file": "tables/question.jsonl",
+}
+PUBLISHED["model_vqa_science"] |= {**_FILES, "--question-file": "tables/question.json", "--model-base": "None"}
+PUBLISHED["run_llava"] |= {**_MORE, "--image-file": "required", "--query": "required", "--max_new_tokens": "512"}
+
+
+def documented():
+    text = (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
+    table = re.search(r"<!-- flags: begin -->\n(.*?)<!-- flags: end -->", text, re.S)[1]
+    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    return {(tool, flag): (published, here) for tool, flag, published, here, _ in rows}
+
+
+def default_of(tool, flag, monkeypatch):
+    """What our tool takes where the flag is not given."""
+    caught = []
+
+    def parse_args(self, argv=None, namespace=None):
+        caught.append(self)
+        raise UserError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Parser, "parse_args", parse_args)
+        with pytest.raises(SystemExit):
+            importlib.import_module(f"llava.eval.{tool}").main([])
+    action = next((action for action in caught[0]._actions if flag in action.option_strings), None)
+    if action is None:
+        return "refused"
+    return "required" if action.required else str(action.default)
+
+
+@pytest.mark.parametrize("tool", sorted(PUBLISHED))
+def test_the_table_of_differences_is_whole_and_right(tool, monkeypatch):
+    told = {flag: values for (name, flag), values in documented().items() if name == tool}
+    for flag, published in PUBLISHED[tool].items():
+        here = default_of(tool, flag, monkeypatch)
+        assert told.pop(flag, (published, published)) == (published, here), flag
+    for flag, (_, here) in told.items():
+        assert here == "refused" == default_of(tool, flag, monkeypatch), flag
+
+
+def test_the_table_names_no_other_tools():
+    assert {tool for tool, _ in documented()} <= set(PUBLISHED)

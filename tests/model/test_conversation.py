@@ -63,6 +63,58 @@ def prompt(name: str, *turns: str | None) -> str:
             "<|im_start|>system\nA conversation between a user and an LLM-based AI assistant. The assistant gives "
             "helpful and honest answers.<|im_end|><|im_start|>user\nHi?<|im_end|><|im_start|>assistant\n",
         ),
+        (
+            "qwen_1_5",
+            ("<image>\nHi?", "Hello.", "And?", None),
+            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nHi?<|im_end|>\n"
+            "<|im_start|>assistant\nHello.<|im_end|>\n<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n",
+        ),
+        (
+            "qwen_2_5",
+            ("Hi?", None),
+            "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+            "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n",
+        ),
+        (
+            "llava_llama_3",
+            ("<image>\nHi? ", "Hello.", "And?", None),
+            "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nYou are a helpful language and vision "
+            "assistant. You are able to understand the visual content that the user provides, and assist the user with "
+            "a variety of tasks using natural language.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
+            "<image>\nHi?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nHello.<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\nAnd?<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        ),
+        (
+            "gemma_instruct",
+            ("<image>\nHi?", "Hello.", "And?", None),
+            "<start_of_turn>user\n<image>\nHi?<end_of_turn>\n<start_of_turn>model\nHello.<end_of_turn>\n"
+            "<start_of_turn>user\nAnd?<end_of_turn>\n<start_of_turn>model\n",
+        ),
+        (
+            "mistral_zephyr",
+            ("Hi?", None),
+            "<|system|>\nYou are a helpful AI assistant.</s><|user|>\nHi?</s><|assistant|>\n",
+        ),
+        (
+            "mistral_orca",
+            ("Hi?", None),
+            "<|im_start|>system\nYou are MistralOrca, a large language model trained by Alignment Lab AI. Write out "
+            "your reasoning step-by-step to be sure you get the right answers!<|im_end|><|im_start|>user\nHi?<|im_end|>"
+            "<|im_start|>assistant\n",
+        ),
+        (
+            "llava_llama_2_simple",
+            ("Hi?", None),
+            "[INST] <<SYS>>\nAnswer the questions about the visual content that the user provides.\n<</SYS>>\n\n"
+            "Hi? [/INST]",
+        ),
+        (
+            "llava_llama_2_mmtag",
+            ("Hi?", None),
+            "[INST] <<SYS>>\nAnswer the questions about the visual content that the user provides.The visual content "
+            "will be provided with the following format: <Image>visual content</Image>.\n<</SYS>>\n\nHi? [/INST]",
+        ),
     ],
 )
 def test_prompts_are_llavas(name, turns, expected):
@@ -80,6 +132,10 @@ def test_names_are_llavas():
     assert set(conv_templates) == {
         *("default", "v0", "v1", "vicuna_v1", "llama_2", "mistral_instruct", "chatml_direct", "mistral_direct"),
         *("plain", "v0_plain", "llava_v0", "v0_mmtag", "llava_v1", "v1_mmtag", "llava_llama_2", "mpt"),
+        # LLaVA-NeXT's
+        *("mistral_orca", "mistral_zephyr", "llava_v0_mmtag", "llava_v1_mmtag", "llava_llama_2_simple"),
+        *("llava_llama_2_mmtag", "llava_llama_3", "llava_mistral_instruct", "qwen_1_5", "qwen_2", "qwen_2_5"),
+        "gemma_instruct",
     }
     assert default_conversation is conv_templates["vicuna_v1"]
     assert conv_templates["mistral_direct"] is conv_templates["chatml_direct"]
