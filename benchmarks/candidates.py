@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks.geometry import RandomPrompt
-from benchmarks.parts import Parts, selection_apart
+from benchmarks.parts import Clock, cut, selection
 from benchmarks.published import Published, published_prefill, run_published
 from llava import compat
 from llava.pruning import get_method
@@ -161,9 +161,9 @@ def choice_seconds(model: nn.Module, method: Setting, prompt: RandomPrompt, roun
     with torch.inference_mode(), method.attach(model) as run:
         seconds = []
         for _ in range(rounds):
-            clock = Parts(prompt.embeds_BNC.device)
+            clock = Clock(prompt.embeds_BNC.device)
             run.set_visual(prompt.layout, prompt.cls_BV if run.needs_cls_attention else None)
-            with selection_apart(run, clock):
+            with cut([selection(run)], clock.part):
                 model.model(inputs_embeds=prompt.embeds_BNC, use_cache=True)
             seconds.append(clock.seconds["selection"])
         return sorted(seconds)[rounds // 2]

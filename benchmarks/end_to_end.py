@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch
 from benchmarks.candidates import build_method
 from benchmarks.environment import use_fixed_allocator
 from benchmarks.output import add_running_arguments, deliver, method_names, numbers, prepare
-from benchmarks.parts import Parts, replaced, selection_apart
+from benchmarks.parts import Clock, Cut, cut, selection
 from llava import compat
 from llava.eval.common.arguments import GenerationOptions, Parser
 from llava.eval.common.jsonio import require_folder
@@ -36,26 +35,24 @@ PARTS = ("image", "tokenize", "vision", "projector", "encode", "prefill", "selec
 COLUMNS = ("method", "budget", "questions", "tokens_processed", "ms", "of_dense", *PARTS)
 
 
-def answer_in_parts(answerer: Any, questions: Sequence[Any], method: Any, parts: Parts) -> list[Any]:
-    """Answers one batch; the parts are told apart at the answerer's and the model's own seams."""
+def answer_in_parts(answerer: Any, questions: Sequence[Any], method: Any, clock: Clock) -> list[Any]:
+    """Answers one batch; the clock tells the parts apart."""
     model = answerer.model
-    projector = model.model.multi_modal_projector
     answerer.forget_images()  # every method decodes its images
-    with ExitStack() as stack:
-        for owner, name, part in (
-            (answerer, "_pixels", "image"),
-            (answerer, "prompt_ids", "tokenize"),
-            (answerer, "encode", "encode"),
-            (model, "encode_visual_tokens", "vision"),
-            (projector, "forward", "projector"),
-            (model, "generate", "decode"),
-            (answerer.adapter.tokenizer, "batch_decode", "detokenize"),
-        ):
-            stack.enter_context(replaced(owner, name, parts.around(part, getattr(owner, name))))
-        with parts.part("other"), method.attach(model) as run:
-            in_decoder = parts.around(_prefill_or_decode, run.decoder.forward)
-            with replaced(run.decoder, "forward", in_decoder), selection_apart(run, parts):
-                return answerer.answer([answerer.prepare(question) for question in questions], run)
+    with clock.part("other"), method.attach(model) as run:
+        cuts = [
+            Cut("image", answerer, "_pixels"),
+            Cut("tokenize", answerer, "prompt_ids"),
+            Cut("encode", answerer, "encode"),
+            Cut("vision", model, "encode_visual_tokens"),
+            Cut("projector", model.model.multi_modal_projector, "forward"),
+            Cut("decode", model, "generate"),
+            Cut(_prefill_or_decode, run.decoder, "forward"),
+            Cut("detokenize", answerer.adapter.tokenizer, "batch_decode"),
+            selection(run),
+        ]
+        with cut(cuts, clock.part):
+            return answerer.answer([answerer.prepare(question) for question in questions], run)
 
 
 def _prefill_or_decode(*args: Any, past_key_values: Any = None, **kwargs: Any) -> str:
@@ -64,13 +61,13 @@ def _prefill_or_decode(*args: Any, past_key_values: Any = None, **kwargs: Any) -
 
 def measure(answerer: Any, batches: Sequence[Sequence[Any]], methods: dict, device: torch.device) -> list[dict]:
     """One row per method: milliseconds per question, in all and by part."""
-    clocks = {key: Parts(device) for key in methods}
+    clocks = {key: Clock(device) for key in methods}
     processed: dict[Any, list[float]] = {key: [] for key in methods}
     for number, batch in enumerate([batches[0], *batches]):
         keys = list(methods)
         for turn in range(len(keys)):
             key = keys[(number + turn) % len(keys)]
-            clock = clocks[key] if number else Parts(device)  # the first batch warms up
+            clock = clocks[key] if number else Clock(device)  # the first batch warms up
             answered = answer_in_parts(answerer, batch, methods[key], clock)
             if number:
                 processed[key] += [a.trace.mean_tokens("processed") for a in answered if a.trace.visual_tokens]

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.environment import use_fixed_allocator
 from benchmarks.output import add_method_arguments, common_parser, deliver
-from benchmarks.parts import Parts, replaced, selection_apart
+from benchmarks.parts import Clock, Cut, cut, selection
 from benchmarks.prefill import count_row, describe_geometry, job_of
 from benchmarks.timing import Summary, interleaved_rounds, median_ratio
 from benchmarks.whole_model import (
@@ -63,26 +63,21 @@ class Candidate:
 
     def seconds_by_part(self) -> dict[str, float]:
         """One pass, split."""
-        parts = Parts(self.prompt.pixels.device)
-        with torch.inference_mode(), parts.part("other"):
-            self.work(lambda run: self._split(run, parts))()
-        return dict(parts.seconds)
+        clock = Clock(self.prompt.pixels.device)
+        with torch.inference_mode(), clock.part("other"):
+            self.work(lambda run: cut(self._cuts(run), clock.part))()
+        return dict(clock.seconds)
 
-    @contextmanager
-    def _split(self, run: Any, parts: Parts) -> Iterator[None]:
+    def _cuts(self, run: Any) -> list[Cut]:
         inner = self.model.model
         encoder = (inner, "get_image_features") if run is None else (self.model, "encode_visual_tokens")
-        with ExitStack() as stack:
-            for owner, name, part in (
-                (*encoder, "vision"),
-                (inner.multi_modal_projector, "forward", "projector"),
-                (inner.language_model, "forward", "prefill"),
-                (self.model.lm_head, "forward", "head"),
-            ):
-                stack.enter_context(replaced(owner, name, parts.around(part, getattr(owner, name))))
-            if run is not None:
-                stack.enter_context(selection_apart(run, parts))
-            yield
+        return [
+            Cut("vision", *encoder),
+            Cut("projector", inner.multi_modal_projector, "forward"),
+            Cut("prefill", inner.language_model, "forward"),
+            Cut("head", self.model.lm_head, "forward"),
+            *([] if run is None else [selection(run)]),
+        ]
 
     def facts(self) -> tuple[list[Trace], dict[str, int]]:
         """What a pass does, whatever time it takes: its traces and what ran in the vision tower."""

@@ -1,15 +1,16 @@
-"""Splitting a time into parts, without making the host wait for the device in between.
+"""A pass cut into parts: while it lasts, functions of models, of the engine and of tools run inside `part(name)`.
 
-Knows clocks, how a function of an instance is replaced for a while, and that a pruning run times its selection.
+`part` is whoever measures: the :class:`Clock` of this file, torch's profiler, the counter of launches.
 """
 
 from __future__ import annotations
 
 import functools
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -20,11 +21,72 @@ from benchmarks.timing import synchronize
 _ABSENT = object()
 
 
-class Parts:
+@dataclass(frozen=True)
+class Cut:
+    """A function that is found as `owner.name` and whose calls are a part of the pass.
+
+    Attributes:
+        part: the part's name, or what tells it by the arguments of a call.
+        owner: an instance (a frozen one too), a class or a Python module.
+        block: the function makes a context manager that does nothing, such as `PruningRun.selection_timer`; the part is
+            its block.
+    """
+
+    part: str | Callable[..., str]
+    owner: Any
+    name: str
+    block: bool = False
+
+    def within(self, part: Callable[[str], AbstractContextManager], calls: Counter[str]) -> Callable[..., Any]:
+        """The function with its calls inside `part`; `AttributeError` if there is none of this name."""
+        function = getattr(self.owner, self.name)
+
+        @functools.wraps(function)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            name = self.part if isinstance(self.part, str) else self.part(*args, **kwargs)
+            calls[name] += 1
+            if self.block:
+                return part(name)
+            with part(name):
+                return function(*args, **kwargs)
+
+        return wrapped
+
+
+@contextmanager
+def cut(cuts: Sequence[Cut], part: Callable[[str], AbstractContextManager]) -> Iterator[Counter[str]]:
+    """Puts every function inside `part(its part)` while it lasts; yields the calls by part."""
+    calls: Counter[str] = Counter()
+    with ExitStack() as stack:
+        for one in cuts:
+            stack.enter_context(_replaced(one.owner, one.name, one.within(part, calls)))
+        yield calls
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    put, take = (setattr, delattr) if isinstance(owner, type) else (object.__setattr__, object.__delattr__)
+    own = vars(owner).get(name, _ABSENT)
+    put(owner, name, value)
+    try:
+        yield
+    finally:
+        if own is _ABSENT:
+            take(owner, name)
+        else:
+            put(owner, name, own)
+
+
+def selection(run: Any) -> Cut:
+    """All that only pruning needs, in the tower, in front of the decoder and between its layers."""
+    return Cut("selection", run, "selection_timer", block=True)
+
+
+class Clock:
     """Seconds by part. A part that runs inside another is taken from the outer one.
 
     At every change of the part there is a mark: on CUDA an event in the stream, so that a part has the time that the
-    device spent on it or waited in it; elsewhere the host's clock.
+    device spent on it or waited in it and the host waits for nothing; elsewhere the host's clock.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -37,11 +99,11 @@ class Parts:
     @property
     def seconds(self) -> defaultdict[str, float]:
         """Seconds by part until now; waits for the device."""
-        if self.device.type == "cuda":
+        on_cuda = self.device.type == "cuda"
+        if on_cuda:
             torch.cuda.synchronize(self.device)
         for (_, before), (name, after) in pairwise(self._marks):
             if name is not None:
-                on_cuda = self.device.type == "cuda"
                 self._seconds[name] += before.elapsed_time(after) / 1000 if on_cuda else after - before
         del self._marks[:-1]
         return self._seconds
@@ -57,16 +119,6 @@ class Parts:
             self._mark()
             self._open.pop()
 
-    def around(self, name: str | Callable[..., str], function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function with its time counted; `name` may decide by the arguments."""
-
-        @functools.wraps(function)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            with self.part(name if isinstance(name, str) else name(*args, **kwargs)):
-                return function(*args, **kwargs)
-
-        return wrapped
-
     def _mark(self) -> None:
         if self.device.type == "cuda":
             mark = torch.cuda.Event(enable_timing=True)
@@ -75,23 +127,3 @@ class Parts:
             synchronize(self.device)
             mark = time.perf_counter()
         self._marks.append((self._open[-1] if self._open else None, mark))
-
-
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """An attribute of an instance (a frozen one too), a class or a Python module, for a while."""
-    put, take = (setattr, delattr) if isinstance(owner, type) else (object.__setattr__, object.__delattr__)
-    own = vars(owner).get(name, _ABSENT)
-    put(owner, name, value)
-    try:
-        yield
-    finally:
-        if own is _ABSENT:
-            take(owner, name)
-        else:
-            put(owner, name, own)
-
-
-def selection_apart(run: Any, parts: Parts) -> AbstractContextManager[None]:
-    """While it lasts, what the attached run calls selection is the part `selection` and taken from the part around."""
-    return replaced(run, "selection_timer", functools.partial(parts.part, "selection"))

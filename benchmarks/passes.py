@@ -1,7 +1,4 @@
-"""One pass under `torch.profiler`, taken apart: host and device time by part and by operator, what CUDA was asked for.
-
-Knows the profiler's events; nothing of models.
-"""
+"""One pass under `torch.profiler`: host and device time by part and by operator, and what CUDA was asked for."""
 
 from __future__ import annotations
 
@@ -12,10 +9,8 @@ from typing import Any
 
 from torch.autograd import DeviceType
 
-from benchmarks.seams import OTHER
-
 PASS, PART = "pass: ", "part: "
-HOST_ONLY, WAITING = "host only", "waiting"
+OTHER, HOST_ONLY, WAITING = "other", "host only", "waiting"
 _WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize")
 
 
@@ -56,11 +51,8 @@ class Pass:
 def passes_in(events: Iterable[Any]) -> dict[str, Pass]:
     """Name -> pass, from the profiler's events: annotations `pass: NAME` with annotations `part: NAME` in them."""
     events = list(events)
-    return {
-        event.name.removeprefix(PASS): _taken_apart(event, events)
-        for event in events
-        if event.name.startswith(PASS) and event.device_type == DeviceType.CPU
-    }
+    roots = [event for event in events if event.name.startswith(PASS) and event.device_type == DeviceType.CPU]
+    return {root.name.removeprefix(PASS): _taken_apart(root, events) for root in roots}
 
 
 def _taken_apart(root: Any, events: Sequence[Any]) -> Pass:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,14 @@ from benchmarks.environment import use_fixed_allocator
 from benchmarks.geometry import RandomPrompt, random_decoder, random_prompt
 from benchmarks.launches import LaunchCounter
 from benchmarks.output import add_method_arguments, common_parser, deliver
-from benchmarks.passes import PART, PASS, WAITING, Pass, passes_in
+from benchmarks.parts import Cut, cut
+from benchmarks.passes import OTHER, PART, PASS, WAITING, Pass, passes_in
 from benchmarks.prefill import describe_geometry, job_of
-from benchmarks.seams import ATTENTION, LAYER, MLP, PARTS, Seam, cut, dense_seams, pruned_seams
 from benchmarks.timing import Summary, interleaved_rounds, synchronize
+from llava import compat
 from llava.eval.common.outputs import Text
+from llava.pruning.engine.run import PruningRun
+from llava.pruning.engine.sequence import Sequences
 from llava.pruning.engine.trace import Trace
 from llava.pruning.method import PruningMethod
 from llava.utils import UserError, cli_main
@@ -41,6 +45,9 @@ from llava.utils import UserError, cli_main
 CHROME_TRACE = Text(
     "a chrome trace", r'\s*\{\s*"(schemaVersion|deviceProperties|traceEvents|displayTimeUnit)"', streams=False
 )
+ATTENTION, MLP, LAYER = "attention", "mlp", "norms and residuals"
+MASKS, SCORES, CHOICE, MOVING = "masks and rotary", "scores", "choice", "moving tokens"
+PARTS = (ATTENTION, MLP, LAYER, MASKS, SCORES, CHOICE, MOVING, OTHER)
 RUNS = ("dense", "floor", "pruned")
 COLUMNS = ("method", "budget", "batch", "what", "name", *(f"{run}_ms" for run in RUNS), "over_floor_ms",
            *(f"{run}_percent" for run in RUNS), *(f"{run}_count" for run in RUNS), "per_boundary")  # fmt: skip
@@ -67,8 +74,39 @@ def boundaries(traces: Sequence[Trace]) -> int:
     return sum(any(entering != leaving for entering, leaving in step) for step in zip(*steps, strict=True))
 
 
+def cuts_of(model: Any, method: PruningMethod | None = None) -> list[Cut]:
+    """Where a prefill is cut: in transformers' decoder, and in the engine if a method prunes.
+
+    All are made from outside, so that a prefill without a profiler has none. `record_function` inside the engine would
+    take 9.1 µs per call then, 0.5 µs behind the question whether a profiler runs, on the CPU of docs/performance.md; a
+    pruned prefill of 32 layers passes 291 cuts, 2.7 or 0.2 ms. And 96 of them are in transformers' layers, where the
+    engine has no place for a mark.
+    """
+    decoder = model.model
+    cuts = [
+        cut
+        for layer in decoder.layers
+        # A layer without its attention and MLP is its norms and residual additions.
+        for cut in (
+            Cut(LAYER, layer, "forward"),
+            Cut(ATTENTION, layer.self_attn, "forward"),
+            Cut(MLP, layer.mlp, "forward"),
+        )
+    ]
+    # Rotary tables come from a module, masks from a function that transformers' forward and ours find by its name.
+    modules = (sys.modules[type(decoder).__module__], compat)
+    cuts += [Cut(MASKS, module, "create_causal_mask") for module in modules]
+    cuts.append(Cut(MASKS, decoder.rotary_emb, "forward"))
+    if method is not None:
+        # The run's timer goes around all that is selection: without the choice and the move in it, attention rows are
+        # what remains.
+        cuts += [Cut(SCORES, PruningRun, "selection_timer", block=True), Cut(MOVING, Sequences, "apply")]
+        cuts += [Cut(CHOICE, part, "select") for part in method.parts]
+    return cuts
+
+
 def profiled(
-    runs: Mapping[str, tuple[Callable[[], Any], Sequence[Seam]]], args: argparse.Namespace, device: torch.device
+    runs: Mapping[str, tuple[Callable[[], Any], Sequence[Cut]]], args: argparse.Namespace, device: torch.device
 ) -> dict[str, Pass]:
     """Run -> its pass of median length; in every round each run takes one pass, in rotating order."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
@@ -77,8 +115,8 @@ def profiled(
         with torch.inference_mode(), profiler(activities=activities) as session:
             for turn in range(len(names)):
                 name = names[(number + turn) % len(names)]
-                work, seams = runs[name]
-                with cut(seams, lambda part: record_function(PART + part)):
+                work, cuts = runs[name]
+                with cut(cuts, lambda part: record_function(PART + part)):
                     synchronize(device)
                     with record_function(PASS + name):
                         work()
@@ -92,10 +130,22 @@ def profiled(
     return {name: sorted(found, key=lambda one: one.wall)[len(found) // 2] for name, found in passes.items()}
 
 
-def counted(work: Callable[[], Any], seams: Sequence[Seam], device: torch.device) -> LaunchCounter:
-    """What one pass asks the device for, by part."""
-    with torch.inference_mode(), LaunchCounter(device) as counter, cut(seams, counter.part):
+def counted(work: Callable[[], Any], cuts: Sequence[Cut], device: torch.device) -> LaunchCounter:
+    """What one pass asks the device for, by part.
+
+    Raises:
+        RuntimeError: a layer, its attention or its MLP was passed by, or another part was never reached: it would be a
+            part of 0 ms.
+    """
+    with torch.inference_mode(), LaunchCounter(device) as counter, cut(cuts, counter.part) as calls:
         work()
+    for part, number in Counter(one.part for one in cuts).items():
+        expected = number if part in (LAYER, ATTENTION, MLP) else 1
+        if calls[part] < expected:
+            raise RuntimeError(
+                f"the part '{part}' was reached {calls[part]} times in a prefill, at least {expected} were expected: "
+                "the work is done in another way than `cuts_of` in benchmarks/profile.py says"
+            )
     return counter
 
 
@@ -106,15 +156,15 @@ def measure(model: Any, method: PruningMethod, prompt: RandomPrompt, args: argpa
     steps = boundaries(traces)
     if not steps:
         raise UserError(f"--budgets: {method.name} prunes nothing of {prompt.layout.counts[0]} visual tokens")
-    dense = dense_seams(model)
+    dense = cuts_of(model)
     runs = {
         "dense": (dense_prefill(model, prompt), dense),
         "floor": (floor_prefill(model, layer_widths(traces), prompt), dense),
-        "pruned": (pruned_prefill(model, method, prompt), pruned_seams(model, method)),
+        "pruned": (pruned_prefill(model, method, prompt), cuts_of(model, method)),
     }
     plain = {name: work for name, (work, _) in runs.items()}
     seconds = interleaved_rounds(plain, args.rounds, device, args.warmup, description="without profiler")
-    counters = {name: counted(work, seams, device) for name, (work, seams) in runs.items()}
+    counters = {name: counted(work, cuts, device) for name, (work, cuts) in runs.items()}
     passes = profiled(runs, args, device)
 
     walls = {name: one.wall for name, one in passes.items()}

@@ -12,7 +12,7 @@ from benchmarks.environment import ENVIRONMENT, FIXED_ALLOCATOR, environment, re
 from benchmarks.geometry import GEOMETRIES, geometry, random_decoder, random_prompt
 from benchmarks.output import save
 from benchmarks.packed import PackedLinear, pack_linears
-from benchmarks.parts import Parts
+from benchmarks.parts import Clock
 from benchmarks.saved import read_result
 from benchmarks.timing import Summary, interleaved_rounds, median_ratio
 from llava.pruning import list_methods
@@ -188,7 +188,7 @@ def test_decoding_grows_every_layer_by_one_token_a_step(model, prompt):
 
 
 def test_nested_parts_count_once(monkeypatch):
-    clock = Parts(CPU)
+    clock = Clock(CPU)
     moments = iter([0.0, 1.0, 4.0, 10.0, 20.0, 21.0])
     monkeypatch.setattr("benchmarks.parts.time.perf_counter", lambda: next(moments))
     with clock.part("outer"), clock.part("inner"):
@@ -222,7 +222,7 @@ def test_parts_on_cuda_are_told_apart_by_events_without_waiting(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "current")
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    clock = Parts(torch.device("cuda"))
+    clock = Clock(torch.device("cuda"))
     with clock.part("outer"), clock.part("inner"):
         pass
     assert not waited

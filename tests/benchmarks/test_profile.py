@@ -1,4 +1,4 @@
-"""The profile: launches against counts by hand and against torch's own profiler, parts that add up, seams that hold."""
+"""The profile: launches against counts by hand and against torch's own profiler, parts that add up, cuts that hold."""
 
 import csv
 import json
@@ -11,10 +11,11 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiler
 
-from benchmarks import passes, profile, report, seams
+from benchmarks import passes, profile, report
 from benchmarks.candidates import build_method, dense_prefill, floor_prefill, layer_widths, pruned_prefill, traces_of
 from benchmarks.geometry import geometry, random_decoder, random_prompt
 from benchmarks.launches import LaunchCounter
+from benchmarks.parts import Cut
 from llava import compat
 from llava.pruning.engine.run import PruningRun
 from llava.pruning.engine.sequence import Sequences
@@ -135,17 +136,17 @@ def test_operators_of_a_prefill_are_those_that_the_profiler_saw(model, prompt):
 def test_dense_is_counted_on_a_model_without_anything_of_ours(model, prompt):
     """The layers of a Llama, operator by operator; what tells the parts apart adds nothing."""
     work = dense_prefill(model, prompt)
-    plain, cut = count(work), profile.counted(work, seams.dense_seams(model), CPU)
+    plain, cut = count(work), profile.counted(work, profile.cuts_of(model), CPU)
     assert plain.launches_of() == cut.launches_of()
     assert {name for name, _ in plain.launches} == {"other"}
     layers = 6
     # Gate, up, down; SiLU and a product.
-    assert cut.launches_of(seams.MLP) == layers * 5
+    assert cut.launches_of(profile.MLP) == layers * 5
     # q, k, v, o; attention; two products, a sum, a negation and a concatenation to rotate each of q and k; two
     # concatenations into the cache.
-    assert cut.launches_of(seams.ATTENTION) == layers * (4 + 1 + 2 * 5 + 2)
+    assert cut.launches_of(profile.ATTENTION) == layers * (4 + 1 + 2 * 5 + 2)
     # Two norms of six (square, mean, eps, root, two products); two additions.
-    assert cut.launches_of(seams.LAYER) == layers * (2 * 6 + 2)
+    assert cut.launches_of(profile.LAYER) == layers * (2 * 6 + 2)
     assert cut.waits.total() == cut.uploads.total() == 0
 
 
@@ -153,13 +154,13 @@ def test_pruning_launches_more_than_its_floor(model, prompt):
     method = build_method("autoprune", 12)
     traces = traces_of(model, method, prompt)
     floor = floor_prefill(model, layer_widths(traces), prompt)
-    under = profile.counted(floor, seams.dense_seams(model), CPU)
-    over = profile.counted(pruned_prefill(model, method, prompt), seams.pruned_seams(model, method), CPU)
+    under = profile.counted(floor, profile.cuts_of(model), CPU)
+    over = profile.counted(pruned_prefill(model, method, prompt), profile.cuts_of(model, method), CPU)
     assert over.launches_of() > under.launches_of() > 0
-    assert sum(over.launches_of(part) for part in seams.PARTS) == over.launches_of()
-    for part in (seams.SCORES, seams.CHOICE, seams.MOVING):
+    assert sum(over.launches_of(part) for part in profile.PARTS) == over.launches_of()
+    for part in (profile.SCORES, profile.CHOICE, profile.MOVING):
         assert over.launches_of(part) > 0 == under.launches_of(part)
-    assert under.launches_of(seams.MLP) == over.launches_of(seams.MLP) == 6 * 5
+    assert under.launches_of(profile.MLP) == over.launches_of(profile.MLP) == 6 * 5
     assert over.waits.total() == 1, "the schedule, see tests/pruning/test_gpu.py"
     assert over.launches_of() == count(pruned_prefill(model, method, prompt)).launches_of()
 
@@ -182,30 +183,30 @@ def attributes(model, method):
 def test_everything_is_as_before_also_after_an_error(model, prompt):
     method = build_method("autoprune", 12)
     before = attributes(model, method)
-    profile.counted(pruned_prefill(model, method, prompt), seams.pruned_seams(model, method), CPU)
+    profile.counted(pruned_prefill(model, method, prompt), profile.cuts_of(model, method), CPU)
     assert attributes(model, method) == before
     with pytest.raises(ZeroDivisionError):
-        profile.counted(lambda: 1 / 0, seams.pruned_seams(model, method), CPU)
+        profile.counted(lambda: 1 / 0, profile.cuts_of(model, method), CPU)
     assert attributes(model, method) == before
 
 
-def test_a_seam_that_is_gone_is_an_error(model, prompt):
+def test_a_function_that_is_gone_is_an_error(model, prompt):
     method = build_method("autoprune", 12)
     before = attributes(model, method)
-    gone = [*seams.pruned_seams(model, method), seams.Seam("new part", Sequences, "nosuch")]
-    with pytest.raises(RuntimeError, match=r"Sequences.nosuch is gone.*'new part'.*seams.py"):
+    gone = [*profile.cuts_of(model, method), Cut("new part", Sequences, "nosuch")]
+    with pytest.raises(AttributeError, match="Sequences.*nosuch"):
         profile.counted(pruned_prefill(model, method, prompt), gone, CPU)
     assert attributes(model, method) == before
 
 
-def test_a_seam_that_is_not_reached_is_an_error(model, prompt):
+def test_a_part_that_is_not_reached_is_an_error(model, prompt):
     method = build_method("autoprune", 12)
     with pytest.raises(RuntimeError, match="'scores' was reached 0 times"):
-        profile.counted(dense_prefill(model, prompt), seams.pruned_seams(model, method), CPU)
+        profile.counted(dense_prefill(model, prompt), profile.cuts_of(model, method), CPU)
     mlp = model.model.layers[0].mlp
     twice = [
-        *seams.dense_seams(model),
-        seams.Seam(seams.MLP, type("elsewhere", (), {"forward": mlp.forward}), "forward"),
+        *profile.cuts_of(model),
+        Cut(profile.MLP, type("elsewhere", (), {"forward": mlp.forward}), "forward"),
     ]
     with pytest.raises(RuntimeError, match="'mlp' was reached 6 times.*at least 7"):
         profile.counted(dense_prefill(model, prompt), twice, CPU)
@@ -279,7 +280,7 @@ def test_from_flags_to_the_document(tmp_path, capsys):
         (r["method"], r["budget"], r["batch"]) == ("autoprune", 12, 1) for r in rows
     )
     whole, parts = check_parts(rows)
-    assert tuple(parts) == seams.PARTS
+    assert tuple(parts) == profile.PARTS
     assert all(
         parts[name]["pruned_ms"] > 0 == parts[name]["floor_ms"] for name in ("scores", "choice", "moving tokens")
     )
