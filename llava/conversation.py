@@ -291,6 +291,7 @@ conv_templates: dict[str, Conversation] = {
     "llava_v1": conv_llava_v1,
     "v1_mmtag": conv_llava_v1_mmtag,
     "llava_llama_2": conv_llava_llama_2,
+    "senna": conv_vicuna_v1,  # as it was trained; its published evaluation takes llava_v1
     "mpt": conv_mpt,
     # Of LLaVA-NeXT.
     "mistral_orca": conv_mistral_orca,
@@ -312,9 +313,11 @@ def infer_conv_mode(model_name: str) -> str:
     """The template that suits a checkpoint of that name, as LLaVA's own tools choose it.
 
     The rules are LLaVA's, in its order; a version without the letter v (`llava-1.5-7b-hf`) is understood as well.
-    A name that says nothing gives `llava_v0`, as in LLaVA.
+    Senna's is the one it was trained with. A name that says nothing gives `llava_v0`, as in LLaVA.
     """
     name = model_name.lower()
+    if "senna" in name:
+        return "senna"
     if "llama-2" in name:
         return "llava_llama_2"
     if "mistral" in name:

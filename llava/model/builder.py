@@ -19,7 +19,7 @@ from llava.model.fields import check_depths
 from llava.model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.llava_mistral import LlavaMistralForCausalLM
 from llava.model.machine import check_memory, slow_half_precision
-from llava.model.projector import projector_depth
+from llava.model.projector import adapter_widths, projector_depth
 from llava.model.reading import Checkpoint, Weights, look_up, read_checkpoint_weights
 from llava.model.small_files import generation_tokens, load_image_processor, wordless_tokens
 from llava.model.tokenizer import load_tokenizer
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_CONTEXT_LEN = 2048
 NEWLINE = "model.image_newline"
 # Left in full precision under bitsandbytes, as LLaVA does: small, and sensitive to quantization.
-UNQUANTIZED_MODULES = ["lm_head", "multi_modal_projector", "vision_tower"]
+UNQUANTIZED_MODULES = ["lm_head", "multi_modal_projector", "image_adapter", "vision_tower"]
 PASSED_ON = ("attn_implementation", "quantization_config", "max_memory", "offload_folder", "offload_buffers")
 # Accepted for the sake of LLaVA's callers; loading is always lean, and every model here is multimodal.
 NO_LONGER_NEEDED = ("low_cpu_mem_usage", "use_fast", "trust_remote_code", "use_cache", "multimodal")
@@ -185,6 +185,7 @@ def _build_model(checkpoint: Checkpoint, weights: Weights, options: dict[str, An
     depth = projector_depth(getattr(config, "mm_projector_type", None) or "linear")
     layers = (config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers, depth or 0)
     check_depths(tensors, *layers, checkpoint.config_path)
+    _find_adapter(tensors, config, folder)
     try:
         with torch.device("meta"):
             expected = model_class(config).state_dict()
@@ -208,6 +209,27 @@ def _build_model(checkpoint: Checkpoint, weights: Weights, options: dict[str, An
         raise UserError(f"{folder}: cannot be loaded this way: {describe_error(error)}") from None
     model.name_or_path = model.config._name_or_path = str(folder)
     return model.eval()
+
+
+def _find_adapter(tensors: dict[str, Any], config: LlavaConfig, folder: Path) -> None:
+    """Write into the configuration what only the weights say: Senna's files do not name the adapter."""
+    try:
+        widths = adapter_widths(tensors)
+    except ValueError as error:
+        raise UserError(f"{folder}: the weights of img_adapter cannot be used: {error}") from None
+    if widths is None:
+        return  # if config.json names one that was saved from here, the comparison of all names tells what is missing
+    vision = config.vision_config
+    patches = (vision.image_size // vision.patch_size) ** 2 + (config.vision_feature_select_strategy == "full")
+    if widths[0] != patches:
+        raise UserError(
+            f"{folder}: img_adapter takes {widths[0]} tokens of a picture, the vision tower gives {patches}"
+        )
+    if getattr(config, "image_aspect_ratio", None) == "anyres":
+        raise UserError(
+            f"{folder}: img_adapter takes a picture in one piece, image_aspect_ratio anyres cuts it into tiles"
+        )
+    config.mm_image_adapter, config.image_seq_length = widths, widths[-1]
 
 
 def _check_memory(weights: Weights, options: dict[str, Any]) -> None:

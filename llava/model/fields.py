@@ -118,6 +118,7 @@ LLAVA = Fields(
             "image_token_index": between(-(10**7), 10**7, WHOLE),
             "anyres_resolution_rule": one_of("fill", "effective"),
             "max_sequence_length": COUNT,
+            "mm_image_adapter": ListOf(COUNT, least=2, most=100),
             "mm_patch_merge_type": TEXT,
             "mm_projector_type": TEXT,
             "mm_use_im_patch_token": FLAG,

@@ -106,6 +106,8 @@ def export(model_path: str, output: str, conv_mode: str | None = None, shard_byt
     new_config = _config(config, kind, image_id, rows)
     generation = generation_tokens(checkpoint.find("generation_config.json") or checkpoint.folder)
     weights = read_checkpoint_weights(checkpoint)
+    if any(name.startswith("model.image_adapter.") for name in weights.tensors):
+        raise UserError(f"{path}: the weights have an image adapter (Senna), which transformers' classes do not have")
     if kind is LLAVA:
         weights.tensors.pop(NEWLINE, None)  # some store one that they do not use, see the loader
     _check(weights, config, kind, checkpoint.folder)

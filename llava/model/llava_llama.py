@@ -33,7 +33,14 @@ from llava.model.multimodal import (
     splice,
     text_ids,
 )
-from llava.model.projector import DEFAULT_PROJECTOR, Projector, projector_depth, projector_dtype
+from llava.model.projector import (
+    DEFAULT_PROJECTOR,
+    Adapted,
+    Projector,
+    TokenAdapter,
+    projector_depth,
+    projector_dtype,
+)
 from llava.model.vision import VisionTower, encode_crops
 from llava.model.visual_tokens import encode_images
 from llava.pruning.engine.layout import VisualLayout
@@ -64,6 +71,8 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
             depth = projector_depth(kind)
             widths = config.vision_config.hidden_size, config.text_config.hidden_size
             self.model.multi_modal_projector = Projector(*widths, depth)
+        if mixed := getattr(config, "mm_image_adapter", None):
+            self.model.image_adapter = TokenAdapter(mixed)
         if "unpad" in (getattr(config, "mm_patch_merge_type", None) or ""):
             width = config.text_config.hidden_size
             self.model.image_newline = nn.Parameter(torch.randn(width, dtype=self.dtype) * width**-0.5)
@@ -96,6 +105,22 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
             self.config.vision_feature_layer,
             "patch" if self.config.vision_feature_select_strategy == "default" else "cls_patch",
         )
+
+    @property
+    def image_adapter(self) -> TokenAdapter | None:
+        """What mixes the patches of a picture behind the projector (Senna); None in LLaVA."""
+        return getattr(self.model, "image_adapter", None)
+
+    @property
+    def mixes_patches(self) -> bool:
+        """Whether visual tokens have no place in the picture: nothing that is said of patches holds for them."""
+        return self.image_adapter is not None
+
+    @property
+    def projector(self) -> nn.Module | Adapted:
+        """From features of the tower to visual tokens."""
+        projector: nn.Module = self.model.multi_modal_projector
+        return projector if self.image_adapter is None else Adapted(projector, self.image_adapter)
 
     @property
     def pruning_run(self) -> Any | None:
@@ -136,7 +161,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Projected features `[n, P, C]` of crops `[n, 3, S, S]`."""
-        tower, projector = self.get_vision_tower(), self.model.multi_modal_projector
+        tower, projector = self.get_vision_tower(), self.projector
         encoded = encode_crops(tower.vision_tower, images, tower.select_layer, tower.select_feature)
         return projector(encoded.features_NPC.to(projector_dtype(projector, encoded.features_NPC.dtype)))
 
@@ -196,7 +221,11 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
             raise UserError(f"images must have one size, the vision tower's, found {shapes}: use process_images first")
         masks: list[Tensor | None] = list(image_masks) if image_masks is not None else [None] * len(stacks)
         side = self.get_vision_tower().num_patches_per_side
-        if image_masks is None and sizes is not None and self.config_pads_images():
+        if self.mixes_patches:
+            masks = [None] * len(stacks)  # no token shows padding alone
+            if crops := next((len(stack) for stack in stacks if len(stack) > 1), None):
+                raise UserError(f"this model takes a picture in one piece, found {crops} crops: give them as images")
+        elif image_masks is None and sizes is not None and self.config_pads_images():
             masks = [
                 # A square picture has no padding.
                 padding_mask(size, side) if len(stack) == 1 and size[0] != size[1] else None
@@ -212,7 +241,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         with nullcontext() if run is None else run.exclusive():  # a method may look into the tower's layers
             return encode_images(
                 self.get_vision_tower(),
-                self.model.multi_modal_projector,
+                self.projector,
                 getattr(self.model, "image_newline", None),
                 stacks,
                 arrangements,
@@ -225,6 +254,8 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
             )
 
     def _features_per_crop(self) -> int:
+        if self.image_adapter is not None:
+            return self.image_adapter.tokens
         tower = self.get_vision_tower()
         return tower.num_patches + (tower.select_feature == "cls_patch")
 

@@ -9,6 +9,10 @@ def _projector_name(found: re.Match[str]) -> str:
     return f"model.multi_modal_projector.linear_{int(found.group(1)) // 2 + 1}."
 
 
+def _adapter_name(found: re.Match[str]) -> str:
+    return f"model.image_adapter.linear_{int(found.group(1)) // 2 + 1}."
+
+
 # Original and llava-hf names -> names of transformers' LlavaForConditionalGeneration; the first match is
 # used.
 NAME_RULES = tuple(
@@ -17,6 +21,8 @@ NAME_RULES = tuple(
         # original LLaVA
         # "mlpNx_gelu" is a sequence with activations at the odd places; "linear" is one layer.
         (r"^(?:model\.)?mm_projector\.(\d{0,3}[02468])\.", _projector_name),
+        # Senna: a sequence of linear layers and activations along the tokens
+        (r"^(?:model\.)?img_adapter\.adapter\.(\d{0,3}[02468])\.", _adapter_name),
         (r"^(?:model\.)?mm_projector\.(?=weight$|bias$)", "model.multi_modal_projector.linear_1."),
         (r"^model\.vision_tower\.vision_tower\.(vision_model\.)?", "model.vision_tower."),
         (r"^model\.(layers|embed_tokens|norm)\.", r"model.language_model.\1."),

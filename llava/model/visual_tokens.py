@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llava.model.assemble import NEWLINE, Arrangement
 from llava.model.multimodal import VisualTokens
-from llava.model.projector import projector_dtype
+from llava.model.projector import Adapted, projector_dtype
 from llava.model.reduction import ReducedImage, crop_targets, put_together, reduce_images
 from llava.model.tower_merging import TowerMerger
 from llava.model.vision import VisionTower, encode_crops
@@ -33,7 +33,7 @@ def _no_padding(image: int) -> None:
 
 def encode_images(
     tower: VisionTower,
-    projector: nn.Module,
+    projector: nn.Module | Adapted,
     newline: Tensor | None,
     stacks: Sequence[Tensor],
     arrangements: Sequence[Arrangement],
@@ -134,14 +134,14 @@ def encode_images(
     ]
 
 
-def _project(projector: nn.Module, features_NPC: Tensor) -> Tensor:
+def _project(projector: nn.Module | Adapted, features_NPC: Tensor) -> Tensor:
     return projector(features_NPC.to(projector_dtype(projector, features_NPC.dtype)))
 
 
 def _projected(
     images: Sequence[ReducedImage],
     facts: Sequence[Mapping[str, Tensor]],
-    projector: nn.Module | None,
+    projector: nn.Module | Adapted | None,
     newline: Tensor | None,
 ) -> list[VisualTokens]:
     """Only what is left goes through the projector, in one piece; None: it has done so."""

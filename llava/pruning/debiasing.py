@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 
 from llava.pruning.engine.view import LayerView
-from llava.pruning.method import DecoderMethod
+from llava.pruning.method import DecoderMethod, PruningMethod
 from llava.pruning.selection import on_device
-from llava.pruning.types import OptionError
+from llava.pruning.types import OptionError, UnsupportedError
 from llava.pruning.vision import TowerValue, VisionFact
 
 _PADDING = "padding"
@@ -70,6 +70,13 @@ class Debiased(DecoderMethod):
     def debiases(self) -> bool:
         """Whether anything is corrected."""
         return self.debias_curve is not None or self.debias_padding is not None
+
+    def without_patches(self) -> PruningMethod:
+        if self.debias_curve is not None:
+            raise UnsupportedError(
+                "debias_curve is a weight per place of the picture, and visual tokens of this model have no place"
+            )
+        return super().without_patches()
 
     def debiased(self, view: LayerView, scores_BV: Tensor) -> Tensor:
         """The scores of the first cut, corrected as the options say."""

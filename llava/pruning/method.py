@@ -25,10 +25,11 @@ from llava.pruning.budget import BUDGETS, share_of
 from llava.pruning.engine.protocol import Replays
 from llava.pruning.engine.run import PruningRun
 from llava.pruning.engine.view import LayerView
-from llava.pruning.types import LayerFact, OptionError, OwnDefault, Rows, Selection
+from llava.pruning.types import LayerFact, OptionError, OwnDefault, Rows, Selection, UnsupportedError
 from llava.pruning.views import JOINT, read_view_budget
 from llava.pruning.vision import Reduction, TowerHide, TowerKeep, TowerMerge, TowerView, VisionFact, VisionView
 
+_ANY_DEPTH = 24  # whether there are facts does not depend on the tower
 MethodT = typing.TypeVar("MethodT", bound="PruningMethod")
 
 __all__ = ["DecoderMethod", "LayerView", "PruningMethod", "TowerMerger", "VisionReducer"]
@@ -159,6 +160,21 @@ class PruningMethod:
     def budget_kind(self) -> str:
         """Which mean is to meet ``target_tokens``: ``nominal`` or ``processed``."""
         return "processed" if self.budget == "processed" else self.published_budget
+
+    def without_patches(self) -> PruningMethod:
+        """The method for visual tokens that are no patches of a picture, but mixtures of all of them.
+
+        Raises:
+            UnsupportedError: it looks at patches, and there is nothing to look at.
+        """
+        looks = self.needs_cls or self.visual_token_num is not None or self.vision_facts(_ANY_DEPTH)
+        if looks or self.reduces_vision or self.merges_in_tower:
+            raise UnsupportedError(
+                f"{self.name} with these options looks at patches of a picture, and the image adapter of this model "
+                "mixes them before they are visual tokens: choose a method that goes by attention of the text, by "
+                "likeness of tokens or by chance"
+            )
+        return self
 
     def target_of(self, count: int) -> int:
         """Budget in tokens for a prompt of ``count`` visual tokens, of a method that cannot be without."""

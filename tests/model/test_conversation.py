@@ -128,8 +128,9 @@ def test_default_template_opens_with_its_worked_example():
     assert conv_templates["default"].offset == 2
 
 
-def test_names_are_llavas():
+def test_names_are_llavas_and_sennas():
     assert set(conv_templates) == {
+        "senna",
         *("default", "v0", "v1", "vicuna_v1", "llama_2", "mistral_instruct", "chatml_direct", "mistral_direct"),
         *("plain", "v0_plain", "llava_v0", "v0_mmtag", "llava_v1", "v1_mmtag", "llava_llama_2", "mpt"),
         # LLaVA-NeXT's

@@ -13,6 +13,8 @@ from llava.mm_utils import padding_share
 from llava.pruning import OptionError, UnsupportedError, VisualLayout, build_method, get_method
 from llava.pruning.debiasing import weights_at
 from llava.pruning.methods import sparsevlm
+from llava.pruning.selection import top_k
+from llava.pruning.types import Selection
 from llava.utils import UserError
 from tests.model.tiny import GRID, PATCHES, tiny_images, tiny_model
 from tests.pruning import naive
@@ -104,11 +106,12 @@ def test_sparsevlm_recycles_by_attention_as_it_is(monkeypatch, tmp_path):
     np.save(path, curve)
     attention = torch.rand(1, 1, 1, count, generator=torch.Generator().manual_seed(0))
     seen = []
-    monkeypatch.setattr(sparsevlm, "keep_and_recycle", lambda view, scores, steps, memory: seen.append(scores))
+    monkeypatch.setattr(sparsevlm, "keep_and_recycle", lambda view, scores, *rest: seen.append(scores))
     view = SimpleNamespace(
         layer=2, num_layers=32, counts=(count,), prompt_counts=(count,), device=torch.device("cpu"),
         attention_BHTV=attention, origins_BV=torch.arange(count)[None],
     )  # fmt: skip
+    view.best = lambda values, keep: Selection(top_k(values, view.counts, keep), keep)
     memory = SimpleNamespace(raters=torch.ones(1, 1), keep=[(10, 5, 1)], report={})
     get_method("sparsevlm")(debias_curve=str(path)).select(view, memory)
     raw = attention.flatten().tolist()

@@ -204,6 +204,8 @@ class LlavaAdapter:
 
 def max_visual_tokens(model: Any) -> int:
     """The most visual tokens one image can have in this model: its patches, times the views if tiled."""
+    if model.image_adapter is not None:
+        return int(model.image_adapter.tokens)
     patches = model.get_vision_tower().num_patches
     config = model.config
     if getattr(config, "image_aspect_ratio", None) != "anyres":

@@ -137,7 +137,8 @@ def draw(examples: Sequence[Any], adapter: Any, budget: Budget, output: Path) ->
     from llava.eval.reports.sample_plots import plot_retention_curves, plot_survivors
 
     config, written = adapter.model.config, []
-    if adapter.family is not None or getattr(config, "image_aspect_ratio", None) == "anyres":
+    anyres = getattr(config, "image_aspect_ratio", None) == "anyres"
+    if adapter.family is not None or anyres or adapter.model.mixes_patches:
         print("no survivors.png: it is drawn where a picture is one square of patches, as in LLaVA-1.5")
     elif plot_survivors(examples, config, adapter.image_processor, output / "survivors.png"):
         written.append("survivors.png")

@@ -71,6 +71,8 @@ class PruningRun:
         self.reader = reader_of(model)
         self.decoder: Any = compat.find_decoder(model)
         self._axes = compat.has_axes(self.decoder)
+        if getattr(model, "mixes_patches", False):
+            method = method.without_patches()
         self.method = _with_original_positions(method) if self._axes else method
         self.traces: list[Trace] = []
         self._stages = method.stages(len(self.decoder.layers))

@@ -52,6 +52,11 @@ class Composition(PruningMethod):
     def merges_in_tower(self) -> bool:  # type: ignore[override]
         return self.members[0].merges_in_tower
 
+    def without_patches(self) -> Composition:
+        if self.visual_token_num is not None:
+            super().without_patches()  # says that the cap goes by patches
+        return replace(self, members=tuple(member.without_patches() for member in self.members))
+
     def aim_of(self, count: int) -> int | None:
         return self.members[-1].aim_of(count)
 

@@ -17,15 +17,17 @@ several images all of them are pruned together, not only the first.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
 
 from llava.pruning.engine.view import LayerView
-from llava.pruning.method import DecoderMethod
+from llava.pruning.method import DecoderMethod, PruningMethod
 from llava.pruning.methods.autoprune.curve import (
     CURVES,
     coarse_token_count,
@@ -35,6 +37,16 @@ from llava.pruning.methods.autoprune.curve import (
 from llava.pruning.methods.autoprune.information import mutual_information
 from llava.pruning.recycling import keep_and_recycle, prune_step
 from llava.pruning.types import OptionError, Rows, Selection
+
+_LOGGER = logging.getLogger(__name__)
+
+
+@lru_cache
+def _say_no_cls() -> None:
+    # Cached: once per program.
+    _LOGGER.warning(
+        "autoprune: cls_weight=0, because the image adapter of this model mixes the patches that CLS attention is about"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +115,13 @@ class AutoPrune(DecoderMethod):
     @property
     def needs_cls(self) -> bool:  # type: ignore[override]
         return self.coarse_cut and self.cls_weight != 0
+
+    def without_patches(self) -> PruningMethod:
+        """Without the CLS term of the cut behind layer 0; a notice says so."""
+        if not self.needs_cls or not self.text_weight:
+            return super().without_patches()
+        _say_no_cls()
+        return replace(self, cls_weight=0.0).without_patches()
 
     @property
     def capturable(self) -> bool:  # type: ignore[override]
