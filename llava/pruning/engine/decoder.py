@@ -92,6 +92,7 @@ class Prefilling:
             prompt.positions_BN,
             method.positions == "compact",
             None if prompt.reduced is None else [row.origins for row in prompt.reduced],
+            prompt.members,
         )
         self.sequences.added_BNF, self.sequences.index_BN = prompt.added_BNF, prompt.index_BN
         self.recorder = Recorder(decoder, self.sequences, prompt)

@@ -29,6 +29,7 @@ class Prompt:
         added_BNF: what the first layers add to their outputs, side by side ``[B, N, layers * C]`` (deepstack).
         index_BN: number of each token in the sequence that the decoder was given; to be followed through the layers.
         width: length of that sequence; default: that of ``hidden_BNC``.
+        members: note of merged tokens which ones they are made of.
     """
 
     hidden_BNC: Tensor
@@ -41,3 +42,4 @@ class Prompt:
     added_BNF: Tensor | None = None
     index_BN: Tensor | None = None
     width: int | None = None
+    members: bool = False

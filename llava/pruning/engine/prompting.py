@@ -45,6 +45,7 @@ def prompt_of(
     ids: SampleIds,
     added: Tensor | None,
     labeled: bool,
+    members: bool = False,
 ) -> Prompt:
     """What :func:`~llava.pruning.engine.decoder.prefill` takes; a method in front of the decoder has done its work.
 
@@ -55,6 +56,7 @@ def prompt_of(
         repeats: rows of each sample; ids: of the rows.
         added: as :func:`deepstack_features` gives it.
         labeled: whether the loss needs to know which tokens are left.
+        members: whether traces are to say what merged tokens are made of.
 
     Raises:
         ValueError: the method merges inside the tower and was not attached when the images were encoded.
@@ -93,4 +95,4 @@ def prompt_of(
         name: nn.utils.rnn.pad_sequence([vector.to(hidden.device) for vector in rows], batch_first=True)
         for name, rows in facts.items()
     }
-    return Prompt(hidden, lengths, positions, layout, padded, ids, reduced, added, index, width)
+    return Prompt(hidden, lengths, positions, layout, padded, ids, reduced, added, index, width, members)

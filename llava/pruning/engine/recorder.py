@@ -99,6 +99,7 @@ class Recorder:
                 budget=method.budget_kind,
                 views=() if self._layout is None else _views_of_row(self._layout, row, self.start_counts[row]),
                 _origins=partial(_origins_of_row, self.origins, self.counts_out, row),
+                _members=partial(_members_of_row, self.origins, self.counts_out, row),
             )
             for row in range(len(self.start_counts))
         ]
@@ -122,6 +123,14 @@ def _views_of_row(layout: VisualLayout, row: int, count: int) -> tuple[int, ...]
     if sizes:
         sizes[-1] -= sum(sizes) - count
     return tuple(sizes)
+
+
+def _members_of_row(
+    origins: Sequence[PatchIds], counts: Sequence[tuple[int, ...]], row: int
+) -> list[list[list[int]]] | None:
+    layers = [layer.members(row, count[row]) for layer, count in zip(origins, counts, strict=True)]
+    known = [members for members in layers if members is not None]
+    return known if len(known) == len(layers) else None
 
 
 def _all_origins(count: int, layers: int) -> list[Tensor]:

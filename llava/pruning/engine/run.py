@@ -59,9 +59,10 @@ class PruningRun:
         sample_ids: numbers of the samples of the next prefill, one per prompt, where a reader finds the visual tokens;
             None: counted on from ``samples_seen``. One prefill uses it up.
         graphs: :class:`~llava.pruning.engine.graphs.PrefillGraphs` to replay instead of launching kernel by kernel;
-            None: no graphs. Not while a ``selection_timer`` is set.
+            None: no graphs. Not while a ``selection_timer`` or ``notes_members`` is set.
         selection_timer: makes the context manager around each piece of what only pruning needs (in the tower, in front
             of the decoder, between its layers); whoever measures sets it.
+        notes_members: let traces say which tokens every merged one is made of; off by default.
     """
 
     selection_timer: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -81,6 +82,7 @@ class PruningRun:
         self._threads: set[threading.Thread] = set()
         self.samples_seen = 0
         self.sample_ids: Sequence[int] | None = None
+        self.notes_members = False
         self._missed = MissedBudgets()
         self._seconds: list[float] = []
         self._unread: list[Stopwatch] = []
@@ -298,10 +300,11 @@ class PruningRun:
                     embeds = self._embeds(input_ids, inputs_embeds)
                     prompt = prompt_of(
                         self.method, self.selection_timer, embeds, lengths, position_ids, layout, told, repeats,
-                        self._ids(told, repeats), added, labeled,
+                        self._ids(told, repeats), added, labeled, self.notes_members,
                     )  # fmt: skip
                     timer = self.selection_timer
-                    through = prefill if self.graphs is None or timer is not nullcontext else self.graphs.prefill
+                    graphs = None if timer is not nullcontext or self.notes_members else self.graphs
+                    through = prefill if graphs is None else graphs.prefill
                     pruned = through(self.decoder, self.method, prompt, cache, self._keeps_states(kwargs), timer)
                     traces, self._told.left = pruned.traces, pruned.index_BN
                     if use_cache is None:

@@ -66,6 +66,7 @@ class Sequences:
         positions_BN: Tensor | None,
         compact: bool,
         origins: list[Tensor] | None = None,
+        members: bool = False,
     ) -> Sequences:
         """State before layer 0. Structure tokens are kept like text; so is the last token of a row, visual or not,
         because its output predicts the next token.
@@ -102,7 +103,7 @@ class Sequences:
         return cls(
             hidden_BNC,
             lengths,
-            PatchIds(known),
+            PatchIds(known, members),
             positions_BN if compact else positions_BN.expand(batch, *positions_BN.shape[1:]),
             counts,
             compact,
@@ -204,6 +205,8 @@ class Sequences:
         rearrange = self._sliced if alike else self._sorted
         later = rearrange(selection, merged, counts, lengths)
         later.origins = self.origins.after(selection.keep_BK, selection.keep, merged)
+        if self.origins.notes_members and max(merged):
+            later.origins.note_members(selection, max(self.counts))
         return later
 
     def _sliced(self, selection: Selection, merged: _Counts, counts: _Counts, lengths: _Counts) -> Sequences:

@@ -69,6 +69,7 @@ class Trace:
     budget: str = "nominal"
     views: tuple[int, ...] = ()
     _origins: Callable[[], list[Tensor]] = field(default=list, repr=False)  # asked when somebody reads `kept`
+    _members: Callable[[], list[list[list[int]]] | None] = field(default=lambda: None, repr=False)
 
     @property
     def kept(self) -> list[Tensor]:
@@ -83,6 +84,15 @@ class Trace:
         ends = torch.tensor(self.views).cumsum(0)
         views = [torch.bucketize(origins[origins >= 0], ends, right=True) for origins in self.kept]
         return [torch.bincount(view, minlength=len(self.views)).tolist() for view in views]
+
+    @property
+    def members(self) -> list[list[list[int]]] | None:
+        """Per layer, for each -1 in :attr:`kept`, the original visual indices that were merged into it, ascending.
+
+        None unless the run was told to note them (:attr:`~llava.pruning.PruningRun.notes_members`); also where tokens
+        were merged before the decoder, which is not noted.
+        """
+        return self._members()
 
     @property
     def mutual_information(self) -> dict[str, float] | None:
@@ -133,7 +143,9 @@ class Trace:
         return 2 * tokens * self.shape.key_value_size * self.shape.bytes_per_value
 
     def to_dict(self, kept: bool = False) -> dict[str, Any]:
-        """JSON-able summary; ``kept`` adds the surviving indices per layer."""
+        """JSON-able summary; ``kept`` adds the surviving indices per layer and, where they are noted, the members of
+        merged tokens.
+        """
         summary = {
             "visual_tokens": self.visual_tokens,
             "text_tokens": self.text_tokens,
@@ -156,4 +168,7 @@ class Trace:
             summary |= {"views": list(self.views), "kept_per_view": self.kept_per_view}
         if kept:
             summary["kept"] = [origins.tolist() for origins in self.kept]
+            members = self.members
+            if members is not None and any(members):
+                summary["members"] = members
         return summary
