@@ -15,6 +15,7 @@ import shortuuid
 
 from llava.eval.answering.records import RecordFile, doubled, key_hash, match, question_hashes
 from llava.eval.answering.sums import FAILED, TOKENS, TokenTotals, first_difference, run_options
+from llava.eval.answering.views import as_json
 from llava.eval.common.jsonio import require_keys
 from llava.eval.common.outputs import ANSWERS, TRACES
 from llava.eval.common.questions import Question
@@ -178,7 +179,8 @@ class TraceFile:
     A line is written before its answer, so no answer lacks one after a kill; a sample that is answered twice
     because of that keeps one line when the run ends.
 
-    kept: also write the surviving visual tokens of every layer (large).
+    kept: also write the surviving visual tokens of every layer, which ones merged tokens are made of, and where tokens
+    lie in the pictures (large).
     """
 
     def __init__(self, path: str | None, resume: bool, kept: bool = False) -> None:
@@ -200,6 +202,7 @@ class TraceFile:
                 "question_id": answer.question.id,
                 "prompt": answer.question.text,
                 **answer.trace.to_dict(kept=self._kept),
+                **(_places(answer) if self._kept else {}),
                 "encode_seconds": answer.encode_seconds,
                 "prefill_seconds": answer.prefill_seconds,
                 "decode_seconds": decode,
@@ -211,3 +214,8 @@ class TraceFile:
         """Ends writing; with `questions`, one line per question in their order."""
         if self._file is not None:
             self._file.close(question_hashes(questions) if len(questions) else None, drop_repeats=True)
+
+
+def _places(answer: Any) -> dict[str, Any]:
+    views = as_json(answer.views())
+    return {} if views is None else {"views": views}

@@ -66,7 +66,12 @@ def add_running_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--trace-file", type=TRACES, default=None, help="one JSON line per sample: tokens per layer, MI, slope, times"
     )
-    group.add_argument("--trace-kept", action="store_true", help="traces also hold the surviving tokens of each layer")
+    group.add_argument(
+        "--trace-kept",
+        action="store_true",
+        help="traces also hold the surviving tokens of each layer, what is merged of what, and where they are in the "
+        "picture; for llava.eval.report",
+    )
     group.add_argument(
         "--num-workers",
         type=int,

@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from transformers import LogitsProcessorList
 
 from llava.eval.answering.adapter import Answered, Encoded, FiniteWatch, Sample, where_not_finite
 from llava.eval.answering.metadata import default_dtype
+from llava.eval.answering.places import family_views
+from llava.eval.answering.views import View, numbered
 from llava.eval.common.arguments import GenerationOptions
 from llava.families import list_families
 from llava.utils import UserError
@@ -208,6 +211,17 @@ class FamilyAdapter:
         prefill = sum(run.prefill_seconds) / count
         failed = ["logits that are not finite" if bad else None for bad in watch.bad()]
         return [
-            Answered(sample.question, text.strip(), trace, prefill, seconds, encoded.seconds / count, failure)
-            for sample, text, trace, failure in zip(encoded.samples, texts, run.traces, failed, strict=True)
+            Answered(
+                *(sample.question, text.strip(), trace, prefill, seconds, encoded.seconds / count, failure),
+                views=partial(self.views, encoded, row, trace),
+            )
+            for row, (sample, text, trace, failure) in enumerate(
+                zip(encoded.samples, texts, run.traces, failed, strict=True)
+            )
         ]
+
+    def views(self, encoded: Encoded, row: int, trace: Any) -> list[View] | None:
+        """Where the visual tokens of a prompt of a batch lie in its pictures."""
+        sizes = [sample.image_sizes for sample in encoded.samples]
+        images = family_views(self.family, self.processor, encoded.inputs, sizes)[row]
+        return numbered(images, trace.visual_tokens)

@@ -213,6 +213,7 @@ class Evaluation:
             Progress(len(self.pending), args.method, args.quiet, self.process) as progress,
             method.attach(model) as run,
         ):
+            run.notes_members = self.args.trace_file is not None and self.args.trace_kept
 
             def skip(question: Question, reason: str) -> None:
                 progress.message(f"skipped {question.source}: {reason}")
