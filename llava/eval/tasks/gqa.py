@@ -12,7 +12,7 @@ from typing import Any
 from llava.eval.common.jsonio import read_json, require_file
 from llava.eval.common.questions import Question
 from llava.eval.tasks.join import check_same_questions, join_answers, load_answers, percent, require_joined
-from llava.eval.tasks.task import EVAL_ZIP, Answers, Column, Grader, Score, Task, covered, figure, id_of
+from llava.eval.tasks.task import EVAL_ZIP, Answers, Column, Grader, Score, Task, Truths, covered, figure, id_of
 from llava.schema import FLAG, ID, SCALAR, TEXT, Fields, ListOf, MapOf, check, optional
 from llava.utils import UserError, visible
 
@@ -128,6 +128,10 @@ class Gqa(Task):
             return float(to_prediction(answer["text"]) == question["answer"])
 
         return grade
+
+    def truths(self, data_dir: Path) -> Truths:
+        questions = load_questions(str(self.truth_path(data_dir)))
+        return lambda answer: questions.get(str(answer["question_id"]), {}).get("answer")
 
     def score(self, data_dir: Path, answers: Answers) -> Score:
         predictions = [{**answer, "text": to_prediction(answer["text"])} for answer in answers]

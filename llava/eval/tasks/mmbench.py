@@ -36,7 +36,7 @@ from llava.eval.tasks.mmbench_data import (
     row_index,
 )
 from llava.eval.tasks.mmbench_rows import SINGLE_PREDICTION, read_rows, with_instruction
-from llava.eval.tasks.task import Answers, Asked, Column, Grader, Score, Task, figure
+from llava.eval.tasks.task import Answers, Asked, Column, Grader, Score, Task, Truths, figure
 from llava.utils import UserError, visible
 
 # The wide marks are those of Chinese text.
@@ -285,6 +285,18 @@ class MmBench(Task):
             return float(read_answer(answer, row) == row["answer"].strip())
 
         return grade
+
+    def truths(self, data_dir: Path) -> Truths:
+        rows = load_rows(str(self.questions_path(data_dir)))
+
+        def truth(answer: Mapping[str, Any]) -> str | None:
+            row = rows.get(int(answer["question_id"]))
+            if row is None or is_empty(row.get("answer")):
+                return None
+            letter = row["answer"].strip()
+            return f"{letter}. {row[letter]}" if row.get(letter) else letter
+
+        return truth
 
     def score(self, data_dir: Path, answers: Answers) -> Score:
         answered = {answer["question_id"] for answer in answers}

@@ -16,7 +16,7 @@ from llava.eval.common.jsonio import read_records, read_text, require_folder, wr
 from llava.eval.common.outputs import OutputFolder, Text
 from llava.eval.common.questions import Question
 from llava.eval.tasks.join import QuestionIndex, join_answers, load_answers, require_joined, warn
-from llava.eval.tasks.task import EVAL_ZIP, Answers, Column, Grader, Score, Task, covered, figure
+from llava.eval.tasks.task import EVAL_ZIP, Answers, Column, Grader, Score, Task, Truths, covered, figure
 from llava.schema import ID, TEXT, Fields
 from llava.utils import UserError
 
@@ -283,6 +283,10 @@ class Mme(Task):
             return float(read_answer(answer["text"]) == truth[key].strip().lower()) if key in truth else None
 
         return grade
+
+    def truths(self, data_dir: Path) -> Truths:
+        truth = load_truth(str(self.truth_path(data_dir)))
+        return lambda answer: truth.get(question_key(str(answer["question_id"]), answer["prompt"]))
 
     def score(self, data_dir: Path, answers: Answers) -> Score:
         truth = load_truth(str(self.truth_path(data_dir)))

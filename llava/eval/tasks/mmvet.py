@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from llava.eval.common.jsonio import read_json
 from llava.eval.tasks.join import Coverage, percent, warn
-from llava.eval.tasks.task import EVAL_ZIP, Column, Task, figure
-from llava.schema import TEXT, Fields, ListOf, MapOf, check
+from llava.eval.tasks.task import EVAL_ZIP, Column, Task, Truths, figure
+from llava.schema import SCALAR, TEXT, Fields, ListOf, MapOf, check, optional
 from llava.utils import UserError, kind_of
 
 CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
@@ -112,7 +113,23 @@ def flat_result(result: dict[str, Any]) -> dict[str, Any]:
     return {**scores, "std": result["std"], "num_runs": len(result["runs"]), **numbers}
 
 
-TASK = Task(
+class MmVet(Task):
+    def truths(self, data_dir: Path) -> Truths | None:
+        path = data_dir / self.folder / "mm-vet.json"
+        if not path.is_file():
+            return None
+        content = read_json(path, "annotation file")
+        check(content, MapOf(Fields({"answer?": optional(SCALAR)})), str(path))
+        known = {key.removeprefix("v1_"): entry.get("answer") for key, entry in content.items()}
+
+        def truth(answer: Mapping[str, Any]) -> str | None:
+            text = known.get(str(answer["question_id"]).removeprefix("v1_"))
+            return None if text is None else str(text)
+
+        return truth
+
+
+TASK = MmVet(
     name="mmvet",
     title="MM-Vet",
     folder="mm-vet",

@@ -12,7 +12,7 @@ from typing import Any
 from llava.eval.common.jsonio import read_records, require_folder
 from llava.eval.common.questions import Question
 from llava.eval.tasks.join import asks, check_same_questions, join_answers, load_answers, require_joined
-from llava.eval.tasks.task import EVAL_ZIP, Answers, Column, Grader, Score, Task, figure
+from llava.eval.tasks.task import EVAL_ZIP, Answers, Column, Grader, Score, Task, Truths, figure
 from llava.schema import ID, SCALAR, TEXT, Fields, optional
 from llava.utils import UserError, visible
 
@@ -201,6 +201,10 @@ class Pope(Task):
             return float(says_no(answer["text"]) != truth[key][1]) if key in truth else None
 
         return grade
+
+    def truths(self, data_dir: Path) -> Truths:
+        truth = {key: "yes" if positive else "no" for key, (_, positive) in join_labels(*self._truth(data_dir)).items()}
+        return lambda answer: truth.get(str(answer["question_id"]))
 
     def score(self, data_dir: Path, answers: Answers) -> Score:
         result = evaluate_pope(*self._truth(data_dir), answers)

@@ -21,3 +21,8 @@ def questions_of_run(path: str, options: Mapping[str, Any], limit: int | None = 
     if "single_pred_prompt" in options:
         return read_conversations(path, options["single_pred_prompt"])[:limit]
     return read_questions(path)[:limit]
+
+
+def images_of_run(path: str, options: Mapping[str, Any]) -> Mapping[str, str]:
+    """Name -> base64 of the images that the question file itself holds (MMBench); none where they are files."""
+    return read_rows(path, options["all_rounds"])[1] if "all_rounds" in options else {}

@@ -23,7 +23,7 @@ from llava.eval.tasks.join import (
     warn,
 )
 from llava.eval.tasks.science_conversations import read_conversations, without_placeholder
-from llava.eval.tasks.task import EVAL_ZIP, Answers, Asked, Column, Grader, Score, Task, covered, figure, id_of
+from llava.eval.tasks.task import EVAL_ZIP, Answers, Asked, Column, Grader, Score, Task, Truths, covered, figure, id_of
 from llava.schema import ID, TEXT, Fields, ListOf, check, optional
 from llava.utils import UserError, kind_of, visible
 
@@ -232,6 +232,17 @@ class ScienceQa(Task):
             return float(option_index(letter, len(problem["choices"])) == problem["answer"])
 
         return grade
+
+    def truths(self, data_dir: Path) -> Truths:
+        problems, _ = load_problems(str(data_dir / self.folder))
+
+        def truth(answer: Mapping[str, Any]) -> str | None:
+            problem = problems.get(str(answer["question_id"]))
+            if problem is None:
+                return None
+            return f"{OPTIONS[problem['answer']]}. {problem['choices'][problem['answer']]}"
+
+        return truth
 
     def score(self, data_dir: Path, answers: Answers) -> Score:
         problems, ids = load_problems(str(data_dir / self.folder))

@@ -8,7 +8,7 @@ from typing import Any
 
 from llava.eval.common.jsonio import read_json
 from llava.eval.common.questions import Question
-from llava.eval.tasks.task import EVAL_ZIP, Column, Task, covered, figure, id_of
+from llava.eval.tasks.task import EVAL_ZIP, Column, Grader, Task, Truths, covered, figure, id_of
 from llava.schema import ID, TEXT, WHOLE, Fields, ListOf, MapOf, check, optional
 from llava.utils import UserError
 
@@ -67,6 +67,24 @@ class Seed(Task):
     def check_truth(self, folder: Path, questions: Sequence[Question]) -> str:
         known = {str(question["question_id"]) for question in load_seed(str(folder / self.truth[0]))[0]}
         return covered(known, questions, id_of, self.truth[0])
+
+    def grader(self, data_dir: Path) -> Grader:
+        """The answer's letter."""
+        letters = self._letters(data_dir)
+
+        def grade(answer: Mapping[str, Any]) -> float | None:
+            key = str(answer["question_id"])
+            return float(answer["text"] == letters[key]) if key in letters else None
+
+        return grade
+
+    def truths(self, data_dir: Path) -> Truths:
+        letters = self._letters(data_dir)
+        return lambda answer: letters.get(str(answer["question_id"]))
+
+    def _letters(self, data_dir: Path) -> dict[str, str]:
+        questions, _ = load_seed(str(self.truth_path(data_dir)))
+        return {str(question["question_id"]): question["answer"] for question in questions}
 
 
 TASK = Seed(

@@ -17,6 +17,8 @@ EVAL_ZIP = "LLaVA's eval.zip"  # where upstream's question files come from
 Answers = Sequence[Any]  # answers as dictionaries
 Grader = Callable[[Mapping[str, Any]], float | None]
 """An answer (``question_id``, ``prompt``, ``text``) to its credit from 0 to 1, None if there is no truth for it."""
+Truths = Callable[[Mapping[str, Any]], str | None]
+"""An answer (``question_id``, ``prompt``) to what would be right, in words, None if there is no truth for it."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,10 @@ class Task:
 
         None where the truth is not public and not there.
         """
+        return None
+
+    def truths(self, data_dir: Path) -> Truths | None:
+        """Says what would be right, for people; None where the truth is not public and not there, or no text."""
         return None
 
     def score(self, data_dir: Path, answers: Answers) -> Score:

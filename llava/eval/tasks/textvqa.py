@@ -10,8 +10,8 @@ from typing import Any
 from llava.eval.common.jsonio import read_json, require_folder
 from llava.eval.common.questions import Question
 from llava.eval.tasks.join import QuestionIndex, conclude, join_answers, load_answers, percent, require_joined
-from llava.eval.tasks.task import EVAL_ZIP, Answers, Column, Grader, Score, Task, covered, figure
-from llava.eval.tasks.vqa_text import soft_accuracy
+from llava.eval.tasks.task import EVAL_ZIP, Answers, Column, Grader, Score, Task, Truths, covered, figure
+from llava.eval.tasks.vqa_text import in_words, soft_accuracy
 from llava.schema import ID, TEXT, Fields, ListOf, check
 from llava.utils import UserError
 
@@ -109,6 +109,15 @@ class TextVqa(Task):
             return soft_accuracy(answer["text"], references[key]) if key in references else None
 
         return grade
+
+    def truths(self, data_dir: Path) -> Truths:
+        references = _references(load_annotations(str(self.truth_path(data_dir))))
+
+        def truth(answer: Mapping[str, Any]) -> str | None:
+            known = references.get((str(answer["question_id"]), question_of_prompt(answer["prompt"])))
+            return None if known is None else in_words(known)
+
+        return truth
 
     def score(self, data_dir: Path, answers: Answers) -> Score:
         result = textvqa_accuracy(load_annotations(str(self.truth_path(data_dir))), answers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,8 @@ from typing import Any
 from llava.eval.common.jsonio import read_json, read_records, require_file
 from llava.eval.common.questions import Question, read_questions
 from llava.eval.tasks.join import join_answers, load_answers, percent, require_joined
-from llava.eval.tasks.task import EVAL_ZIP, Answers, Column, Grader, Score, Task, covered, figure, id_of
-from llava.eval.tasks.vqa_text import normalize_answer, soft_accuracy
+from llava.eval.tasks.task import EVAL_ZIP, Answers, Column, Grader, Score, Task, Truths, covered, figure, id_of
+from llava.eval.tasks.vqa_text import in_words, normalize_answer, soft_accuracy
 from llava.schema import ID, SCALAR, TEXT, Fields, ListOf, check, optional
 from llava.utils import UserError, visible
 
@@ -132,18 +132,37 @@ class Vqa(Task):
 
     def grader(self, data_dir: Path) -> Grader | None:
         """Soft accuracy where the answers of VQAv2 or VizWiz are at hand; None where only the server has them."""
+        references = self._references(data_dir)
+        if references is None:
+            return None
+
+        def grade(answer: Mapping[str, Any]) -> float | None:
+            known = references(answer)
+            return None if known is None else soft_accuracy(answer["text"], known)
+
+        return grade
+
+    def truths(self, data_dir: Path) -> Truths | None:
+        references = self._references(data_dir)
+        if references is None:
+            return None
+
+        def truth(answer: Mapping[str, Any]) -> str | None:
+            known = references(answer)
+            return None if known is None else in_words(known)
+
+        return truth
+
+    def _references(self, data_dir: Path) -> Callable[[Mapping[str, Any]], Sequence[str] | None] | None:
+        """The answers that people gave to the question of an answer."""
         path = data_dir / self.folder / self.annotations
         if not path.is_file():
             return None
-        references, key = load_annotations(str(path))
+        annotations, key = load_annotations(str(path))
         records = read_records(self.questions_path(data_dir), "question file", _ASKED_ABOUT)
         names = {str(record["question_id"]): str(record[key]) for record in records}
-
-        def grade(answer: Mapping[str, Any]) -> float | None:
-            reference = references.get(names.get(str(answer["question_id"]), ""))
-            return None if reference is None else soft_accuracy(answer["text"], reference["answers"])
-
-        return grade
+        known = {identity: annotations[name]["answers"] for identity, name in names.items() if name in annotations}
+        return lambda answer: known.get(str(answer["question_id"]))
 
     def score(self, data_dir: Path, answers: Answers) -> Score:
         grade = self.grader(data_dir)

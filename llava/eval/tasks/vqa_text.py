@@ -7,6 +7,7 @@ variant of the TextVQA evaluator, whose order of steps differs slightly from the
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
@@ -80,3 +81,11 @@ def soft_accuracy(prediction: str, references: Sequence[str]) -> float:
     matches = [normalize_answer(reference) == target for reference in references]
     total = sum(matches)
     return sum(min(1.0, (total - own) / 3.0) for own in matches) / len(matches)
+
+
+def in_words(references: Sequence[str]) -> str:
+    """What people answered, the most frequent first, with their numbers where they do not agree: `red (7), orange`."""
+    counts = Counter(references).most_common()
+    if len(counts) == 1:
+        return counts[0][0]
+    return ", ".join(f"{text} ({count})" if count > 1 else text for text, count in counts)
