@@ -24,7 +24,10 @@ def for_an_index(text: str) -> str:
 setup(
     packages=[*find_packages(include=["llava", "llava.*"]), *ELSEWHERE],
     package_dir={name: folder for name, (folder, _) in ELSEWHERE.items()},
-    package_data={"llava": ["py.typed"], **{name: files for name, (_, files) in ELSEWHERE.items()}},
+    package_data={
+        "llava": ["py.typed", "eval/reports/look/page/*"],
+        **{name: files for name, (_, files) in ELSEWHERE.items()},
+    },
     py_modules=["autoprune_llava"],
     long_description=for_an_index(Path(__file__).with_name("README.md").read_text(encoding="utf-8")),
     long_description_content_type="text/markdown",

@@ -75,7 +75,20 @@ NOT_PATHS = {
     ),
     *("text_tokens", "marker", "versus", "table", "lang", "split", "experiment", "ckpt", "command", "prompt_format"),
     *("geometry", "allocator", "name", "visual_tokens", "batch_sizes", "workers", "what", "stage", "merge", "options"),
-    *("ablations", "kind", "parts_of", "batch_size", "published", "x0", "help", "category", "scores", "tags", "tag"),
+    *(
+        "title",
+        "ablations",
+        "kind",
+        "parts_of",
+        "batch_size",
+        "published",
+        "x0",
+        "help",
+        "category",
+        "scores",
+        "tags",
+        "tag",
+    ),
 }
 
 

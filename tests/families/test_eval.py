@@ -73,15 +73,14 @@ def test_answers_are_those_of_direct_use(folder):
 
 
 def test_kept_traces_say_where_all_tokens_lie(folder):
-    """The views of a trace are as many tokens as the model really had, whatever the picture's shape."""
+    """The rasters of a trace are as many tokens as the model really had, whatever the picture's shape."""
     name, place = folder
     answers(place, "v.jsonl", "--target-ratio", 0.5, "--trace-file", place / "v.trace.jsonl", "--trace-kept")
     lines = [json.loads(line) for line in (place / "v.trace.jsonl").read_text().splitlines()]
     for number, line in enumerate(lines):
         if number == 2:
-            assert line["visual_tokens"] == 0 and "views" not in line
+            assert line["visual_tokens"] == 0 and "rasters" not in line
             continue
-        assert (
-            sum(rows * columns for rows, columns in (view["grid"] for view in line["views"])) == line["visual_tokens"]
-        )
-        assert [view["image"] for view in line["views"]] == [0] * len(line["views"])
+        grids = [raster["grid"] for raster in line["rasters"]]
+        assert sum(rows * columns for rows, columns in grids) == line["visual_tokens"]
+        assert [raster["image"] for raster in line["rasters"]] == [0] * len(line["rasters"])

@@ -21,8 +21,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from llava import compat
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import build_prompt
-from llava.eval.answering.places import llava_views
-from llava.eval.answering.views import View
+from llava.eval.answering.places import llava_rasters
+from llava.eval.answering.rasters import Raster
 from llava.eval.common.arguments import GenerationOptions
 from llava.eval.common.questions import Question
 from llava.mm_utils import ImageTooLarge, process_images, tokenizer_image_token
@@ -61,7 +61,7 @@ class Answered:
     """An answer, the trace of its pruning and its share of the time of its batch, in seconds: in all, of the vision
     tower with prompt assembly, and of the decoder's prefill.
 
-    failed: why the text is worthless (the model's numbers were not finite), None for an answer. views: says where the
+    failed: why the text is worthless (the model's numbers were not finite), None for an answer. rasters: says where the
     visual tokens lie in the pictures (None: not known), as long as the method is attached.
     """
 
@@ -72,7 +72,7 @@ class Answered:
     seconds: float
     encode_seconds: float = 0.0
     failed: str | None = None
-    views: Callable[[], Sequence[View] | None] = lambda: None
+    rasters: Callable[[], Sequence[Raster] | None] = lambda: None
 
 
 class Adapter(Protocol):
@@ -190,15 +190,15 @@ class LlavaAdapter:
         return [
             Answered(
                 *(sample.question, text.strip(), trace, prefill, seconds, encoded.seconds / count, failure),
-                views=partial(self.views, sample, trace),
+                rasters=partial(self.rasters, sample, trace),
             )
             for sample, text, trace, failure in zip(encoded.samples, texts, run.traces, failed, strict=True)
         ]
 
-    def views(self, sample: Sample, trace: Any) -> list[View] | None:
+    def rasters(self, sample: Sample, trace: Any) -> list[Raster] | None:
         """Where the visual tokens of a prompt lie in its pictures; asked under the method that made the trace."""
         crops = [len(pixels) if pixels.ndim == 4 else 1 for pixels in sample.pixels]
-        return llava_views(self.model, self.image_processor, sample.image_sizes, crops, trace.visual_tokens)
+        return llava_rasters(self.model, self.image_processor, sample.image_sizes, crops, trace.visual_tokens)
 
     def most_visual_tokens(self) -> int | None:
         return max_visual_tokens(self.model)

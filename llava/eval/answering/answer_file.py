@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import shortuuid
 
+from llava.eval.answering.rasters import as_json
 from llava.eval.answering.records import RecordFile, doubled, key_hash, match, question_hashes
 from llava.eval.answering.sums import FAILED, TOKENS, TokenTotals, first_difference, run_options
-from llava.eval.answering.views import as_json
 from llava.eval.common.jsonio import require_keys
 from llava.eval.common.outputs import ANSWERS, TRACES
 from llava.eval.common.questions import Question
@@ -217,5 +217,5 @@ class TraceFile:
 
 
 def _places(answer: Any) -> dict[str, Any]:
-    views = as_json(answer.views())
-    return {} if views is None else {"views": views}
+    rasters = as_json(answer.rasters())
+    return {} if rasters is None else {"rasters": rasters}

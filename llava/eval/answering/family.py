@@ -21,8 +21,8 @@ from transformers import LogitsProcessorList
 
 from llava.eval.answering.adapter import Answered, Encoded, FiniteWatch, Sample, where_not_finite
 from llava.eval.answering.metadata import default_dtype
-from llava.eval.answering.places import family_views
-from llava.eval.answering.views import View, numbered
+from llava.eval.answering.places import family_rasters
+from llava.eval.answering.rasters import Raster, numbered
 from llava.eval.common.arguments import GenerationOptions
 from llava.families import list_families
 from llava.utils import UserError
@@ -213,15 +213,15 @@ class FamilyAdapter:
         return [
             Answered(
                 *(sample.question, text.strip(), trace, prefill, seconds, encoded.seconds / count, failure),
-                views=partial(self.views, encoded, row, trace),
+                rasters=partial(self.rasters, encoded, row, trace),
             )
             for row, (sample, text, trace, failure) in enumerate(
                 zip(encoded.samples, texts, run.traces, failed, strict=True)
             )
         ]
 
-    def views(self, encoded: Encoded, row: int, trace: Any) -> list[View] | None:
+    def rasters(self, encoded: Encoded, row: int, trace: Any) -> list[Raster] | None:
         """Where the visual tokens of a prompt of a batch lie in its pictures."""
         sizes = [sample.image_sizes for sample in encoded.samples]
-        images = family_views(self.family, self.processor, encoded.inputs, sizes)[row]
+        images = family_rasters(self.family, self.processor, encoded.inputs, sizes)[row]
         return numbered(images, trace.visual_tokens)

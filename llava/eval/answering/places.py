@@ -1,6 +1,6 @@
-"""Which views the pictures of a model have: how they are padded, cut into tiles and scaled, told from their sizes.
+"""Which rasters the pictures of a model have: how they are padded, cut into tiles and scaled, told from their sizes.
 
-Where a family's places are not known there are no views; nothing is guessed.
+Where a family's places are not known there are no rasters; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -10,29 +10,29 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from llava.eval.answering.views import WHOLE, Box, View, numbered
+from llava.eval.answering.rasters import WHOLE, Box, Raster, numbered
 from llava.mm_utils import parse_grid_pinpoints, resolution_rule, select_best_resolution
 from llava.model.assemble import unpadded_window
 
 Size = tuple[int, int]
 
 
-def padded(size_wh: Size, grid: int) -> View:
+def padded(size_wh: Size, grid: int) -> Raster:
     """A picture in the middle of a square."""
     width, height = size_wh
     side = max(size_wh)
     left, top = (side - width) // 2, (side - height) // 2
-    return View((grid, grid), _box(size_wh, (-left, -top, side - left, side - top)))
+    return Raster((grid, grid), _box(size_wh, (-left, -top, side - left, side - top)))
 
 
-def centered(size_wh: Size, grid: int, kept: float = 1.0) -> View:
+def centered(size_wh: Size, grid: int, kept: float = 1.0) -> Raster:
     """The middle square of a picture; kept: its side, relative to the shorter side of the picture."""
     side = kept * min(size_wh)
     left, top = ((length - side) / 2 for length in size_wh)
-    return View((grid, grid), _box(size_wh, (left, top, left + side, top + side)))
+    return Raster((grid, grid), _box(size_wh, (left, top, left + side, top + side)))
 
 
-def anyres(size_wh: Size, canvas_wh: Size, crop: int, grid: int, merge_type: str) -> list[View]:
+def anyres(size_wh: Size, canvas_wh: Size, crop: int, grid: int, merge_type: str) -> list[Raster]:
     """The whole picture and its tiles on a canvas, as LLaVA-1.6 cuts it.
 
     Args:
@@ -44,37 +44,37 @@ def anyres(size_wh: Size, canvas_wh: Size, crop: int, grid: int, merge_type: str
     """
     columns, rows = canvas_wh[0] // crop, canvas_wh[1] // crop
     box = _canvas_box(size_wh, canvas_wh)
-    whole = View((rows * grid, columns * grid), box, (columns, rows))
+    whole = Raster((rows * grid, columns * grid), box, (columns, rows))
     if merge_type == "flat":
-        return [View((grid, grid)), *tiled(columns, rows, grid, box)]
+        return [Raster((grid, grid)), *tiled(columns, rows, grid, box)]
     if merge_type == "spatial_unpad":
         window = unpadded_window(size_wh, (columns * grid, rows * grid))
-        return [View((grid, grid)), *_cut(whole, *window)]
-    return [View((grid, grid)), whole]
+        return [Raster((grid, grid)), *_cut(whole, *window)]
+    return [Raster((grid, grid)), whole]
 
 
-def tiled(columns: int, rows: int, grid: int, box: Box = WHOLE) -> list[View]:
+def tiled(columns: int, rows: int, grid: int, box: Box = WHOLE) -> list[Raster]:
     """Tiles that follow one another, row by row."""
     left, top, right, bottom = box
     wide, high = (right - left) / columns, (bottom - top) / rows
     return [
-        View((grid, grid), (left + x * wide, top + y * high, left + (x + 1) * wide, top + (y + 1) * high))
+        Raster((grid, grid), (left + x * wide, top + y * high, left + (x + 1) * wide, top + (y + 1) * high))
         for y in range(rows)
         for x in range(columns)
     ]
 
 
-def _cut(view: View, rows: slice, columns: slice) -> list[View]:
+def _cut(raster: Raster, rows: slice, columns: slice) -> list[Raster]:
     """The part of a raster in a window."""
-    height, width = view.grid
+    height, width = raster.grid
     top, bottom, _ = rows.indices(height)
     left, right, _ = columns.indices(width)
     if bottom <= top or right <= left:
         return []
-    x, y = view.box[0], view.box[1]
-    wide, high = (view.box[2] - x) / width, (view.box[3] - y) / height
+    x, y = raster.box[0], raster.box[1]
+    wide, high = (raster.box[2] - x) / width, (raster.box[3] - y) / height
     box = (x + left * wide, y + top * high, x + right * wide, y + bottom * high)
-    return [replace(view, grid=(bottom - top, right - left), box=box)]
+    return [replace(raster, grid=(bottom - top, right - left), box=box)]
 
 
 def _box(size_wh: Size, edges: Sequence[float]) -> Box:
@@ -97,9 +97,9 @@ def _canvas_box(size_wh: Size, canvas_wh: Size) -> Box:
 # --- models -----------------------------------------------------------------------------------------------------
 
 
-def llava_views(
+def llava_rasters(
     model: Any, processor: Any, sizes: Sequence[Size], crops: Sequence[int], visual_tokens: int
-) -> list[View] | None:
+) -> list[Raster] | None:
     """Of a prompt of this package's LLaVA: its pictures' sizes and the number of crops of each."""
     config, patches = model.config, model.get_vision_tower().num_patches
     side = math.isqrt(patches)
@@ -111,7 +111,7 @@ def llava_views(
 
 def _llava_image(
     config: Any, processor: Any, size_wh: Size, crops: int, side: int, merge_type: str
-) -> list[View] | None:
+) -> list[Raster] | None:
     aspect, crop = getattr(config, "image_aspect_ratio", None), config.vision_config.image_size
     if aspect == "pad":
         return [padded(size_wh, side)]
@@ -119,15 +119,15 @@ def _llava_image(
         canvas = select_best_resolution(
             size_wh, parse_grid_pinpoints(config.image_grid_pinpoints), resolution_rule(config)
         )
-        return anyres(size_wh, canvas, crop, side, merge_type) if crops > 1 else [View((side, side))]
+        return anyres(size_wh, canvas, crop, side, merge_type) if crops > 1 else [Raster((side, side))]
     short = processor.size.get("shortest_edge") if hasattr(processor.size, "get") else None
-    return [View((side, side))] if not short else [centered(size_wh, side, crop / short)]
+    return [Raster((side, side))] if not short else [centered(size_wh, side, crop / short)]
 
 
-def family_views(
+def family_rasters(
     family: str, processor: Any, values: Mapping[str, Any], sizes: Sequence[Sequence[Size]]
-) -> list[list[list[View] | None]]:
-    """Views of the pictures of every prompt of a batch, before they are numbered; None where they are not known.
+) -> list[list[list[Raster] | None]]:
+    """Rasters of the pictures of every prompt of a batch, before they are numbered; None where they are not known.
 
     Args:
         family: of `llava.families`.
@@ -139,7 +139,7 @@ def family_views(
     if family.startswith("qwen"):
         grids = iter([] if values.get("image_grid_thw") is None else values["image_grid_thw"].tolist())
         return [[_qwen_image(next(grids), images.merge_size) for _ in own] for own in sizes]
-    one: Callable[[Size], list[View] | None] = lambda size: None  # noqa: E731
+    one: Callable[[Size], list[Raster] | None] = lambda size: None  # noqa: E731
     if family in ("idefics3", "smolvlm"):
         longest, tile = images.size["longest_edge"], images.max_image_size["longest_edge"]
         side = math.isqrt(processor.image_seq_len)
@@ -154,14 +154,14 @@ def family_views(
     return [[one(size) for size in own] for own in sizes]
 
 
-def _qwen_image(grid: Sequence[int], merge: int) -> list[View] | None:
+def _qwen_image(grid: Sequence[int], merge: int) -> list[Raster] | None:
     frames, height, width = grid
-    return [View((height // merge, width // merge))] if frames == 1 else None
+    return [Raster((height // merge, width // merge))] if frames == 1 else None
 
 
-def _with_whole(columns: int, rows: int, side: int) -> list[View]:
+def _with_whole(columns: int, rows: int, side: int) -> list[Raster]:
     """Tiles, and the whole picture behind them; a picture that is not cut is only whole."""
-    return [*(tiled(columns, rows, side) if columns * rows > 1 else []), View((side, side))]
+    return [*(tiled(columns, rows, side) if columns * rows > 1 else []), Raster((side, side))]
 
 
 def _idefics_tiles(size_wh: Size, longest: int, tile: int) -> Size:
@@ -192,13 +192,13 @@ def _intern_tiles(size_wh: Size, images: Any) -> Size:
     return best
 
 
-def _onevision_image(size_wh: Size, images: Any, side: int, most: int) -> list[View]:
+def _onevision_image(size_wh: Size, images: Any, side: int, most: int) -> list[Raster]:
     """As LLaVA-1.6 with unpadding; a raster of more tokens than `most` tiles have is scaled down to as many."""
     canvas = select_best_resolution(size_wh, [(w, h) for h, w in images.image_grid_pinpoints], "effective")
     whole, *tiles = anyres(size_wh, canvas, images.size["height"], side, "spatial_unpad")
     shrunk = []
-    for view in tiles:
-        ratio = math.sqrt(view.tokens / (most * side * side))
-        grid = (int(view.grid[0] // ratio), int(view.grid[1] // ratio)) if ratio > 1.1 else view.grid
-        shrunk.append(replace(view, grid=grid))
+    for raster in tiles:
+        ratio = math.sqrt(raster.tokens / (most * side * side))
+        grid = (int(raster.grid[0] // ratio), int(raster.grid[1] // ratio)) if ratio > 1.1 else raster.grid
+        shrunk.append(replace(raster, grid=grid))
     return [whole, *shrunk]

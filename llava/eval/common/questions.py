@@ -6,12 +6,22 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from llava.jsonfiles import iter_jsonl, require_keys
 from llava.utils import UserError
 
 Item = TypeVar("Item")
+
+
+class HasImages(Protocol):
+    """Something asked about images, by their names."""
+
+    @property
+    def images(self) -> tuple[str, ...]: ...
+
+
+Asked = TypeVar("Asked", bound=HasImages)
 
 
 @dataclass(frozen=True)
@@ -118,7 +128,7 @@ def most_images(questions: Iterable[Question]) -> int:
     return max((len(question.images) for question in questions), default=0)
 
 
-def spread(questions: Sequence[Question], limit: int | None) -> list[Question]:
+def spread(questions: Sequence[Asked], limit: int | None) -> list[Asked]:
     """About `limit` questions (all for None), spread evenly over the file, images kept whole.
 
     Consecutive questions about one image stay together: MME scores images by both of their questions, and the
@@ -126,7 +136,7 @@ def spread(questions: Sequence[Question], limit: int | None) -> list[Question]:
     """
     if limit is None or limit >= len(questions):
         return list(questions)
-    groups: list[list[Question]] = []
+    groups: list[list[Asked]] = []
     for question in questions:
         if groups and question.images and groups[-1][0].images == question.images:
             groups[-1].append(question)

@@ -20,7 +20,7 @@ from typing import Any
 from llava.eval.common.jsonio import read_json
 from llava.eval.common.questions import Question
 from llava.eval.tasks.join import join_answers, load_answers, percent, require_joined
-from llava.eval.tasks.task import Answers, Column, Grader, Score, Task, covered, figure, id_of
+from llava.eval.tasks.task import Answers, Column, Grader, Score, Task, Truths, covered, figure, id_of
 from llava.schema import ID, Fields, ListOf, check, one_of
 from llava.utils import UserError
 
@@ -184,6 +184,10 @@ class Senna(Task):
             return None if actions is None else float(is_right(actions, answer["text"]))
 
         return grade
+
+    def truths(self, data_dir: Path) -> Truths:
+        truth = {key: " ".join(actions) for key, actions in load_truth(self.truth_path(data_dir)).items()}
+        return lambda answer: truth.get(str(answer["question_id"]))
 
     def score(self, data_dir: Path, answers: Answers) -> Score:
         result = evaluate_senna(load_truth(self.truth_path(data_dir)), answers)

@@ -1,7 +1,7 @@
-"""Where the visual tokens of a picture lie in it: views, rasters of tokens over a box of the picture.
+"""Where the visual tokens of a picture lie in it: rasters of tokens, each over a box of the picture.
 
-A picture of LLaVA-1.5 is one view, one of LLaVA-1.6 the whole picture and the tiles. Traces carry views, so that a
-report can draw survivors without the model. Which views a model's pictures have is in `places`.
+A picture of LLaVA-1.5 is one raster, one of LLaVA-1.6 two: the whole picture and its tiles. Traces carry rasters, so
+that a report can draw survivors without the model. Which rasters a model's pictures have is in `places`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 
 
 @dataclass(frozen=True)
-class View:
+class Raster:
     """A raster of visual tokens.
 
     Attributes:
@@ -39,24 +39,24 @@ class View:
         return self.grid[0] * self.grid[1]
 
 
-def as_json(views: Sequence[View] | None) -> list[dict[str, Any]] | None:
+def as_json(rasters: Sequence[Raster] | None) -> list[dict[str, Any]] | None:
     """As a trace has them."""
-    if views is None:
+    if rasters is None:
         return None
-    return [{**asdict(view), "box": [round(edge, 6) for edge in view.box]} for view in views]
+    return [{**asdict(raster), "box": [round(edge, 6) for edge in raster.box]} for raster in rasters]
 
 
-def numbered(images: Sequence[Sequence[View] | None], visual_tokens: int, extra: int = 0) -> list[View] | None:
-    """The views of all pictures of a prompt, with their places in it; None if they are not what the prompt has.
+def numbered(images: Sequence[Sequence[Raster] | None], visual_tokens: int, extra: int = 0) -> list[Raster] | None:
+    """The rasters of all pictures of a prompt, with their places in it; None if they are not what the prompt has.
 
-    extra: tokens in front of every view that are no patches (a CLS token).
+    extra: tokens in front of every raster that are no patches (a CLS token).
     """
-    views, first = [], 0
+    rasters, first = [], 0
     for number, own in enumerate(images):
         if own is None:
             return None
-        for view in own:
+        for raster in own:
             first += extra
-            views.append(replace(view, first=first, image=number))
-            first += view.tokens
-    return views if views and first == visual_tokens else None
+            rasters.append(replace(raster, first=first, image=number))
+            first += raster.tokens
+    return rasters if rasters and first == visual_tokens else None
