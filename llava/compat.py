@@ -62,6 +62,19 @@ class Decoder(Protocol):
     forward: Callable[..., Any]
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile`, (distributed) data parallelism and PEFT's adapters; itself if it is in none."""
+    while True:
+        if hasattr(model, "_orig_mod"):  # torch.compile
+            model = cast(nn.Module, model._orig_mod)
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):  # transformers' models have the first
+            model = cast(Any, model).get_base_model()
+        else:
+            return model
+
+
 def find_decoder(model: nn.Module) -> Decoder:
     """The module that holds the decoder layers of ``model`` (itself, if it is one).
 
@@ -179,6 +192,8 @@ def check_cache(cache: Cache) -> None:
         ValueError: static, sliding-window or quantized cache.
     """
     layers = getattr(cache, "layers", [])
+    if getattr(cache, "offloading", False):
+        raise ValueError("a cache that is offloaded cannot be used with pruning; leave cache_implementation unset")
     if not isinstance(cache, DynamicCache) or any(type(layer) is not DynamicLayer for layer in layers):
         kinds = sorted({type(layer).__name__ for layer in layers}) or [type(cache).__name__]
         raise ValueError(

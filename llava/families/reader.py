@@ -25,12 +25,14 @@ from llava.families.base import Call, Family, Placed
 from llava.families.tower import Place, TowerFacts, side_by_side, split_values
 from llava.pruning.engine.cache import CacheRecord
 from llava.pruning.engine.layout import VisualLayout
+from llava.pruning.engine.support import check_generation
 from llava.pruning.types import UnsupportedError
 from llava.pruning.vision import TowerValue, VisionFact
 
 _LOGGER = logging.getLogger(__name__)
 
 _ATTRIBUTE = "pruning_encoded"
+_PROMPTS = ("input_ids", "inputs", "inputs_embeds")
 _CLS_ROWS = (TowerValue.CLS_ATTENTION, TowerValue.WIDE_CLS_ATTENTION)
 
 
@@ -129,14 +131,15 @@ class FamilyReader:
 
             @functools.wraps(generate)
             def whole(*args: Any, **kwargs: Any) -> Any:
-                given = [
-                    kwargs.get("generation_config"),
-                    *(value for value in args if hasattr(value, "max_new_tokens")),
-                ]
-                sizes = [kwargs.get("prefill_chunk_size"), *(getattr(own, "prefill_chunk_size", None) for own in given)]
-                if any(sizes):
-                    raise UnsupportedError("prefill_chunk_size: a prompt that comes in chunks cannot be pruned")
-                return generate(*args, **kwargs)
+                configs = [kwargs.get("generation_config"), *args, getattr(self._top, "generation_config", None)]
+                check_generation(kwargs, configs)
+                prompt = next((kwargs[name] for name in _PROMPTS if kwargs.get(name) is not None), None)
+                prompt = args[0] if prompt is None and args else prompt
+                self._here.width = None if prompt is None else prompt.shape[1]
+                try:
+                    return generate(*args, **kwargs)
+                finally:
+                    self._here.width = None
 
             run._replace(undo, self._top, "generate", whole)
 
@@ -154,8 +157,20 @@ class FamilyReader:
                     "whole conversation as one prompt"
                 )
             return
-        self._here.prompt = kwargs.get("input_ids"), encoded
+        ids = kwargs.get("input_ids")
+        if ids is None and (encoded or pixels) and kwargs.get("inputs_embeds") is not None:
+            ids = self._ids_of(kwargs["inputs_embeds"])
+        self._here.prompt = ids, encoded
         self._here.encoded = {}
+
+    def _ids_of(self, embeds: Tensor) -> Tensor:
+        """Ids ``[B, N]`` of a prompt given as embeddings ``[B, N, C]``: those of placeholders, -1 for others."""
+        embed = self._model.get_input_embeddings()
+        ids = torch.full(embeds.shape[:2], -1, device=embeds.device)
+        for token in self._family.tokens(self._model.config).values():
+            own = embed(torch.tensor(token, device=embed.weight.device)).to(embeds.device)
+            ids[(embeds == own).all(-1)] = token
+        return ids
 
     def _watched(self, run: Any, modality: str, own: Callable[..., Any]) -> Callable[..., Any]:
         """The model's own encoding, with what the method wants to know of the tower beside the features."""
@@ -235,7 +250,8 @@ class FamilyReader:
             modality: getattr(output, _ATTRIBUTE, None) or _bare(output) for modality, output in given.items()
         } or self._here.__dict__.get("encoded", {})
         tokens = self._family.tokens(self._model.config)
-        rows = ids.tolist()
+        width = getattr(self._here, "width", None)  # behind it stand guesses of assisted decoding
+        rows = ids[:, :width].tolist()
         total = sum(row.count(token) for row in rows for token in tokens.values())
         known = sum(sum(part.sizes) for part in encoded.values())
         if known and total % known == 0:
@@ -246,11 +262,10 @@ class FamilyReader:
         for modality, part in encoded.items():
             if sum(part.sizes) != counts.get(modality):
                 return  # the model says itself that images and prompt do not fit together
-        if not encoded:
-            counts = dict.fromkeys(counts, 0)  # placeholders without images are text
         self._check_known(run, encoded)
-        layout, facts = read(rows, {m: t for m, t in tokens.items() if counts[m]}, encoded)
-        run.set_visual(layout, facts=facts, sample_ids=run.sample_ids)
+        seen = {m: t for m, t in tokens.items() if counts[m] and m in encoded}  # placeholders of nothing are text
+        layout, facts = read(rows, seen, encoded)
+        run.set_visual(layout, facts=facts, sample_ids=run.sample_ids, width=width)
 
     def _check_known(self, run: Any, encoded: Mapping[str, Encoded]) -> None:
         for modality, part in encoded.items():

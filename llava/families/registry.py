@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from llava import compat
 from llava.families.base import Family
 from llava.families.idefics3 import Idefics3, SmolVLM
 from llava.families.internvl import InternVL
@@ -51,11 +52,12 @@ def family_of(model: nn.Module) -> Family | None:
     """The family of a model, by the class whose forward it has; None if it is not known (a bare decoder, a class that
     tells the run itself where its visual tokens are).
     """
-    owner = next((kind.__name__ for kind in type(model).__mro__ if "forward" in vars(kind)), "")
+    kinds = type(compat.unwrapped(model)).__mro__
+    owner = next((kind.__name__ for kind in kinds if "forward" in vars(kind)), "")
     return next((family for family in _FAMILIES if owner in family.classes), None)
 
 
 def reader_of(model: nn.Module) -> FamilyReader | None:
     """What reads the model's prompts for a pruning run; None for models of no known family."""
     family = family_of(model)
-    return None if family is None else FamilyReader(family, model)
+    return None if family is None else FamilyReader(family, compat.unwrapped(model))

@@ -48,7 +48,7 @@ from llava.utils import UserError
 
 _LOGGER = logging.getLogger(__name__)
 
-STATIC_CACHES = ("static", "sliding_window", "hybrid", "hybrid_chunked")
+DYNAMIC_CACHES = (None, "dynamic", "dynamic_full")
 
 
 class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
@@ -418,6 +418,8 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         """Say no to what would fail far from its cause or give wrong answers."""
         if kwargs.get("pixel_values") is not None:
             raise UserError("pass images= (LLaVA's convention) instead of pixel_values=")
+        if kwargs.get("assistant_model") is not None:
+            raise UserError("assistant_model= is not supported: prompts reach the decoder as embeddings, without ids")
         if kwargs.get("position_ids") is not None:
             raise UserError("position_ids= is not supported: positions follow from the prompt and its attention_mask")
 
@@ -430,7 +432,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         if self.pruning_run is None:
             return
         implementation = option("cache_implementation")
-        if implementation is not None and implementation.removeprefix("offloaded_") in STATIC_CACHES:
+        if implementation not in DYNAMIC_CACHES:
             raise UserError(
                 f"cache_implementation={implementation!r} cannot be used with pruning: "
                 "layers keep different numbers of tokens, which needs the dynamic cache"

@@ -11,6 +11,7 @@ import dataclasses
 import inspect
 import pickle
 
+import peft
 import pytest
 import torch
 import transformers
@@ -255,14 +256,66 @@ def test_beams_and_samples(name):
 
 
 @every_family
-def test_prompt_lookup_decoding_is_greedy_decoding(name):
+def test_assisted_decoding_is_greedy_decoding(name):
+    """Guesses looked up in the prompt, and guesses of a model beside, which has not seen what was pruned."""
     tiny = FAMILIES[name]
-    model, inputs = tiny.model(), tiny.batch(TWO)
+    model, inputs, beside = tiny.model(), tiny.batch(TWO), copy.deepcopy(tiny.model())
     for method in (AutoPrune(target_tokens=8), get_method("visionzip")(target_tokens=8)):
         with method.attach(model):
             greedy, _ = generated(model, dict(inputs), tokens=8)
-            looked, _ = generated(model, dict(inputs), tokens=8, prompt_lookup_num_tokens=3)
-        assert torch.equal(greedy, looked), method.name
+            for how in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": beside}):
+                guessed, _ = generated(model, dict(inputs), tokens=8, **how)
+                assert torch.equal(greedy, guessed), (method.name, how)
+
+
+@every_family
+def test_a_model_inside_another(name):
+    """PEFT's adapters (which do nothing at first), torch.compile and data parallelism hide the family's class."""
+    tiny = FAMILIES[name]
+    model, inputs, method = tiny.model(), tiny.batch(ONE, TWO), AutoPrune(target_tokens=8)
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] > 80, -100)
+    with method.attach(model), torch.no_grad():
+        tokens, logits = generated(model, dict(inputs))
+        loss = model(**inputs, labels=labels).loss
+    adapters = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2)
+    adapted = peft.get_peft_model(copy.deepcopy(tiny.model()), adapters).eval()
+    compiled = torch.compile(copy.deepcopy(tiny.model()), backend="eager")
+    for wrapped in (adapted, compiled, torch.nn.DataParallel(model)):
+        assert family_of(wrapped).name == name
+        if isinstance(wrapped, torch.nn.DataParallel):
+            continue  # needs a GPU to run
+        # Compiling takes a minute and changes nothing here.
+        with torch.compiler.set_stance("force_eager"), method.attach(wrapped) as run, torch.no_grad():
+            own_tokens, own_logits = generated(wrapped, dict(inputs))
+            own_loss = wrapped(**inputs, labels=labels).loss
+        assert torch.equal(own_tokens, tokens) and len(run.traces) == 4
+        torch.testing.assert_close(own_logits, logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(own_loss, loss)
+
+
+@every_family
+def test_a_prompt_as_embeddings(name):
+    """Placeholders are found by their embedding, as transformers finds them; without pixels nothing can be known."""
+    tiny = FAMILIES[name]
+    model, inputs = tiny.model(), tiny.batch(ONE, TWO)
+    embeds = {key: value for key, value in inputs.items() if key != "input_ids"}
+    embeds["inputs_embeds"] = model.get_input_embeddings()(inputs["input_ids"]).detach()
+
+    def logits():
+        options = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        return torch.stack(model.generate(**embeds, **options).logits, 1)
+
+    dense = logits()
+    with AutoPrune(target_tokens=EVERYTHING).attach(model):
+        torch.testing.assert_close(logits(), dense, atol=1e-4, rtol=1e-4)
+    with AutoPrune(target_tokens=8).attach(model) as run:
+        assert not torch.allclose(logits(), dense, atol=1e-3)
+        assert [trace.visual_tokens + trace.structure_tokens for trace in run.traces] == [
+            (row == IMAGE).sum().item() for row in inputs["input_ids"]
+        ]
+        alone = {"inputs_embeds": embeds["inputs_embeds"], "attention_mask": inputs["attention_mask"]}
+        with pytest.raises(RuntimeError, match=f"{name} says so by input_ids"):
+            model(**alone)
 
 
 @every_family
@@ -361,9 +414,18 @@ def test_what_a_family_cannot_do_is_refused_by_name(name):
     computed = []
     hook = model.get_decoder().register_forward_pre_hook(lambda *_: computed.append(1))
     chunks = transformers.GenerationConfig(max_new_tokens=2, prefill_chunk_size=8)
+    static = transformers.StaticCache(config=model.config.get_text_config(), max_cache_len=400)
     with get_method("fastv")(target_tokens=8).attach(model):
-        for how in ({"prefill_chunk_size": 8}, {"generation_config": chunks}):
-            with pytest.raises(UnsupportedError, match="prefill_chunk_size.*cannot be pruned"):
+        for how, message in (
+            ({"prefill_chunk_size": 8}, "prefill_chunk_size.*cannot be pruned"),
+            ({"generation_config": chunks}, "prefill_chunk_size.*cannot be pruned"),
+            ({"past_key_values": static}, "StaticCache"),
+            *(
+                ({"cache_implementation": kind}, f"cache_implementation='{kind}' cannot be used with pruning")
+                for kind in ("static", "offloaded_static", "offloaded", "quantized")
+            ),
+        ):
+            with pytest.raises(ValueError, match=message):
                 model.generate(**tiny.batch(ONE), **how)
     hook.remove()
     assert not computed

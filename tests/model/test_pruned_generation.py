@@ -154,7 +154,7 @@ def test_what_cannot_work_with_pruning_is_refused(model):
     with torch.no_grad():
         model(ids, images=images, past_key_values=filled)
     with AutoPrune(target_tokens=4).attach(model):
-        for implementation in ("static", "offloaded_static"):
+        for implementation in ("static", "offloaded_static", "offloaded", "quantized"):
             with pytest.raises(UserError, match=f"cache_implementation='{implementation}' cannot be used with pruning"):
                 model.generate(ids, images=images, cache_implementation=implementation)
         static = StaticCache(config=model.config.get_text_config(), max_cache_len=40)
@@ -164,6 +164,8 @@ def test_what_cannot_work_with_pruning_is_refused(model):
             model.generate(ids, images=images, past_key_values=filled)
         with pytest.raises(UserError, match="instead of pixel_values"):
             model(input_ids=ids, pixel_values=images)
+        with pytest.raises(UserError, match="assistant_model= is not supported"):
+            model.generate(ids, images=images, assistant_model=model)
 
 
 def test_streaming_and_output_objects_work(model):

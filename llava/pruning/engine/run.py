@@ -13,6 +13,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from typing import Any, NoReturn, SupportsIndex
 
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from llava import compat
 from llava.pruning.engine.cache import CacheRecord
 from llava.pruning.engine.decoder import decode, prefill
+from llava.pruning.engine.guesses import prompt_then_guesses
 from llava.pruning.engine.labels import follow_labels
 from llava.pruning.engine.layout import VisualLayout
 from llava.pruning.engine.missed import MissedBudgets
@@ -69,6 +71,7 @@ class PruningRun:
 
     def __init__(self, method: Method, model: nn.Module, graphs: Replays | None = None) -> None:
         self.graphs = graphs
+        model = compat.unwrapped(model)
         self.reader = reader_of(model)
         self.decoder: Any = compat.find_decoder(model)
         self._axes = compat.has_axes(self.decoder)
@@ -113,8 +116,7 @@ class PruningRun:
                 for name in ("__deepcopy__", "__reduce_ex__"):
                     self._replace(undo, module, name, _refuse_copy)
             if self._prunes and self._model is not self.decoder:
-                hook = self._model.register_forward_pre_hook(self._see_labels, with_kwargs=True)
-                undo.callback(hook.remove)
+                self._replace(undo, self._model, "forward", self._seeing_labels(self._model.forward))
                 if hasattr(self._model, "loss_function"):
                     self._replace(undo, self._model, "_loss_function", self._loss(self._model.loss_function))
             if self.reader is not None:
@@ -142,13 +144,19 @@ class PruningRun:
         """A turn of this thread: what belongs to one prefill and must not meet another one's."""
         return self._turn
 
-    def _see_labels(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note whether this call of the model has labels: then the decoder must say which tokens are left."""
-        labels = kwargs.get("labels")
-        if labels is None and len(args) > 1:
-            names = list(inspect.signature(model.forward).parameters)
-            labels = dict(zip(names, args, strict=False)).get("labels")
-        self._told.labels, self._told.left = labels is not None, None
+    def _seeing_labels(self, own: Any) -> Any:
+        """The model's forward, noting whether it is given labels: then the decoder must say which tokens are left. No
+        hook, as PEFT's adapters call the forward itself.
+        """
+        names = list(inspect.signature(own).parameters)
+
+        @functools.wraps(own)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            labels = {**dict(zip(names, args, strict=False)), **kwargs}.get("labels")
+            self._told.labels, self._told.left = labels is not None, None
+            return own(*args, **kwargs)
+
+        return forward
 
     def _loss(self, own: Any) -> Any:
         """The model's loss, with labels only of tokens that are still there."""
@@ -210,6 +218,7 @@ class PruningRun:
         facts: Mapping[str, Sequence[Tensor | None]] | None = None,
         reduced: Sequence[ReducedRow] | None = None,
         sample_ids: Sequence[int] | None = None,
+        width: int | None = None,
     ) -> None:
         """Say where the visual tokens of the next prompts are: for one prefill, which uses it up.
 
@@ -222,12 +231,13 @@ class PruningRun:
             reduced: if the visual tokens were reduced already, what each row must say about it. N_i of all facts still
                 counts the visual tokens before the reduction.
             sample_ids: number of each row's sample, for seeded methods; default: counted on from :attr:`samples_seen`.
+            width: tokens of the (padded) prompts where guesses of assisted decoding may stand behind them.
 
         Raises:
             ValueError: a fact is missing or of the wrong length.
         """
         needed = self._needed_facts(reduced is not None)
-        self._told.prompts = told_of(self.method.name, layout, cls_attention, facts, reduced, sample_ids, needed)
+        self._told.prompts = told_of(self.method.name, layout, cls_attention, facts, reduced, sample_ids, width, needed)
 
     @property
     def _prunes(self) -> bool:
@@ -271,6 +281,12 @@ class PruningRun:
 
             added = deepstack_features(self.decoder, kwargs, given) if self._prunes else None
             told = self._take_told()
+            if told.width is not None and told.width < width and self._prunes:
+                self._told.prompts = replace(told, width=None)
+                given_all = dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+                                 inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs)  # fmt: skip
+                cache = compat.new_cache() if past_key_values is None else past_key_values
+                return prompt_then_guesses(self._forward, told.width, cache, given_all)
             layout, repeats = repeated(told.layout, batch)
             prunes = self._prunes and any(layout.counts)
             if self._prunes:
@@ -344,8 +360,9 @@ class PruningRun:
         self._told.prompts = None
         if told is None:
             raise RuntimeError(
-                "the pruning run does not know where the visual tokens are: call run.set_visual(VisualLayout...) "
-                "in this thread before every prefill (LlavaLlamaForCausalLM does so itself); a layout holds for one "
+                "the pruning run does not know where the visual tokens are: "
+                + ("" if self.reader is None else f"{self.reader.family} says so by input_ids and pixels; else ")
+                + "call run.set_visual(VisualLayout...) in this thread before every prefill; a layout holds for one "
                 "prefill, and a prompt without an image has one without spans"
             )
         self._threads.add(threading.current_thread())

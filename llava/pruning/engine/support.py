@@ -7,7 +7,7 @@ without a word, so decoders are named, and every name stands in the test that co
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -140,6 +140,34 @@ def _is_off(name: str, value: Any) -> bool:
     return value is None or (value is False and name.startswith("output_"))
 
 
+_STATIC = "transformers makes masks of other forms for a static cache: leave cache_implementation unset"
+
+
+def check_generation(given: Mapping[str, Any], configs: Iterable[Any]) -> None:
+    """Refuse what `generate` is asked for before anything is computed. given: its keyword arguments; configs: objects
+    that may be generation configurations, the first one that has an option decides.
+
+    Raises:
+        UnsupportedError: chunked prefill, or a cache whose layers cannot have different lengths.
+        ValueError: such a cache itself.
+    """
+
+    def option(name: str) -> Any:
+        own = (getattr(config, name, None) for config in configs)
+        return given[name] if given.get(name) is not None else next((value for value in own if value is not None), None)
+
+    if option("prefill_chunk_size"):
+        raise UnsupportedError("prefill_chunk_size: a prompt that comes in chunks cannot be pruned")
+    implementation = option("cache_implementation")
+    if implementation not in (None, "dynamic", "dynamic_full"):
+        raise UnsupportedError(
+            f"cache_implementation={implementation!r} cannot be used with pruning: layers keep different numbers of "
+            "tokens, which needs the plain dynamic cache; leave it unset"
+        )
+    if given.get("past_key_values") is not None:
+        compat.check_cache(given["past_key_values"])
+
+
 def check_prompt_form(attention_mask: Any, position_ids: Any, batch: int, width: int, axes: bool = False) -> None:
     """Refuse masks and positions of a prefill that are not one number per token, or one per axis (``axes``).
 
@@ -149,7 +177,7 @@ def check_prompt_form(attention_mask: Any, position_ids: Any, batch: int, width:
     if isinstance(attention_mask, Mapping):
         raise UnsupportedError(
             f"attention_mask is a dictionary ({', '.join(map(str, attention_mask))}): pruning needs the padding mask "
-            f"[batch, {width}]"
+            f"[batch, {width}]; {_STATIC}"
         )
     for name, value in (("attention_mask", attention_mask), ("position_ids", position_ids)):
         if value is None:
@@ -161,7 +189,7 @@ def check_prompt_form(attention_mask: Any, position_ids: Any, batch: int, width:
         if not isinstance(value, Tensor) or value.ndim != 2 or shape[1] != width or shape[0] not in rows:
             raise UnsupportedError(
                 f"{name} must be [{batch}, {width}] for a prefill that is pruned, got {shape}"
-                + (" (this decoder's positions have one axis)" if name == "position_ids" else "")
+                + (" (this decoder's positions have one axis)" if name == "position_ids" else f"; {_STATIC}")
             )
 
 

@@ -23,6 +23,7 @@ class Told:
     facts: Mapping[str, list[Tensor]]
     reduced: Sequence[ReducedRow] | None
     sample_ids: tuple[int, ...] | None
+    width: int | None = None
 
 
 def told_of(
@@ -32,6 +33,7 @@ def told_of(
     facts: Mapping[str, Sequence[Tensor | None]] | None,
     reduced: Sequence[ReducedRow] | None,
     sample_ids: Sequence[int] | None,
+    width: int | None,
     needed: Sequence[str],
 ) -> Told:
     """The arguments of :meth:`PruningRun.set_visual`, checked against each other and cut down to the facts needed.
@@ -66,6 +68,7 @@ def told_of(
         vectors,
         None if reduced is None else list(reduced),
         None if sample_ids is None else tuple(sample_ids),
+        width,
     )
 
 
