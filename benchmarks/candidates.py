@@ -1,12 +1,10 @@
-"""What is timed: transformers' own model, a pruned run, and the floor under it.
-
-Knows decoders and methods; times nothing. Every function returns callables without arguments.
-"""
+"""What is measured: transformers' own decoder, a pruned run, and the floor under it, as callables; and their counts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -24,6 +22,8 @@ from llava.pruning.engine.trace import Trace
 from llava.pruning.method import PruningMethod
 from llava.pruning.methods.autoprune.curve import planned_counts
 from llava.utils import UserError
+
+MIB = 2**20
 
 
 def build_method(name: str, budget: int, **options: Any) -> PruningMethod:
@@ -150,6 +150,23 @@ def traces_of(model: nn.Module, method: Setting | None, prompt: RandomPrompt) ->
         return dense_traces(model.model, prompt.layout, (prompt.tokens,) * batch, prompt.embeds_BNC.element_size())
     with torch.inference_mode():
         return run_pruned(model, method, prompt)[1]
+
+
+def count_row(traces: Sequence[Trace]) -> dict[str, Any]:
+    """Tokens, FLOPs and bytes of a batch: what does not depend on the machine."""
+    flops, dense = sum(t.flops() for t in traces), sum(t.dense_flops() for t in traces)
+    slopes = [t.slope for t in traces if t.slope is not None]
+    return {
+        "batch": len(traces),
+        "visual": traces[0].visual_tokens,
+        "nominal": fmean(t.mean_tokens("nominal") for t in traces),
+        "processed": fmean(t.mean_tokens("processed") for t in traces),
+        "slope": fmean(slopes) if slopes else None,
+        "flops": flops,
+        "flops_of_dense": flops / dense,
+        "selection_flops_of_dense": sum(t.selection_flops() for t in traces) / dense,
+        "kv_mib": sum(t.kv_bytes() for t in traces) / MIB,
+    }
 
 
 def choice_seconds(model: nn.Module, method: Setting, prompt: RandomPrompt, rounds: int = 3) -> float | None:

@@ -9,23 +9,21 @@ a prefill (not timed) and then `--new-tokens` steps, each timed by itself. Outpu
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from benchmarks.candidates import traces_of
-from benchmarks.environment import use_fixed_allocator
-from benchmarks.geometry import RandomPrompt, random_decoder, random_prompt
-from benchmarks.output import add_method_arguments, common_parser, deliver
-from benchmarks.prefill import count_row, describe_geometry, job_of
-from benchmarks.timing import Summary, interleaved_rounds, median_ratio, timed
+from benchmarks.candidates import count_row, traces_of
+from benchmarks.flags import Job, Settings, decoder_parser
+from benchmarks.geometry import RandomPrompt
+from benchmarks.timing import interleaved_rounds, median_ratio, summary, timed
+from llava.eval.common.arguments import check_range
 from llava.pruning import get_method
-from llava.utils import UserError, cli_main
+from llava.utils import cli_main
 
-COLUMNS = ("method", "budget", "batch", "visual", "nominal", "processed", "ms", "p10", "p90", "of_dense", "kv_mib",
-           "kv_of_dense")  # fmt: skip
+COLUMNS = ("method", "budget", "batch", "visual", "nominal", "processed", "ms", "p10", "p90", "of_dense",
+           "flops_of_dense", "kv_mib", "kv_of_dense")  # fmt: skip
 
 
 class Decoding:
@@ -49,58 +47,45 @@ class Decoding:
         return self.model(input_ids=self.token, past_key_values=cache, use_cache=True).logits
 
 
-def measure(model: Any, prompt: RandomPrompt, settings: dict, args: Any) -> list[dict[str, Any]]:
+def measure(model: Any, prompt: RandomPrompt, settings: Settings, args: Any) -> list[dict[str, Any]]:
     """Rows for one batch size: dense, then every setting."""
-    device = prompt.embeds_BNC.device
-    methods = {("dense", None): get_method("dense").from_options({}), **settings}
+    dense: Any = ("dense", None)
+    methods = {dense: get_method("dense").from_options({}), **settings}
     runs = {key: Decoding(model, method, prompt, args.new_tokens) for key, method in methods.items()}
     seconds = interleaved_rounds(
-        {str(key): run for key, run in runs.items()},
+        runs,
         args.rounds,
-        device,
+        prompt.embeds_BNC.device,
         args.warmup,
         measure=lambda run, where: run.seconds_per_step(run, where),
         description=f"decode, batch {len(prompt.embeds_BNC)}",
     )
     rows = []
-    for (name, budget), method in methods.items():
-        traces = traces_of(model, None if name == "dense" else method, prompt)
-        own, dense = seconds[str((name, budget))], seconds[str(("dense", None))]
-        summary = Summary.of(own)
+    for key, method in methods.items():
+        counts = count_row(traces_of(model, None if key == dense else method, prompt))
         rows.append(
             {
-                "method": name,
-                "budget": budget,
-                **count_row(traces),
-                "ms": summary.median,
-                "p10": summary.p10,
-                "p90": summary.p90,
-                "rounds": summary.rounds,
+                **dict(zip(("method", "budget"), key, strict=True)),
+                **counts,
+                **summary(seconds[key]),
                 "new_tokens": args.new_tokens,
-                "of_dense": median_ratio(own, dense),
+                "of_dense": median_ratio(seconds[key], seconds[dense]),
+                "kv_of_dense": counts["kv_mib"] / (rows[0]["kv_mib"] if rows else counts["kv_mib"]),
             }
         )
-        rows[-1]["kv_of_dense"] = rows[-1]["kv_mib"] / rows[0]["kv_mib"]
     return rows
 
 
 @cli_main
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = common_parser("Time per decoded token on dense and pruned caches.")
-    add_method_arguments(parser)
+    parser = decoder_parser("Time per decoded token on dense and pruned caches.")
     parser.add_argument("--new-tokens", type=int, default=16, help="steps per round")
     args = parser.parse_args(argv)
-    if args.new_tokens < 1:
-        raise UserError(f"--new-tokens must be at least 1, got {args.new_tokens}")
-    if argv is None and args.allocator == "fixed":
-        use_fixed_allocator("benchmarks.decode", sys.argv[1:])
-    device, dtype, shape, visual, settings, sizes = job_of(args)
-    model = random_decoder(shape, device, dtype, args.attn_implementation)
-    rows = []
-    for size in sizes:
-        rows += measure(model, random_prompt(shape, size, device, dtype, visual), settings, args)
-    name = describe_geometry(rows, shape, dtype, args)
-    deliver("decode", f"{name} {visual} visual tokens", rows, COLUMNS, args, device)
+    check_range("--new-tokens", args.new_tokens, 1)
+    job = Job.of(args)
+    model = job.decoder()
+    rows = [row for prompt in job.prompts() for row in measure(model, prompt, job.settings, args)]
+    job.deliver("decode", rows, COLUMNS, args)
 
 
 if __name__ == "__main__":

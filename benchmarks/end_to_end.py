@@ -10,29 +10,27 @@ nothing waits between the parts: a part has the device's time, and what the host
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.candidates import build_method
-from benchmarks.environment import use_fixed_allocator
-from benchmarks.output import add_running_arguments, deliver, method_names, numbers, prepare
+from benchmarks.flags import add_method_arguments, add_running_arguments, prepare, settings_of
 from benchmarks.parts import Clock, Cut, cut, selection
+from benchmarks.saved import deliver
 from llava import compat
-from llava.eval.common.arguments import GenerationOptions, Parser
+from llava.eval.common.arguments import GenerationOptions, Parser, check_range
 from llava.eval.common.jsonio import require_folder
 from llava.eval.common.questions import spread
 from llava.eval.reports.defaults import MAX_NEW_TOKENS
 from llava.eval.tasks.registry import DEMO
 from llava.pruning import get_method
 from llava.tiny import BENCHMARKS, CHECKPOINT
-from llava.utils import UserError, cli_main
+from llava.utils import cli_main
 
 PARTS = ("image", "tokenize", "vision", "projector", "encode", "prefill", "selection", "decode", "detokenize", "other")
-COLUMNS = ("method", "budget", "questions", "tokens_processed", "ms", "of_dense", *PARTS)
+COLUMNS = ("benchmark", "method", "budget", "tokens_processed", "ms", "of_dense", *PARTS, "questions")
 
 
 def answer_in_parts(answerer: Any, questions: Sequence[Any], method: Any, clock: Clock) -> list[Any]:
@@ -88,21 +86,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description="Time per question on the miniature benchmarks, split into parts.")
     parser.add_argument("--model-path", default=str(CHECKPOINT), help="checkpoint folder")
     parser.add_argument("--data-dir", default=str(BENCHMARKS), help="benchmark data, upstream's layout")
-    parser.add_argument("--methods", default="autoprune", help="pruning methods by commas; dense is always measured")
-    parser.add_argument("--budgets", default="192,128,64", help="target tokens, by commas")
+    add_method_arguments(parser, "autoprune")
     parser.add_argument("--limit", type=int, default=40, help="questions per benchmark, spread over it")
     parser.add_argument("--batch-size", type=int, default=1, help="questions per forward pass")
     add_running_arguments(parser)
     args = parser.parse_args(argv)
-    if min(args.limit, args.batch_size) < 1:
-        raise UserError("--limit and --batch-size must be at least 1")
-    if argv is None and args.allocator == "fixed":
-        use_fixed_allocator("benchmarks.end_to_end", sys.argv[1:])
+    check_range("--limit", args.limit, 1)
+    check_range("--batch-size", args.batch_size, 1)
     device, dtype = prepare(args)
     data_dir = require_folder(args.data_dir, "data folder")
-    names = method_names(args.methods)
-    methods = {("dense", None): get_method("dense").from_options({})}
-    methods |= {(n, b): build_method(n, b) for n in names for b in numbers(args.budgets, "--budgets")}
+    methods = {("dense", None): get_method("dense").from_options({}), **settings_of(args)}
 
     from llava.eval.answering.adapter import LlavaAdapter
     from llava.eval.answering.answerer import Answerer
@@ -123,8 +116,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             )  # fmt: skip
             found = measure(answerer, list(batches(questions, args.batch_size)), methods, device)
             rows += [{"benchmark": task.title, **row} for row in found]
-    label = f"{Path(args.model_path).name} batch {args.batch_size} {str(dtype).removeprefix('torch.')}"
-    deliver("end_to_end", label, rows, ("benchmark", *COLUMNS), args, device)
+    label = f"{Path(args.model_path).name}, batch {args.batch_size}, {str(dtype).removeprefix('torch.')}"
+    deliver("end_to_end", label, rows, COLUMNS, args, device)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ needs, wherever it is, and in no other part. other: text embeddings, putting the
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,11 +18,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.environment import use_fixed_allocator
-from benchmarks.output import add_method_arguments, common_parser, deliver
+from benchmarks.candidates import count_row
+from benchmarks.flags import Job, decoder_parser
 from benchmarks.parts import Clock, Cut, cut, selection
-from benchmarks.prefill import count_row, describe_geometry, job_of
-from benchmarks.timing import Summary, interleaved_rounds, median_ratio
+from benchmarks.timing import interleaved_rounds, median_ratio, summary
 from benchmarks.whole_model import (
     ImagePrompt,
     TowerWatch,
@@ -41,7 +39,7 @@ from llava.utils import cli_main
 
 PARTS = ("vision", "projector", "prefill", "selection", "head", "other")
 COLUMNS = ("method", "budget", "model", "batch", "visual", "processed", "ms", "p10", "p90", "of_dense",
-           "flops_of_dense", *PARTS, "vision_percent", "tower_layers", "extra_rows")  # fmt: skip
+           "flops_of_dense", "kv_mib", *PARTS, "vision_percent", "tower_layers", "extra_rows")  # fmt: skip
 DENSE = ("dense", None, "transformers")
 
 Key = tuple[str, int | None, str]
@@ -112,54 +110,40 @@ def median_parts(found: Mapping[Key, Candidate], rounds: int) -> dict[Key, dict[
 
 def measure(model: Any, prompt: ImagePrompt, settings: Mapping[tuple[str, int], Any], args: Any) -> list[dict]:
     """Rows for one batch size: dense twice, then every setting."""
-    device, batch = prompt.pixels.device, len(prompt.pixels)
     found = candidates(model, prompt, settings)
     facts = {key: candidate.facts() for key, candidate in found.items()}
     facts[DENSE] = (facts["dense", None, "llava"][0], facts[DENSE][1])  # the same tokens
     seconds = interleaved_rounds(
-        {str(key): candidate.work() for key, candidate in found.items()},
+        {key: candidate.work() for key, candidate in found.items()},
         args.rounds,
-        device,
+        prompt.pixels.device,
         args.warmup,
-        description=f"first token, batch {batch}",
+        description=f"first token, batch {len(prompt.pixels)}",
     )
     parts = median_parts(found, args.rounds)
-    rows = []
-    for key, (traces, tower) in facts.items():
-        own = seconds[str(key)]
-        summary = Summary.of(own)
-        rows.append(
-            {
-                **dict(zip(("method", "budget", "model"), key, strict=True)),
-                **count_row(traces),
-                "ms": summary.median,
-                "p10": summary.p10,
-                "p90": summary.p90,
-                "rounds": summary.rounds,
-                "of_dense": median_ratio(own, seconds[str(DENSE)]),
-                **parts[key],
-                "vision_percent": 100 * parts[key]["vision"] / sum(parts[key].values()),
-                **tower,
-            }
-        )
-    return rows
+    return [
+        {
+            **dict(zip(("method", "budget", "model"), key, strict=True)),
+            **count_row(traces),
+            **summary(seconds[key]),
+            "of_dense": median_ratio(seconds[key], seconds[DENSE]),
+            **parts[key],
+            "vision_percent": 100 * parts[key]["vision"] / sum(parts[key].values()),
+            **tower,
+        }
+        for key, (traces, tower) in facts.items()
+    ]
 
 
 @cli_main
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = common_parser("Time to first token of a whole LLaVA, from pixels to logits, and its parts.")
-    add_method_arguments(parser)
+    parser = decoder_parser("Time to first token of a whole LLaVA, from pixels to logits, and its parts.")
     args = parser.parse_args(argv)
-    if argv is None and args.allocator == "fixed":
-        use_fixed_allocator("benchmarks.first_token", sys.argv[1:])
-    device, dtype, shape, visual, settings, sizes = job_of(args, tower=True)
-    prompts = [random_image_prompt(shape, size, device, dtype, visual) for size in sizes]
-    model = random_llava(shape, device, dtype, args.attn_implementation)
-    rows = []
-    for prompt in prompts:
-        rows += measure(model, prompt, settings, args)
-    name = describe_geometry(rows, shape, dtype, args)
-    deliver("first_token", f"{name} {visual} visual tokens", rows, COLUMNS, args, device)
+    job = Job.of(args, tower=True)
+    prompts = [random_image_prompt(job.shape, size, job.device, job.dtype, job.visual) for size in job.sizes]
+    model = random_llava(job.shape, job.device, job.dtype, job.attention)
+    rows = [row for prompt in prompts for row in measure(model, prompt, job.settings, args)]
+    job.deliver("first_token", rows, COLUMNS, args)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,15 +28,19 @@ import torch
 
 from benchmarks import decode, first_token, prefill, profile, report
 from benchmarks.candidates import Graphed, build_method
-from benchmarks.environment import RESULTS, environment, use_fixed_allocator
-from benchmarks.geometry import Geometry, geometry, random_decoder, random_prompt
-from benchmarks.output import save, table
+from benchmarks.environment import environment, use_fixed_allocator
+from benchmarks.flags import Job, Settings
+from benchmarks.geometry import Geometry, geometry
 from benchmarks.published import NAME, Published
+from benchmarks.saved import ENVIRONMENT, MEASURED, RESULTS, ordered, save, table
 from benchmarks.whole_model import random_image_prompt, random_llava
 from llava.eval.common.arguments import Parser
-from llava.eval.common.jsonio import read_text, write_text_atomic
+from llava.eval.common.jsonio import read_json, write_text_atomic
 from llava.eval.common.outputs import JsonObject, OutputFolder, Text
 from llava.pruning.engine.graphs import PrefillGraphs, capture_on_cuda
+from llava.pruning.method import PruningMethod
+from llava.schema import FLAG, Fields, ListOf
+from llava.schema import check as check_shape
 from llava.utils import UserError, cli_main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,6 +61,7 @@ SLOPED, SLOPE = "autoprune slope 0.25", {"k0": 0.25, "gamma": 0.0}
 most of them do.
 """
 SHAPES = ("llava-1.5-7b", "llava-next-7b")
+_RECORD = Fields({"rehearsal": FLAG, "environment": ENVIRONMENT, "results": ListOf(Fields(MEASURED))})
 
 
 @dataclass
@@ -117,9 +123,10 @@ class Check:
             torch.cuda.empty_cache()
         self.write()
 
-    def add(self, tool: str, label: str, rows: list[dict[str, Any]], columns: Sequence[str]) -> None:
+    def add(self, tool: str, job: Job, rows: list[dict[str, Any]], columns: Sequence[str]) -> None:
         """Rows of a benchmark, as it would have saved them; further ones of the same kind join the earlier."""
-        results = self.record["results"]
+        label, results = job.labelled(rows), self.record["results"]
+        rows = ordered(rows, columns)
         known = next((one for one in results if (one["tool"], one["label"]) == (tool, label)), None)
         if known is None:
             results.append({"tool": tool, "label": label, "rows": rows})
@@ -127,26 +134,16 @@ class Check:
             known["rows"] += rows
         print(f"\n{tool}: {label}\n{table(rows, columns)}\n", flush=True)
 
-    def shape(self, name: str) -> Geometry:
-        return geometry(TINY if self.rehearse else name)
-
-    def label(self, rows: Sequence[dict[str, Any]], shape: Geometry) -> str:
-        own = prefill.describe_geometry(rows, shape, self.dtype, SimpleNamespace(attn_implementation="sdpa"))
-        return f"{own} {shape.visual} visual tokens"
-
-    def graphs(self) -> PrefillGraphs:
-        """On a CPU nothing can be captured, and everything runs as always."""
-        return PrefillGraphs(capture=capture_on_cuda)
+    def job(self, name: str) -> Job:
+        """Of a geometry; a rehearsal has the tiny one instead."""
+        shape = geometry(TINY if self.rehearse else name)
+        return Job(self.device, self.dtype, shape, shape.visual, {})
 
     def args(self, rounds: int = ROUNDS) -> SimpleNamespace:
         """What the benchmarks ask of their flags."""
         if self.rehearse:
             return SimpleNamespace(rounds=1, warmup=0, new_tokens=2, top=5, trace=None)
         return SimpleNamespace(rounds=rounds, warmup=WARMUP, new_tokens=16, top=10, trace=None)
-
-    def least(self, seconds: float) -> float:
-        """What a step takes at least, on a GPU that many seconds."""
-        return 1.0 if self.rehearse else seconds
 
 
 # --- the parts ----------------------------------------------------------------------------------------------------
@@ -164,7 +161,7 @@ def run_tests(check: Check) -> None:
                 subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, timeout=part.left())
             check.record["tests"] = outcomes_of_tests(found)
 
-        check.step(part, "tests marked gpu", check.least(45.0), work)
+        check.step(part, "tests marked gpu", 45.0, work)
 
 
 def outcomes_of_tests(path: Path) -> dict[str, str]:
@@ -183,101 +180,88 @@ def run_prefills(check: Check) -> None:
     """Prefill at two geometries and three batch sizes; decoding; time to first token of a whole model."""
     with check.part("prefill") as part:
         # Both geometries have the same decoder.
-        model = random_decoder(check.shape(SHAPES[0]), check.device, check.dtype, "sdpa")
-        _prefills(check, part, model, {1: 15.0, 8: 20.0})
-        _decoding(check, part, model)
-        _first_tokens(check, part)
-        _prefills(check, part, model, {16: 30.0})
-
-
-def _prefills(check: Check, part: Part, model: Any, batches: Mapping[int, float]) -> None:
-    peak = prefill.peak_flops(check.device, check.dtype)
-    for batch, seconds in batches.items():
+        model = check.job(SHAPES[0]).decoder()
+        for batch, seconds in ((1, 15.0), (8, 20.0)):
+            for name in SHAPES:
+                check.step(part, f"prefill {name} batch {batch}", seconds, partial(_prefill, check, model, name, batch))
         for name in SHAPES:
-
-            def work(until: float, name: str = name, batch: int = batch) -> None:
-                shape = check.shape(name)
-                prompt = random_prompt(shape, batch, check.device, check.dtype)
-                settings = compared(check, shape, batch)
-                rows = prefill.measure(model, prompt, settings, check.args(), peak, until)
-                check.add("prefill", check.label(rows, shape), rows, prefill.COLUMNS)
-
-            check.step(part, f"prefill {name} batch {batch}", check.least(seconds), work)
+            check.step(part, f"decode {name}", 10.0, partial(_decoding, check, model, name))
+        for name in SHAPES:
+            check.step(part, f"first token {name}", 12.0, partial(_first_token, check, name))
+        for name in SHAPES:
+            check.step(part, f"prefill {name} batch 16", 30.0, partial(_prefill, check, model, name, 16))
 
 
-def _decoding(check: Check, part: Part, model: Any) -> None:
-    for name in SHAPES:
-
-        def work(until: float, name: str = name) -> None:
-            shape = check.shape(name)
-            prompt = random_prompt(shape, 1, check.device, check.dtype)
-            found = decode.measure(model, prompt, autoprune_at(shape), check.args(rounds=3))
-            check.add("decode", check.label(found, shape), found, decode.COLUMNS)
-
-        check.step(part, f"decode {name}", check.least(10.0), work)
+def _prefill(check: Check, model: Any, name: str, batch: int, until: float) -> None:
+    job = check.job(name)
+    settings = compared(check, job.shape, batch)
+    peak = prefill.peak_flops(check.device, check.dtype)
+    rows = prefill.measure(model, job.prompt(batch), settings, check.args(), peak, until)
+    check.add("prefill", job, rows, prefill.COLUMNS)
 
 
-def _first_tokens(check: Check, part: Part) -> None:
-    for name in SHAPES:
-
-        def work(until: float, name: str = name) -> None:
-            shape = check.shape(name)
-            model = random_llava(shape, check.device, check.dtype, "sdpa")
-            prompt = random_image_prompt(shape, 1, check.device, check.dtype)
-            found = first_token.measure(model, prompt, autoprune_at(shape), check.args(rounds=7))
-            check.add("first_token", check.label(found, shape), found, first_token.COLUMNS)
-
-        check.step(part, f"first token {name}", check.least(12.0), work)
+def _decoding(check: Check, model: Any, name: str, until: float) -> None:
+    job = check.job(name)
+    rows = decode.measure(model, job.prompt(1), autoprune_at(job.shape), check.args(rounds=3))
+    check.add("decode", job, rows, decode.COLUMNS)
 
 
-def autoprune_at(shape: Geometry) -> dict[tuple[str, int], Any]:
+def _first_token(check: Check, name: str, until: float) -> None:
+    job = check.job(name)
+    model = random_llava(job.shape, job.device, job.dtype, job.attention)
+    prompt = random_image_prompt(job.shape, 1, job.device, job.dtype)
+    rows = first_token.measure(model, prompt, autoprune_at(job.shape), check.args(rounds=7))
+    check.add("first_token", job, rows, first_token.COLUMNS)
+
+
+def autoprune_at(shape: Geometry) -> Settings:
     """AutoPrune at the budget of the goals."""
     budget = CUT_AT[shape.name]
     return {("autoprune", budget): build_method("autoprune", budget)}
 
 
-def compared(check: Check, shape: Geometry, batch: int) -> dict[tuple[str, int], Any]:
+def compared(check: Check, shape: Geometry, batch: int) -> Settings:
     """AutoPrune with and without graphs, as published (one sample only), and two peers."""
     budget = CUT_AT[shape.name]
-    method = build_method("autoprune", budget)
-    settings: dict[tuple[str, int], Any] = {
+    method, sloped = build_method("autoprune", budget), build_method("autoprune", budget, **SLOPE)
+    divprune = build_method("divprune", budget)
+    # FastV can keep no fewer of the tiny decoder's tokens.
+    fastv = build_method("fastv", budget, **({"target_tokens": max(budget, 24)} if check.rehearse else {}))
+    settings: Settings = {
         ("autoprune", budget): method,
-        ("autoprune graphs", budget): Graphed(method, check.graphs()),
-        (SLOPED, budget): (sloped := build_method("autoprune", budget, **SLOPE)),
-        (f"{SLOPED} graphs", budget): Graphed(sloped, check.graphs()),
-        ("fastv", budget): build_method(
-            "fastv", budget, **({"target_tokens": max(budget, 24)} if check.rehearse else {})
-        ),
-        ("divprune", budget): build_method("divprune", budget),
-        ("divprune graphs", budget): Graphed(build_method("divprune", budget), check.graphs()),
+        ("autoprune graphs", budget): graphed(method),
+        (SLOPED, budget): sloped,
+        (f"{SLOPED} graphs", budget): graphed(sloped),
+        ("fastv", budget): fastv,
+        ("divprune", budget): divprune,
+        ("divprune graphs", budget): graphed(divprune),
     }
     if batch == 1:
         settings[NAME, budget] = Published(method)
     return settings
 
 
+def graphed(method: PruningMethod) -> Graphed:
+    """The method with graphs of its own. On a CPU nothing can be captured, and everything runs as always."""
+    return Graphed(method, PrefillGraphs(capture=capture_on_cuda))
+
+
 def run_profile(check: Check) -> None:
     """Where the time of one prefill goes: launches, and the host's time in which the device has nothing to do."""
+
+    def work(until: float) -> None:
+        job = check.job(SHAPES[0])
+        budget = CUT_AT[job.shape.name]
+        method = build_method("autoprune", budget, **SLOPE)
+        found = profile.measure(job.decoder(), method, job.prompt(1), check.args(rounds=3))
+        rows = [{"method": SLOPED, "budget": budget, "batch": 1, **row} for row in found]
+        check.add("profile", job, rows, profile.COLUMNS)
+
     with check.part("profile") as part:
-
-        def work(until: float) -> None:
-            shape = check.shape(SHAPES[0])
-            model = random_decoder(shape, check.device, check.dtype, "sdpa")
-            prompt = random_prompt(shape, 1, check.device, check.dtype)
-            budget = CUT_AT[shape.name]
-            method, setting = (
-                build_method("autoprune", budget, **SLOPE),
-                {"method": SLOPED, "budget": budget, "batch": 1},
-            )
-            rows = [{**setting, **row} for row in profile.measure(model, method, prompt, check.args(rounds=3))]
-            check.add("profile", check.label(rows, shape), rows, profile.COLUMNS)
-
-        check.step(part, "profile of a prefill", check.least(20.0), work)
+        check.step(part, "profile of a prefill", 20.0, work)
 
 
-PARTS: dict[str, Callable[[Check], None]] = {
-    "tests": run_tests, "prefill": run_prefills, "profile": run_profile,
-}  # fmt: skip
+PARTS: dict[str, Callable[[Check], None]] = {"tests": run_tests, "prefill": run_prefills, "profile": run_profile}
 
 
 # --- the command --------------------------------------------------------------------------------------------------
@@ -300,16 +284,11 @@ def minutes_of(text: str) -> dict[str, float]:
 
 def take(path: Path, folder: Path) -> int:
     """Save the results of a check as the benchmarks would have, and render the report."""
-    try:
-        record = json.loads(read_text(path, "record of a GPU check"))
-        results, env = record["results"], record["environment"]
-        rehearsal = record["rehearsal"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: is not a record of benchmarks.gpu_check; give the {FILE} that it wrote") from None
-    if rehearsal:
+    record = check_shape(read_json(path, "record of a GPU check"), _RECORD, str(path))
+    if record["rehearsal"]:
         raise UserError(f"{path}: is of a rehearsal on a CPU, whose figures say nothing; run it on a GPU")
-    for result in results:
-        print(f"wrote {save(result['tool'], result['label'], result['rows'], env, folder)}")
+    for result in record["results"]:
+        print(f"wrote {save(result['tool'], result['label'], result['rows'], record['environment'], folder)}")
     return report.main(["--results-dir", str(folder)]) if folder == RESULTS else 0
 
 
@@ -326,8 +305,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.take is not None:
         return take(Path(args.take), Path(args.results_dir))
-    if argv is None:
-        use_fixed_allocator("benchmarks.gpu_check", sys.argv[1:])
+    use_fixed_allocator()
     if not args.rehearse and not torch.cuda.is_available():
         raise UserError("this machine has no CUDA device; --rehearse runs the same paths on a CPU")
     minutes = minutes_of(args.minutes)

@@ -9,7 +9,6 @@ included. The input column is reading alone, without the model.
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,25 +17,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.output import add_running_arguments, deliver, prepare
-from benchmarks.timing import Summary, interleaved_rounds
-from llava.eval.common.arguments import GenerationOptions, Parser
+from benchmarks.flags import add_round_arguments, add_running_arguments, numbers, prepare
+from benchmarks.saved import deliver
+from benchmarks.timing import interleaved_rounds, summary
+from llava.eval.common.arguments import GenerationOptions, Parser, check_range
 from llava.eval.common.questions import Question
-from llava.utils import UserError, cli_main
+from llava.utils import cli_main
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = ("workers", "images_per_s", "p10", "p90", "of_none", "input_per_s", "rounds")
-
-
-def parse_workers(text: str) -> list[int]:
-    """`0,2,4` as numbers of at least 0; 0 comes first, as what the others are compared with."""
-    try:
-        values = sorted({0, *(int(part) for part in text.split(",") if part.strip())})
-    except ValueError:
-        values = [-1]
-    if values[0] < 0:
-        raise UserError(f"--workers: needs numbers of at least 0 separated by commas, got {text!r}")
-    return values
 
 
 def write_images(folder: Path, count: int, side: int) -> list[Question]:
@@ -77,23 +66,23 @@ def measure(answerer: Any, questions: Sequence[Question], workers: Sequence[int]
         return work
 
     device = answerer.model.device
-    candidates = {str(number): whole(number) for number in workers}
-    candidates |= {f"input {number}": reading(number) for number in workers}
+    candidates: dict[Any, Callable[[], None]] = {number: whole(number) for number in workers}
+    candidates |= {("input", number): reading(number) for number in workers}
     seconds = interleaved_rounds(candidates, args.rounds, device, args.warmup, description="input pipeline")
     rows = []
     for number in workers:
-        summary, alone = Summary.of(seconds[str(number)]), Summary.of(seconds[f"input {number}"])
+        whole_ms, alone_ms = summary(seconds[number]), summary(seconds["input", number])
         rate = 1000 * len(questions)
-        ratios = [none / own for own, none in zip(seconds[str(number)], seconds["0"], strict=True)]
+        ratios = [none / own for own, none in zip(seconds[number], seconds[0], strict=True)]
         rows.append(
             {
                 "workers": number,
-                "images_per_s": rate / summary.median,
-                "p10": rate / summary.p90,
-                "p90": rate / summary.p10,
+                "images_per_s": rate / whole_ms["ms"],
+                "p10": rate / whole_ms["p90"],
+                "p90": rate / whole_ms["p10"],
                 "of_none": float(np.median(ratios)),
-                "input_per_s": rate / alone.median,
-                "rounds": summary.rounds,
+                "input_per_s": rate / alone_ms["ms"],
+                "rounds": whole_ms["rounds"],
             }
         )
     return rows
@@ -110,18 +99,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="questions per forward pass")
     parser.add_argument("--method", default="autoprune", help="pruning method")
     parser.add_argument("--target-tokens", type=int, default=64, help="budget of the method")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds that are measured")
-    parser.add_argument("--warmup", type=int, default=1, help="rounds before that")
+    add_round_arguments(parser, 5, 1)
     add_running_arguments(parser)
     args = parser.parse_args(argv)
-    for flag, value, least in (("--images", args.images, 1), ("--image-side", args.image_side, 16)):
-        if value < least:
-            raise UserError(f"{flag} must be at least {least}, got {value}")
-    workers = parse_workers(args.workers)
-    if argv is None and args.allocator == "fixed":
-        from benchmarks.environment import use_fixed_allocator
-
-        use_fixed_allocator("benchmarks.input_pipeline", sys.argv[1:])
+    check_range("--images", args.images, 1)
+    check_range("--image-side", args.image_side, 16)
+    workers = sorted({0, *numbers(args.workers, "--workers", least=0)})  # 0 is what the others are compared with
     device, dtype = prepare(args)
 
     from llava.eval.answering.adapter import LlavaAdapter
@@ -135,7 +118,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         generation = GenerationOptions(max_new_tokens=4)
         answerer = Answerer(LlavaAdapter(tokenizer, model, image_processor), Path(folder), generation=generation)
         rows = measure(answerer, questions, workers, args)
-    label = f"{Path(args.model_path).name} {args.images} images {args.image_side} wide batch {args.batch_size}"
+    images = f"{args.images} images, {args.image_side} pixels wide"
+    label = f"{Path(args.model_path).name}, {images}, batch {args.batch_size}"
     deliver("input_pipeline", label, rows, COLUMNS, args, device)
 
 

@@ -27,7 +27,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from benchmarks.output import add_saving_arguments, deliver
+from benchmarks.flags import add_saving_arguments
+from benchmarks.saved import deliver
 from llava.eval.common.arguments import Parser
 from llava.eval.reports.memory import PeakMemory, resident_bytes
 from llava.model.configuration import LlavaConfig
@@ -251,7 +252,7 @@ def main(arguments: list[str] | None = None) -> None:
         write_checkpoint(folders["warmup"], "safetensors", 1)
         write_lora(folders["lora"], layers)
         rows = [run_case(case, folders) for case in tqdm(CASES, desc="loading", unit="case")]
-    label = f"{round(rows[0]['file_mb'], -1):.0f} MB float16"
+    label = f"{round(rows[0]['file_mb'], -1):.0f} MB, float16"
     deliver("loading", label, rows, COLUMNS, args, torch.device("cpu"))
 
 

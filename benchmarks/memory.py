@@ -15,18 +15,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.candidates import dense_prefill, floor_prefill, layer_widths, pruned_prefill, traces_of
-from benchmarks.environment import use_fixed_allocator
-from benchmarks.geometry import Geometry, RandomPrompt, random_decoder, random_prompt
-from benchmarks.output import add_method_arguments, common_parser, deliver
-from benchmarks.prefill import MIB, count_row, describe_geometry, job_of
+from benchmarks.candidates import (
+    MIB,
+    count_row,
+    dense_prefill,
+    floor_prefill,
+    layer_widths,
+    pruned_prefill,
+    traces_of,
+)
+from benchmarks.flags import Job, Settings, decoder_parser
+from benchmarks.geometry import Geometry, RandomPrompt
 from benchmarks.published import add_published_argument, with_published
 from benchmarks.timing import interleaved_rounds
 from llava.eval.reports.memory import PeakMemory
 from llava.pruning.scores import attention_rows
 from llava.utils import UserError, cli_main
 
-COLUMNS = ("method", "budget", "batch", "visual", "processed", "mib", "p10", "p90", "floor_mib", "of_floor", "kv_mib")
+COLUMNS = ("method", "budget", "batch", "visual", "processed", "mib", "p10", "p90", "flops_of_dense", "floor_mib",
+           "of_floor", "kv_mib")  # fmt: skip
 
 
 def peak_bytes(work: Callable[[], Any], device: torch.device) -> float:
@@ -48,60 +55,45 @@ def scoring(shape: Geometry, visual: int, device: torch.device, dtype: torch.dty
     return lambda: attention_rows(queries, keys, width**-0.5, allowed), 4 * shape.heads * tokens * tokens
 
 
-def measure(model: Any, prompt: RandomPrompt, settings: dict, args: Any) -> list[dict[str, Any]]:
+def measure(model: Any, prompt: RandomPrompt, settings: Settings, args: Any) -> list[dict[str, Any]]:
     """Rows for one batch size: dense, then every setting with its floor (one for all that have the same lengths)."""
-    device = prompt.embeds_BNC.device
-    candidates = {"dense": dense_prefill(model, prompt)}
-    traces = {("dense", None): traces_of(model, None, prompt)}
-    for key, method in settings.items():
-        traces[key] = traces_of(model, method, prompt)
-        candidates[str(key)] = pruned_prefill(model, method, prompt)
+    dense: Any = ("dense", None)
+    work: dict[Any, Callable[[], Any]] = {dense: dense_prefill(model, prompt)}
+    traces = {dense: traces_of(model, None, prompt)}
+    for key, setting in settings.items():
+        traces[key] = traces_of(model, setting, prompt)
+        work[key] = pruned_prefill(model, setting, prompt)
         widths = layer_widths(traces[key])
-        candidates.setdefault(f"floor {widths}", floor_prefill(model, widths, prompt))
-    found = interleaved_rounds(candidates, args.rounds, device, args.warmup, peak_bytes, "memory")
+        work.setdefault(widths, floor_prefill(model, widths, prompt))
+    found = interleaved_rounds(work, args.rounds, prompt.embeds_BNC.device, args.warmup, peak_bytes, "memory")
     rows = []
-    for (name, budget), counted in traces.items():
-        key = "dense" if name == "dense" else str((name, budget))
-        low, middle, high = np.percentile(found[key], [10, 50, 90]) / MIB
-        floor = float(np.median(found[f"floor {layer_widths(counted)}"])) / MIB if name != "dense" else None
-        rows.append(
-            {
-                "method": name,
-                "budget": budget,
-                **count_row(counted),
-                "mib": float(middle),
-                "p10": float(low),
-                "p90": float(high),
-                "rounds": args.rounds,
-                "floor_mib": floor,
-                "of_floor": float(middle) / floor if floor else None,
-            }
-        )
+    for key, counted in traces.items():
+        low, middle, high = (float(bytes_) / MIB for bytes_ in np.percentile(found[key], [10, 50, 90]))
+        row = {**dict(zip(("method", "budget"), key, strict=True)), **count_row(counted)}
+        row |= {"mib": middle, "p10": low, "p90": high, "rounds": args.rounds}
+        if key != dense:
+            floor = float(np.median(found[layer_widths(counted)])) / MIB
+            row |= {"floor_mib": floor, "of_floor": middle / floor if floor else None}
+        rows.append(row)
     return rows
 
 
 @cli_main
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = common_parser("Peak memory of the prefill above the loaded model.", rounds=5)
-    add_method_arguments(parser)
+    parser = decoder_parser("Peak memory of the prefill above the loaded model.", rounds=5)
     add_published_argument(parser)
     args = parser.parse_args(argv)
-    if argv is None and args.allocator == "fixed":
-        use_fixed_allocator("benchmarks.memory", sys.argv[1:])
-    device, dtype, shape, visual, settings, sizes = job_of(args)
+    job = Job.of(args)
     if args.published:
-        settings = with_published(settings, sizes)
-    model = random_decoder(shape, device, dtype, args.attn_implementation)
-    work, full = scoring(shape, visual, device, dtype)
-    seconds = interleaved_rounds({"scores": work}, args.rounds, device, args.warmup, peak_bytes, "scores")
-    scores = float(np.median(seconds["scores"]))
-    rows: list[dict[str, Any]] = []
-    for size in sizes:
-        rows += measure(model, random_prompt(shape, size, device, dtype, visual), settings, args)
-    rows.append({"method": "scores of a layer", "batch": 1, "visual": visual, "mib": scores / MIB})
-    rows.append({"method": "a full attention map", "batch": 1, "visual": visual, "mib": full / MIB})
-    name = describe_geometry(rows, shape, dtype, args)
-    deliver("memory", f"{name} {visual} visual tokens", rows, COLUMNS, args, device)
+        job.settings = with_published(job.settings, job.sizes)
+    model = job.decoder()
+    work, full = scoring(job.shape, job.visual, job.device, job.dtype)
+    found = interleaved_rounds({"scores": work}, args.rounds, job.device, args.warmup, peak_bytes, "scores")
+    scores = float(np.median(found["scores"]))
+    rows = [row for prompt in job.prompts() for row in measure(model, prompt, job.settings, args)]
+    for name, bytes_ in (("scores of a layer", scores), ("a full attention map", full)):
+        rows.append({"method": name, "batch": 1, "visual": job.visual, "mib": bytes_ / MIB})
+    job.deliver("memory", rows, COLUMNS, args)
     print(f"scores of a layer: {100 * scores / full:.2f}% of a full attention map", file=sys.stderr)
 
 

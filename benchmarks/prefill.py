@@ -10,55 +10,39 @@ processed tokens.
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from benchmarks.candidates import (
-    build_method,
+    MIB,
+    Graphed,
     choice_seconds,
+    count_row,
     dense_prefill,
     floor_prefill,
     layer_widths,
-    needs_no_tower,
     pruned_prefill,
     replayed,
     traces_of,
 )
-from benchmarks.environment import use_fixed_allocator
-from benchmarks.geometry import Geometry, RandomPrompt, geometry, random_decoder, random_prompt
-from benchmarks.output import add_method_arguments, common_parser, deliver, method_names, numbers, prepare
+from benchmarks.flags import Job, decoder_parser
+from benchmarks.geometry import RandomPrompt
 from benchmarks.packed import pack_linears
 from benchmarks.published import add_published_argument, with_published
-from benchmarks.timing import Summary, interleaved_rounds, median_ratio
+from benchmarks.timing import interleaved_rounds, median_ratio, summary
 from llava.eval.reports.memory import PeakMemory
-from llava.pruning.engine.trace import Trace
-from llava.utils import UserError, cli_main
+from llava.utils import cli_main
 
 COLUMNS = (
     "method", "budget", "batch", "visual", "nominal", "processed", "ms", "p10", "p90", "of_dense", "flops_of_dense",
-    "over_floor", "selection_ms", "choice_ms", "of_peak", "peak_mib", "kv_mib",
+    "floor_ms", "over_floor", "selection_ms", "choice_ms", "of_peak", "peak_mib", "kv_mib",
 )  # fmt: skip
 # Dense bf16/fp16 matrix peak in FLOP/s by what is in the device's name, from the makers' data sheets.
 _PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}
-MIB = 2**20
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """All flags."""
-    parser = common_parser("Time of the decoder's prefill: dense, pruned, floor.")
-    add_method_arguments(parser)
-    add_published_argument(parser)
-    parser.add_argument(
-        "--linear", choices=("torch", "packed"), default="torch",
-        help="packed: oneDNN packs the weights once, not in every call (CPU; in all candidates alike)",
-    )  # fmt: skip
-    return parser
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -72,37 +56,6 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     matrix = torch.ones(side, side, device=device, dtype=dtype)
     seconds = interleaved_rounds({"": lambda: matrix @ matrix}, 5, device, description="matrix peak")[""]
     return 2 * side**3 / min(seconds)
-
-
-def count_row(traces: Sequence[Trace]) -> dict[str, Any]:
-    """Tokens, FLOPs and bytes of a batch: what does not depend on the machine."""
-    flops, dense = sum(t.flops() for t in traces), sum(t.dense_flops() for t in traces)
-    slopes = [t.slope for t in traces if t.slope is not None]
-    return {
-        "batch": len(traces),
-        "visual": traces[0].visual_tokens,
-        "nominal": statistics.fmean(t.mean_tokens("nominal") for t in traces),
-        "processed": statistics.fmean(t.mean_tokens("processed") for t in traces),
-        "slope": statistics.fmean(slopes) if slopes else None,
-        "flops": flops,
-        "flops_of_dense": flops / dense,
-        "selection_flops_of_dense": sum(t.selection_flops() for t in traces) / dense,
-        "kv_mib": sum(t.kv_bytes() for t in traces) / MIB,
-    }
-
-
-def time_row(seconds: Sequence[float], dense: Sequence[float], flops: int, peak: float) -> dict[str, Any]:
-    """Time columns; of_dense: median over the rounds of the ratio within the round."""
-    summary = Summary.of(seconds)
-    return {
-        "ms": summary.median,
-        "p10": summary.p10,
-        "p90": summary.p90,
-        "rounds": summary.rounds,
-        "of_dense": median_ratio(seconds, dense),
-        # Multiply-adds are two operations.
-        "of_peak": 2 * flops / (summary.median / 1000) / peak,
-    }
 
 
 def measure(
@@ -119,46 +72,49 @@ def measure(
     until: see :func:`~benchmarks.timing.interleaved_rounds`.
     """
     device = prompt.embeds_BNC.device
-    traces = {key: traces_of(model, method, prompt) for key, method in settings.items()}
-    candidates = {"dense": dense_prefill(model, prompt)}
-    graphed = {key for key, setting in settings.items() if getattr(setting, "graphs", None)}
+    traces = {key: traces_of(model, setting, prompt) for key, setting in settings.items()}
+    work: dict[Any, Any] = {"dense": dense_prefill(model, prompt)}
     floors = {}
-    for key, method in settings.items():
-        candidates[f"{key}"] = pruned_prefill(model, method, prompt)
-        widths = layer_widths(traces[key])
-        floors[key] = f"floor {widths}" + (" graphs" if key in graphed else "")
-        if floors[key] not in candidates:
-            floor = floor_prefill(model, widths, prompt)
-            candidates[floors[key]] = replayed(floor) if key in graphed and device.type == "cuda" else floor
-    if graphed and device.type == "cuda" and len(prompt.embeds_BNC) == 1:
-        candidates["dense graphs"] = replayed(candidates["dense"])
+    for key, setting in settings.items():
+        graphed = device.type == "cuda" and isinstance(setting, Graphed)
+        work[key] = pruned_prefill(model, setting, prompt)
+        floors[key] = layer_widths(traces[key]), graphed
+        if floors[key] not in work:
+            floor = floor_prefill(model, layer_widths(traces[key]), prompt)
+            work[floors[key]] = replayed(floor) if graphed else floor
+        if graphed and len(prompt.embeds_BNC) == 1 and "dense graphs" not in work:
+            work["dense graphs"] = replayed(work["dense"])
     label = f"prefill, batch {len(prompt.embeds_BNC)}"
-    seconds = interleaved_rounds(candidates, args.rounds, device, args.warmup, description=label, until=until)
+    seconds = interleaved_rounds(work, args.rounds, device, args.warmup, description=label, until=until)
+
+    def row(key: Any, name: str, budget: int | None, counts: dict[str, Any]) -> dict[str, Any]:
+        times = summary(seconds[key])
+        return {
+            "method": name,
+            "budget": budget,
+            **counts,
+            **times,
+            "of_dense": median_ratio(seconds[key], seconds["dense"]),
+            # Multiply-adds are two operations.
+            "of_peak": 2 * counts["flops"] / (times["ms"] / 1000) / peak,
+        }
+
     counts = count_row(traces_of(model, None, prompt))
-    dense = seconds["dense"]
-    rows = [
-        {"method": "dense", "budget": None, **counts, **time_row(dense, dense, counts["flops"], peak)}
-        | {"peak_mib": peak_mib(candidates["dense"], device)}
-    ]
-    if "dense graphs" in seconds:
-        own = seconds["dense graphs"]
-        rows.append({"method": "dense graphs", "budget": None, **counts, **time_row(own, dense, counts["flops"], peak)})
-    for (name, budget), method in settings.items():
-        own, floor = seconds[f"{(name, budget)}"], seconds[floors[name, budget]]
-        choice = choice_seconds(model, method, prompt)
-        counts = count_row(traces[name, budget])
+    rows = [row("dense", "dense", None, counts) | {"peak_mib": peak_mib(work["dense"], device)}]
+    if "dense graphs" in work:
+        rows.append(row("dense graphs", "dense graphs", None, counts))
+    for key, setting in settings.items():
+        own, floor = seconds[key], seconds[floors[key]]
+        choice = choice_seconds(model, setting, prompt)
         rows.append(
             {
-                "method": name,
-                "budget": budget,
-                **counts,
-                **time_row(own, dense, counts["flops"], peak),
-                "floor_ms": Summary.of(floor).median,
-                "floor_of_dense": median_ratio(floor, dense),
+                **row(key, *key, count_row(traces[key])),
+                "floor_ms": summary(floor)["ms"],
+                "floor_of_dense": median_ratio(floor, seconds["dense"]),
                 "over_floor": median_ratio(own, floor),
                 "selection_ms": 1000 * statistics.median(a - b for a, b in zip(own, floor, strict=True)),
                 "choice_ms": None if choice is None else 1000 * choice,
-                "peak_mib": peak_mib(candidates[f"{(name, budget)}"], device),
+                "peak_mib": peak_mib(work[key], device),
             }
         )
     return rows
@@ -171,62 +127,26 @@ def peak_mib(work: Any, device: torch.device) -> float | None:
     return None if peak.bytes is None else peak.bytes / MIB
 
 
-def describe_geometry(rows: Sequence[dict], shape: Geometry, dtype: torch.dtype, args: argparse.Namespace) -> str:
-    """Adds geometry, type and kernel to the rows; returns them as a label."""
-    kind = str(dtype).removeprefix("torch.")
-    for row in rows:
-        row |= {"geometry": shape.name, "dtype": kind, "attention": args.attn_implementation}
-    return f"{shape.name} {kind} {args.attn_implementation}"
-
-
-class Job(NamedTuple):
-    """What the flags ask for: where, what kind of numbers, which decoder, prompt and settings, how many samples."""
-
-    device: torch.device
-    dtype: torch.dtype
-    shape: Geometry
-    visual: int
-    settings: dict[tuple[str, int], Any]
-    sizes: list[int]
-
-
-def job_of(args: argparse.Namespace, tower: bool = False) -> Job:
-    """The job of the flags of `common_parser` and `add_method_arguments`; sets the threads."""
-    device, dtype = prepare(args)
-    shape = geometry(args.geometry)
-    visual = args.visual_tokens or shape.visual
-    settings = settings_of(args, visual, tower)
-    return Job(device, dtype, shape, visual, settings, numbers(args.batch_sizes, "--batch-sizes"))
-
-
-def settings_of(args: argparse.Namespace, visual: int, tower: bool = False) -> dict[tuple[str, int], Any]:
-    """(method, budget) -> method, for the flags; without a tower, `UserError` for methods that need one."""
-    names = method_names(args.methods)
-    budgets = numbers(args.budgets, "--budgets")
-    if max(budgets) > visual:
-        raise UserError(f"--budgets: {max(budgets)} is more than the {visual} visual tokens")
-    methods = {(name, budget): build_method(name, budget) for name in names for budget in budgets}
-    return methods if tower else {key: needs_no_tower(method) for key, method in methods.items()}
-
-
 @cli_main
 def main(argv: Sequence[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
-    if argv is None and args.allocator == "fixed":
-        use_fixed_allocator("benchmarks.prefill", sys.argv[1:])
-    device, dtype, shape, visual, settings, sizes = job_of(args)
+    parser = decoder_parser("Time of the decoder's prefill: dense, pruned, floor.")
+    add_published_argument(parser)
+    parser.add_argument(
+        "--linear", choices=("torch", "packed"), default="torch",
+        help="packed: oneDNN packs the weights once, not in every call (CPU; in all candidates alike)",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    job = Job.of(args)
     if args.published:
-        settings = with_published(settings, sizes)
-    model = random_decoder(shape, device, dtype, args.attn_implementation)
+        job.settings = with_published(job.settings, job.sizes)
+    model = job.decoder()
     if args.linear == "packed":
-        pack_linears(model, rows=visual)
-        shape = replace(shape, name=f"{shape.name}-packed")  # another thing than the stock layers, for the report too
-    peak = peak_flops(device, dtype)
-    rows = []
-    for size in sizes:
-        rows += measure(model, random_prompt(shape, size, device, dtype, visual), settings, args, peak)
-    name = describe_geometry(rows, shape, dtype, args)
-    deliver("prefill", f"{name} {visual} visual tokens", rows, COLUMNS, args, device)
+        pack_linears(model, rows=job.visual)
+        # Another thing than the stock layers, for the report too.
+        job.shape = replace(job.shape, name=f"{job.shape.name}-packed")
+    peak = peak_flops(job.device, job.dtype)
+    rows = [row for prompt in job.prompts() for row in measure(model, prompt, job.settings, args, peak)]
+    job.deliver("prefill", rows, COLUMNS, args)
 
 
 if __name__ == "__main__":

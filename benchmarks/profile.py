@@ -26,15 +26,14 @@ from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as profiler
 
 from benchmarks.candidates import dense_prefill, floor_prefill, layer_widths, pruned_prefill, traces_of
-from benchmarks.environment import use_fixed_allocator
-from benchmarks.geometry import RandomPrompt, random_decoder, random_prompt
+from benchmarks.flags import Job, decoder_parser
+from benchmarks.geometry import RandomPrompt
 from benchmarks.launches import LaunchCounter
-from benchmarks.output import add_method_arguments, common_parser, deliver
 from benchmarks.parts import Cut, cut
 from benchmarks.passes import OTHER, PART, PASS, WAITING, Pass, passes_in
-from benchmarks.prefill import describe_geometry, job_of
-from benchmarks.timing import Summary, interleaved_rounds, synchronize
+from benchmarks.timing import interleaved_rounds, summary, synchronize
 from llava import compat
+from llava.eval.common.arguments import check_range
 from llava.eval.common.outputs import Text
 from llava.pruning.engine.run import PruningRun
 from llava.pruning.engine.sequence import Sequences
@@ -55,8 +54,7 @@ COLUMNS = ("method", "budget", "batch", "what", "name", *(f"{run}_ms" for run in
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags."""
-    parser = common_parser("Where the time of a prefill goes, and its launches: dense, floor, pruned.", rounds=3)
-    add_method_arguments(parser)
+    parser = decoder_parser("Where the time of a prefill goes, and its launches: dense, floor, pruned.", rounds=3)
     parser.set_defaults(budgets="64")
     parser.add_argument("--top", type=int, default=10, help="operators by self time, pruned minus floor")
     parser.add_argument(
@@ -170,7 +168,7 @@ def measure(model: Any, method: PruningMethod, prompt: RandomPrompt, args: argpa
     walls = {name: one.wall for name, one in passes.items()}
     rows = [
         _row("pass", "all", steps, walls, walls, {name: c.launches_of() for name, c in counters.items()}),
-        _row("pass", "without profiler", steps, {n: 1000 * Summary.of(s).median for n, s in seconds.items()}),
+        _row("pass", "without profiler", steps, {n: 1000 * summary(s)["ms"] for n, s in seconds.items()}),
     ]
     times = {name: one.times(PARTS) for name, one in passes.items()}
     for part in dict.fromkeys([*PARTS, *(part for found in times.values() for part in found)]):
@@ -240,27 +238,23 @@ def _row(
 @cli_main
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    if args.top < 0:
-        raise UserError(f"--top must be at least 0, got {args.top}")
-    if argv is None and args.allocator == "fixed":
-        use_fixed_allocator("benchmarks.profile", sys.argv[1:])
-    device, dtype, shape, visual, settings, sizes = job_of(args)
-    if not settings:
+    check_range("--top", args.top, 0)
+    job = Job.of(args)
+    if not job.settings:
         raise UserError("--methods: needs a pruning method; dense is always measured")
     if args.trace is not None:
-        if len(settings) * len(sizes) > 1:
+        if len(job.settings) * len(job.sizes) > 1:
             raise UserError("--trace: holds one method, one budget and one batch size")
         if Path(args.trace).is_dir() or not Path(args.trace).absolute().parent.is_dir():
             raise UserError(f"--trace: cannot be written: {args.trace}")
-    model = random_decoder(shape, device, dtype, args.attn_implementation)
-    rows: list[dict[str, Any]] = []
-    for size in sizes:
-        prompt = random_prompt(shape, size, device, dtype, visual)
-        for (name, budget), method in settings.items():
-            setting = {"method": name, "budget": budget, "batch": size}
-            rows += [{**setting, **row} for row in measure(model, method, prompt, args)]
-    label = describe_geometry(rows, shape, dtype, args)
-    deliver("profile", f"{label} {visual} visual tokens", rows, COLUMNS, args, device)
+    model = job.decoder()
+    rows = [
+        {"method": name, "budget": budget, "batch": len(prompt.embeds_BNC), **row}
+        for prompt in job.prompts()
+        for (name, budget), method in job.settings.items()
+        for row in measure(model, method, prompt, args)
+    ]
+    job.deliver("profile", rows, COLUMNS, args)
 
 
 if __name__ == "__main__":

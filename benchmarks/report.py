@@ -1,10 +1,10 @@
-"""docs/performance.md and the tables beside the results, from the CSVs below benchmarks/results.
+"""docs/performance.md and the tables beside the results, from the files below benchmarks/results.
 
     python -m benchmarks.report
     python -m benchmarks.report --check
 
 The document gets the targets and a picture for each question, its text stays; the tables go into a file of their own.
-Measures nothing: what is written depends on the CSVs alone; `--check` says whether it is up to date.
+Measures nothing: what is written depends on the results alone; `--check` says whether it is up to date.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import targets
-from benchmarks.environment import RESULTS
 from benchmarks.report_plots import SOURCE, draw, drawn_from, leftovers, picture_name
 from benchmarks.report_tables import order, section, titles
-from benchmarks.saved import Result, read_results
+from benchmarks.saved import RESULTS, Result, read_results
 from llava.eval.common import outputs
 from llava.eval.common.arguments import Parser
 from llava.eval.common.jsonio import read_text, write_text_atomic
@@ -27,8 +26,8 @@ from llava.utils import UserError, cli_main
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
 _TABLES = (
-    "# Results\n\nMade by `python -m benchmarks.report` from the CSVs of this folder; what the figures mean is in "
-    "docs/performance.md."
+    "# Results\n\nMade by `python -m benchmarks.report` from the JSON files of this folder; what the figures mean is "
+    "in docs/performance.md."
 )
 TABLES = outputs.Text("tables of benchmark results", r"# Results")
 PLOTS = outputs.OutputFolder({"*--*.png": outputs.Picture("a plot of a saved result", SOURCE.encode())})
@@ -43,16 +42,13 @@ def paired(results: Iterable[Result]) -> list[tuple[Result, Result | None]]:
     """Results in the document's order; the default allocator's goes with the fixed one's of the same thing."""
     groups: dict[tuple[str, ...], dict[bool, Result]] = {}
     for result in sorted(results, key=order):
-        env = result.env
-        key = (result.tool, result.label, env["hardware"], env["threads"], env["torch"], env["transformers"])
-        key += tuple(result.stem.split("--")[4:])
-        group = groups.setdefault(key, {})
-        if result.fixed in group:
+        key = (result.tool, result.label, result.env["hardware"], result.env["threads"], result.versions)
+        same = groups.setdefault(key, {}).setdefault(result.fixed, result)
+        if same is not result:
             raise UserError(
-                f"{result.stem}.csv: says the same tool, hardware, versions and allocator as "
-                f"{group[result.fixed].stem}.csv; remove one of them"
+                f"{result.stem}.json: says the same tool, hardware, versions and allocator as {same.stem}.json; "
+                "remove one of them"
             )
-        group[result.fixed] = result
     return [(g[True], g.get(False)) if True in g else (g[False], None) for g in groups.values()]
 
 
@@ -83,28 +79,25 @@ def render(results: Sequence[Result], folder: str) -> Rendered:
 def outdated(documents: Mapping[Path, str], pictures: Path, drawn: Sequence[Result]) -> list[str]:
     """What `--check` complains about."""
     found = [
-        f"{path}: its tables are not those of the CSVs"
+        f"{path}: its tables are not those of the results"
         for path, text in documents.items()
         if not path.is_file() or read_text(path, "document") != text
     ]
-    for result in drawn:
-        source = drawn_from(pictures / f"{result.stem}.png")
-        if source != result.digest:
-            state = "missing" if not (pictures / f"{result.stem}.png").is_file() else "drawn from other figures"
-            found.append(f"{pictures / result.stem}.png: {state}")
-    old = leftovers(pictures, {f"{result.stem}.png" for result in drawn})
-    return found + [f"{path}: no CSV has this picture" for path in old]
+    for path, digest in ((pictures / f"{result.stem}.png", result.digest) for result in drawn):
+        if drawn_from(path) != digest:
+            found.append(f"{path}: {'drawn from other figures' if path.is_file() else 'missing'}")
+    return found + [f"{path}: no result has this picture" for path in leftovers(pictures, drawn)]
 
 
 @cli_main
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(description="Render the tables and plots of docs/performance.md from the saved results.")
-    parser.add_argument("--results-dir", default=str(RESULTS), help="folder with the CSVs")
+    parser.add_argument("--results-dir", default=str(RESULTS), help="folder with the results")
     parser.add_argument(
         "--document", type=outputs.DOCUMENT, default=str(DOCUMENT), help="markdown file with the markers"
     )
     parser.add_argument(
-        "--tables", type=TABLES, default=None, help="markdown file of the tables; default: README.md beside the CSVs"
+        "--tables", type=TABLES, default=None, help="markdown file of the tables; default: README.md beside the results"
     )
     parser.add_argument(
         "--plots", type=PLOTS, default=None, help="folder of the plots; default: images/ beside the document"
@@ -115,25 +108,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     results = read_results(Path(args.results_dir))
     if not results:
-        raise UserError(f"--results-dir: holds no CSV: {args.results_dir}; run a benchmark with --save first")
+        raise UserError(f"--results-dir: holds no results: {args.results_dir}; run a benchmark with --save first")
     document = Path(args.document)
     pictures = Path(args.plots) if args.plots else document.parent / "images"
-    rendered = render(results, pictures.name)
-    drawn = rendered.drawn
     tables = Path(args.tables) if args.tables else Path(args.results_dir) / "README.md"
     TABLES.check(tables)
+    rendered = render(results, pictures.name)
     text = replace_between(read_text(document, "document"), "results", rendered.document, str(document))
     if args.check:
-        complaints = outdated({document: text, tables: rendered.tables}, pictures, drawn)
+        complaints = outdated({document: text, tables: rendered.tables}, pictures, rendered.drawn)
         for complaint in complaints:
             print(complaint, file=sys.stderr)
         print("up to date" if not complaints else "not up to date: run python -m benchmarks.report")
         return 1 if complaints else 0
-    for result in drawn:
+    for result in rendered.drawn:
         draw(result, pictures)
-    for path in leftovers(pictures, {f"{result.stem}.png" for result in drawn}):
+    for path in leftovers(pictures, rendered.drawn):
         path.unlink()
-        print(f"removed {path}: no CSV has this picture")
+        print(f"removed {path}: no result has this picture")
     write_text_atomic(document, text)
     write_text_atomic(tables, rendered.tables)
     print(f"wrote {len(results)} results into {document} and {tables}")

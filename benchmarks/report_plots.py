@@ -1,4 +1,4 @@
-"""Pictures of saved results: prefill, scaling, decode, end to end. Small files that say which CSV they were drawn from.
+"""Pictures of saved results: prefill, scaling, decode, end to end. Small files that say which result they show.
 
 Knows rows; needs matplotlib (`pip install -e '.[plot]'`) only where something is drawn.
 """
@@ -259,7 +259,7 @@ def draw(result: Result, folder: Path) -> Path:
     path = folder / f"{result.stem}.png"
     plot = pyplot()
     save(plot, DRAWINGS[result.tool].draw(plot, result), path)
-    # Flat colours need no more than a palette. The digest ties the picture to the CSV without comparing pixels, which
+    # Flat colours need no more than a palette. The digest ties the picture to the result without comparing pixels, which
     # differ with the fonts and versions of a machine.
     told = PngImagePlugin.PngInfo()
     told.add_text(SOURCE, result.digest)
@@ -270,7 +270,7 @@ def draw(result: Result, folder: Path) -> Path:
 
 
 def drawn_from(path: Path) -> str | None:
-    """Digest of the CSV that a picture was drawn from; None if it does not say or is not there."""
+    """Digest of the result that a picture was drawn from; None if it does not say or is not there."""
     try:
         with Image.open(path) as image:
             return image.info.get(SOURCE)
@@ -278,7 +278,7 @@ def drawn_from(path: Path) -> str | None:
         return None
 
 
-def leftovers(folder: Path, names: set[str]) -> list[Path]:
-    """Pictures named like results' that no result has (any more)."""
-    owned = [path for path in sorted(folder.glob("*--*.png")) if path.name.split("--")[0] in DRAWINGS]
-    return [path for path in owned if path.name not in names]
+def leftovers(folder: Path, drawn: Sequence[Result]) -> list[Path]:
+    """Pictures named like results' that none of these has (any more)."""
+    names = {result.stem for result in drawn}
+    return [p for p in sorted(folder.glob("*--*.png")) if p.name.split("--")[0] in DRAWINGS and p.stem not in names]

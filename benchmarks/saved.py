@@ -1,38 +1,48 @@
-"""Saved results: the CSVs below benchmarks/results as typed rows, apart from the environment that every line repeats.
+"""What a benchmark found: a table for people, one JSON object as the last line, with `--save` that object as a file.
 
-Knows the form that `output.csv_text` writes; nothing of what the columns mean.
+The file's name is made of tool, what was measured, hardware, threads, allocator and versions; what counts is inside.
 """
 
 from __future__ import annotations
 
-import csv
+import argparse
 import hashlib
-import io
 import json
-import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import ENVIRONMENT
-from llava.eval.common.jsonio import read_text
+import torch
+
+from benchmarks.environment import describe, environment
+from llava.eval.common.jsonio import read_json, read_text, write_text_atomic
+from llava.schema import NUMBER, TEXT, WHOLE, Fields, Kind, ListOf, MapOf, check, one_of, optional
 from llava.utils import UserError
 
-# `device`, `cuda`, `system` and `llava` are told but not needed to name what was measured.
-_REQUIRED = (
-    "hardware", "cores", "threads", "load_average", "python", "torch", "transformers", "allocator", "variables",
-)  # fmt: skip
+RESULTS = Path(__file__).resolve().parent / "results"
 # Columns that say what a row is of, in all tools; columns that say how much was measured of it.
 IDENTITY = ("benchmark", "method", "budget", "model", "batch", "visual", "stored", "dtype", "lora", "workers")
 _EFFORT = ("rounds", "new_tokens", "questions")
-_REMEDY = "measure it again with --save, or remove the file"
+_CELL = Kind("a number, a text, true, false or null", lambda x: isinstance(x, str | bool | None) or NUMBER.accepts(x))
+# What a figure depends on and is named by; `environment` tells more.
+ENVIRONMENT = Fields(
+    {
+        "hardware": TEXT, "device": TEXT, "cores": optional(WHOLE), "threads": WHOLE, "load_average": optional(NUMBER),
+        "python": TEXT, "torch": TEXT, "transformers": TEXT, "allocator": one_of("fixed", "default"),
+        "variables": MapOf(TEXT),
+    }
+)  # fmt: skip
+MEASURED = {"tool": TEXT, "label": TEXT, "rows": ListOf(MapOf(_CELL, 1), 1)}
+_SHAPE = Fields({**MEASURED, "environment": ENVIRONMENT})
 
 
 @dataclass(frozen=True)
 class Result:
-    """One CSV. rows: measured columns in the file's order; numbers are numbers, empty cells are None."""
+    """One file. digest: of its bytes."""
 
     stem: str
     tool: str
@@ -42,9 +52,10 @@ class Result:
     digest: str
 
     @property
-    def columns(self) -> tuple[str, ...]:
-        """Measured columns that hold something."""
-        return tuple(name for name in self.rows[0] if any(row[name] is not None for row in self.rows))
+    def columns(self) -> list[str]:
+        """Columns that hold something."""
+        names = dict.fromkeys(name for row in self.rows for name in row)
+        return [name for name in names if any(row.get(name) is not None for row in self.rows)]
 
     @property
     def fixed(self) -> bool:
@@ -53,14 +64,12 @@ class Result:
 
     @property
     def on_cpu(self) -> bool:
-        return self.env.get("device", "cpu") == "cpu"
+        return self.env["device"] == "cpu"
 
     @property
-    def setup(self) -> str:
-        """Hardware for people; the threads are told where they do the work."""
-        if not self.on_cpu:
-            return str(self.env["hardware"])
-        return f"{self.env['hardware']}, {counted(self.env['threads'], 'thread')}"
+    def versions(self) -> str:
+        """For people."""
+        return f"torch {self.env['torch']}, transformers {self.env['transformers']}"
 
     def same(self, name: str) -> Any:
         """The value of a column that is the same in all rows that have one; None if there is none."""
@@ -68,103 +77,129 @@ class Result:
         return values.pop() if len(values) == 1 else None
 
 
-def counted(number: Any, noun: str) -> str:
-    """`1 thread`, `2 threads`."""
-    return f"{number} {noun}" + ("" if str(number) == "1" else "s")
-
-
 def read_results(folder: Path) -> list[Result]:
-    """Every CSV of the folder, by file name; raises `UserError` that names the file and what to do."""
+    """Every result of the folder, by file name; `UserError` names the file and what to do."""
     if not folder.is_dir():
         raise UserError(f"--results-dir: no such folder: {folder}")
-    return [read_result(path) for path in sorted(folder.glob("*.csv"))]
+    return [read_result(path) for path in sorted(folder.glob("*--*.json"))]
 
 
 def read_result(path: Path) -> Result:
-    """One CSV of `--save`."""
-    parts = path.stem.split("--")
-    if len(parts) < 4 or not all(parts):
-        raise UserError(
-            f"{path}: is not named TOOL--WHAT--HARDWARE--VERSIONS.csv as --save names results; "
-            "give it back its name, or move it out of the folder"
+    """One file of `--save`."""
+    try:
+        found = check(read_json(path, "result"), _SHAPE, str(path))
+    except UserError as error:
+        raise UserError(f"{error}; measure it again with --save, or move the file away") from None
+    digest = hashlib.sha256(read_text(path, "result").encode()).hexdigest()[:16]
+    return Result(path.stem, found["tool"], found["label"], tuple(found["rows"]), found["environment"], digest)
+
+
+# --- writing ------------------------------------------------------------------------------------------------------
+
+
+def deliver(
+    tool: str,
+    label: str,
+    rows: Sequence[Mapping[str, Any]],
+    columns: Sequence[str],
+    args: argparse.Namespace,
+    device: torch.device,
+) -> None:
+    """Prints and saves; `columns` are shown to people, and are the first ones of what is saved."""
+    label = f"{label}, {args.name}" if args.name else label
+    env = environment(device)
+    rows = ordered(rows, columns)
+    print(f"\n{tool}: {label}\n{describe(env)}\n\n{table(rows, columns)}\n")
+    if args.save:
+        print(f"wrote {save(tool, label, rows, env, Path(args.results_dir))}")
+    print(json.dumps({"tool": tool, "label": label, "environment": env, "rows": rows}))
+
+
+def ordered(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows that all have the same columns, in the same order."""
+    names = dict.fromkeys([*columns, *(name for row in rows for name in row)])
+    return [{name: row.get(name) for name in names} for row in rows]
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """Aligned columns, for a terminal."""
+    lines = [list(columns), *([_cell(row.get(column)) for column in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def save(tool: str, label: str, rows: Sequence[Mapping[str, Any]], env: Mapping[str, Any], folder: Path) -> Path:
+    """Writes the file. One of the same name is replaced by a repetition only; otherwise the new name gets a number."""
+    path, name, number = result_path(tool, label, env, folder), label, 1
+    taken = path
+    while path.exists() and not _replaces(rows, path):
+        number += 1
+        name = f"{label}, run {number}"
+        path = result_path(tool, name, env, folder)
+    if number > 1:
+        print(
+            f"{taken.name} holds other rows or more rounds and is kept; --name NAME tells this run from it",
+            file=sys.stderr,
         )
-    text = read_text(path, "result")
-    lines = list(csv.reader(io.StringIO(text, newline="")))
-    if len(lines) < 2:
-        raise UserError(f"{path}: holds no rows; {_REMEDY}")
-    header = lines[0]
-    twice = sorted({name for name in header if header.count(name) > 1 or not name.strip()})
-    if twice:
-        raise UserError(f"{path}: column {twice[0]!r} is there more than once or has no name; {_REMEDY}")
-    missing = [name for name in _REQUIRED if name not in header]
-    if missing:
-        raise UserError(f"{path}: has no column {missing[0]!r}, so nobody knows what it was measured on; {_REMEDY}")
-    rows = []
-    for number, cells in enumerate(lines[1:], start=2):
-        if len(cells) != len(header):
-            raise UserError(f"{path}: line {number} has {len(cells)} cells, the header {len(header)}; {_REMEDY}")
-        row = zip(header, cells, strict=True)
-        rows.append({name: _value(text, name, f"{path}: line {number}") for name, text in row})
-    measured = tuple({name: value for name, value in row.items() if name not in ENVIRONMENT} for row in rows)
-    if not measured[0]:
-        raise UserError(f"{path}: holds an environment but nothing measured; {_REMEDY}")
-    env = {name: lines[1][header.index(name)] for name in ENVIRONMENT if name in header}
-    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return Result(path.stem, parts[0], parts[1], measured, {**env, "variables": _variables(env, path)}, digest)
+    write_text_atomic(path, result_text(tool, name, rows, env))
+    return path
 
 
-def _variables(env: Mapping[str, str], path: Path) -> dict[str, str]:
-    try:
-        variables = json.loads(env["variables"])
-    except ValueError:
-        variables = None
-    if not isinstance(variables, dict):
-        raise UserError(f"{path}: column 'variables' is not a JSON object: {env['variables']!r}; {_REMEDY}")
-    return variables
+def result_text(tool: str, label: str, rows: Sequence[Mapping[str, Any]], env: Mapping[str, Any]) -> str:
+    """What the file holds: a line per row, numbers with six digits."""
+    head = json.dumps({"tool": tool, "label": label, "environment": env}, ensure_ascii=False)
+    lines = [{k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+    dumped = ",\n".join(map(partial(json.dumps, ensure_ascii=False), lines))
+    return f'{head[:-1]}, "rows": [\n{dumped}\n]}}\n'
 
 
-def _value(text: str, name: str, where: str) -> Any:
-    if text == "" or name in ENVIRONMENT:
-        return text or None
-    if text in ("True", "False"):
-        return text == "True"
-    try:
-        number = float(text)
-    except ValueError:
-        return text
-    if not math.isfinite(number):
-        raise UserError(f"{where}: column {name!r} is {text}, which is no measurement; {_REMEDY}")
-    return int(number) if re.fullmatch(r"-?\d+", text) else number
+def result_path(tool: str, label: str, env: Mapping[str, Any], folder: Path = RESULTS) -> Path:
+    """Named by tool, what was measured, hardware, threads, allocator and versions."""
+    where = slug(env["hardware"]) + (f"-{env['threads']}t" if env["device"] == "cpu" else "")
+    versions = f"torch{env['torch'].split('+')[0]}-transformers{env['transformers']}"
+    return folder / f"{tool}--{slug(label)}--{where}-{env['allocator']}--{versions}.json"
 
 
-def replaces(rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
-    """Whether new rows are a repetition of those in a CSV: all that it holds is measured again, and as much of it.
+def slug(text: str) -> str:
+    """Text as part of a file name."""
+    text = re.sub(r"\((R|TM|C)\)|\bCPU\b|@.*$|\bProcessor\b", " ", text)
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-").lower()
+
+
+def _replaces(rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
+    """Whether rows are a repetition of those in a file: all that it holds is measured again, and as much of it.
 
     False where the file cannot be read.
     """
-    try:
-        old = read_result(path).rows
-    except UserError:
-        return False
 
     def efforts(of: Sequence[Mapping[str, Any]]) -> dict[tuple[Any, ...], list[Any]]:
         return {tuple(row.get(name) for name in IDENTITY): [row.get(name) or 0 for name in _EFFORT] for row in of}
 
+    try:
+        old = efforts(read_result(path).rows)
+    except UserError:
+        return False
     new = efforts(rows)
-    return all(
-        key in new and all(a >= b for a, b in zip(new[key], effort, strict=True))
-        for key, effort in efforts(old).items()
-    )
+    return all(key in new and all(a >= b for a, b in zip(new[key], effort, strict=True)) for key, effort in old.items())
 
 
-def natural(text: str) -> list[Any]:
-    """Sort key: 576 comes before 2880."""
-    return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in re.split(r"(\d+)", text) if part]
+# --- looking at rows ----------------------------------------------------------------------------------------------
+
+
+def counted(number: Any, noun: str) -> str:
+    """`1 thread`, `2 threads`."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def numeric(row: Mapping[str, Any], *names: str) -> bool:
     """Whether a row has numbers in all these columns."""
-    return all(isinstance(row.get(name), int | float) and not isinstance(row.get(name), bool) for name in names)
+    return all(NUMBER.accepts(row.get(name)) for name in names)
 
 
 def rows_where(rows: Sequence[Mapping[str, Any]], **wanted: Any) -> list[Mapping[str, Any]]:

@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 
 from benchmarks.candidates import build_method, needs_no_tower
-from benchmarks.environment import use_fixed_allocator
-from benchmarks.geometry import geometry, random_decoder, random_prompt
-from benchmarks.output import common_parser, deliver, method_names, numbers, prepare
-from benchmarks.prefill import describe_geometry, measure, peak_flops
+from benchmarks.flags import Job, add_round_arguments, add_running_arguments, method_names, numbers, prepare
+from benchmarks.geometry import GEOMETRIES, geometry, random_prompt
+from benchmarks.prefill import measure, peak_flops
+from benchmarks.saved import deliver
+from llava.eval.common.arguments import Parser
 from llava.utils import cli_main
 
-COLUMNS = ("method", "budget", "visual", "processed", "ms", "p10", "p90", "of_dense", "flops_of_dense", "over_floor",
-           "peak_mib", "kv_mib")  # fmt: skip
+COLUMNS = ("method", "budget", "visual", "processed", "ms", "p10", "p90", "of_dense", "flops_of_dense", "floor_ms",
+           "over_floor", "peak_mib", "kv_mib")  # fmt: skip
 SHARE = 9
 
 
@@ -38,27 +39,27 @@ def exponents(rows: Sequence[Mapping[str, Any]], quantity: str) -> dict[str, flo
 
 @cli_main
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = common_parser("Prefill time and memory over the number of visual tokens.", rounds=5)
+    parser = Parser(description="Prefill time and memory over the number of visual tokens.")
+    parser.add_argument("--geometry", default="cpu-1024x24", help=f"sizes of the decoder: {', '.join(GEOMETRIES)}")
     parser.add_argument("--methods", default="autoprune", help="pruning methods by commas; dense is always measured")
     parser.add_argument("--visual-tokens", default="144,576,1152,2304,2880,5760", help="by commas")
+    add_round_arguments(parser, 5, 2)
+    add_running_arguments(parser)
     args = parser.parse_args(argv)
-    if argv is None and args.allocator == "fixed":
-        use_fixed_allocator("benchmarks.scaling", sys.argv[1:])
     device, dtype = prepare(args)
-    shape = geometry(args.geometry)
     counts = numbers(args.visual_tokens, "--visual-tokens")
-    names = method_names(args.methods)
     budgets = {visual: max(visual // SHARE, 1) for visual in counts}
+    names = method_names(args.methods)
     settings = {v: {(name, b): needs_no_tower(build_method(name, b)) for name in names} for v, b in budgets.items()}
-    model = random_decoder(shape, device, dtype, args.attn_implementation)
+    job = Job(device, dtype, geometry(args.geometry), 0, {}, attention=args.attn_implementation)
+    model = job.decoder()
     peak = peak_flops(device, dtype)
     rows = []
     for visual in counts:
-        rows += measure(model, random_prompt(shape, 1, device, dtype, visual), settings[visual], args, peak)
-    name = describe_geometry(rows, shape, dtype, args)
+        rows += measure(model, random_prompt(job.shape, 1, device, dtype, visual), settings[visual], args, peak)
     for quantity in ("ms", "peak_mib"):
         print(f"exponents of {quantity}: {exponents(rows, quantity)}", file=sys.stderr)
-    deliver("scaling", name, rows, COLUMNS, args, device)
+    deliver("scaling", job.labelled(rows, visual=False), rows, COLUMNS, args, device)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.saved import Result, numeric, rows_where
+from benchmarks.saved import Result, counted, numeric, rows_where
 
 METHOD, GRAPHS = "autoprune", "autoprune graphs"
 SMALL, LLAVA_15, LLAVA_NEXT = "cpu-1024x24", "llava-1.5-7b", "llava-next-7b"
@@ -222,11 +222,14 @@ def _outcome(target: Target, where: str, measured: list[tuple[Result, Figures]])
 def _versioned(result: Result, results: Sequence[Result]) -> str:
     """The setup, with the versions where several were measured on it."""
 
-    def versions(of: Result) -> str:
-        return f"torch {of.env['torch']}, transformers {of.env['transformers']}"
+    several = {other.versions for other in results if _setup(other) == _setup(result)}
+    return f"{_setup(result)}, {result.versions}" if len(several) > 1 else _setup(result)
 
-    several = {versions(other) for other in results if other.setup == result.setup}
-    return f"{result.setup}, {versions(result)}" if len(several) > 1 else result.setup
+
+def _setup(result: Result) -> str:
+    """Hardware for people; the threads are told where they do the work."""
+    hardware = str(result.env["hardware"])
+    return f"{hardware}, {counted(result.env['threads'], 'thread')}" if result.on_cpu else hardware
 
 
 # --- the table ----------------------------------------------------------------------------------------------------

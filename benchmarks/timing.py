@@ -1,38 +1,24 @@
-"""Timing that can be trusted: warm-up, interleaved rounds, medians with p10 and p90, device clocks.
-
-Knows callables; nothing of models.
-"""
+"""Timing that can be trusted: warm-up, interleaved rounds, medians with p10 and p90, device clocks."""
 
 from __future__ import annotations
 
 import random
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+Key = TypeVar("Key", bound=Hashable)
 
-@dataclass(frozen=True)
-class Summary:
-    """Milliseconds: median and the 10th and 90th percentile of `rounds` measurements."""
 
-    median: float
-    p10: float
-    p90: float
-    rounds: int
-
-    @classmethod
-    def of(cls, seconds: Sequence[float]) -> Summary:
-        low, middle, high = np.percentile(1000 * np.asarray(seconds, dtype=np.float64), [10, 50, 90])
-        return cls(float(middle), float(low), float(high), len(seconds))
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f} ms ({self.p10:.2f} to {self.p90:.2f})"
+def summary(seconds: Sequence[float]) -> dict[str, Any]:
+    """Columns of a row: median and 10th and 90th percentile in milliseconds, and of how many rounds."""
+    low, middle, high = np.percentile(1000 * np.asarray(seconds, dtype=np.float64), [10, 50, 90])
+    return {"ms": float(middle), "p10": float(low), "p90": float(high), "rounds": len(seconds)}
 
 
 def synchronize(device: torch.device) -> None:
@@ -60,14 +46,14 @@ def timed(work: Callable[[], Any], device: torch.device) -> float:
 
 
 def interleaved_rounds(
-    candidates: Mapping[str, Callable[[], Any]],
+    candidates: Mapping[Key, Any],
     rounds: int,
     device: torch.device,
     warmup: int = 2,
-    measure: Callable[[Callable[[], Any], torch.device], float] = timed,
+    measure: Callable[[Any, torch.device], float] = timed,
     description: str = "",
     until: float | None = None,
-) -> dict[str, list[float]]:
+) -> dict[Key, list[float]]:
     """Seconds of every candidate, `rounds` each.
 
     In every round each candidate runs once, in an order that is shuffled (the same in every run): drifts of clock and
@@ -78,7 +64,7 @@ def interleaved_rounds(
     """
     shuffle = random.Random(0).shuffle
     names = list(candidates)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[Key, list[float]] = {name: [] for name in names}
     total = (warmup + rounds) * len(names)
     with torch.inference_mode(), tqdm(total=total, desc=description, file=sys.stderr, mininterval=2.0) as bar:
         for number in range(warmup + rounds):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import FIXED_ALLOCATOR, result_path
-from benchmarks.output import csv_text
+from benchmarks.environment import FIXED_ALLOCATOR
+from benchmarks.saved import ordered, result_path, result_text
 
 SHAPE = {"geometry": "cpu-1024x24", "dtype": "float32", "attention": "sdpa"}
 GPU = {"device": "cuda", "hardware": "NVIDIA H200", "cuda": "13.0", "threads": 16, "cores": 16}
@@ -23,11 +23,11 @@ def environment(allocator: str = "fixed", **changes: Any) -> dict[str, Any]:
 
 
 def save(folder: Path, tool: str, label: str, rows: list[dict], allocator: str = "fixed", **changes: Any) -> Path:
-    """Writes a CSV as `--save` does."""
+    """Writes a result as `--save` does."""
     env = environment(allocator, **changes)
     path = result_path(tool, label, env, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(csv_text(rows, env))
+    path.write_text(result_text(tool, label, ordered(rows, ()), env))
     return path
 
 
@@ -53,7 +53,7 @@ def save_prefill(folder: Path, rows: list[dict], visual: int = 576, **changes: A
     shape = {name: rows[0][name] for name in SHAPE}
     batches = sorted({row["batch"] for row in rows})
     dense = [prefill_row("dense", None, visual, batch, **shape) for batch in batches]
-    label = f"{shape['geometry']} {shape['dtype']} {shape['attention']} {visual} visual tokens"
+    label = f"{', '.join(shape.values())}, {visual} visual tokens"
     return save(folder, "prefill", label, dense + rows, **changes)
 
 

@@ -1,20 +1,27 @@
 """The benchmarks on the smallest geometry: counts and forms against independent ones, never times."""
 
-import csv
 import json
 
 import pytest
 import torch
 
 from benchmarks import decode, end_to_end, memory, prefill, scaling
-from benchmarks.candidates import build_method, floor_prefill, layer_widths, needs_no_tower, run_pruned, traces_of
-from benchmarks.environment import ENVIRONMENT, FIXED_ALLOCATOR, environment, result_path, slug
+from benchmarks.candidates import (
+    build_method,
+    count_row,
+    floor_prefill,
+    layer_widths,
+    needs_no_tower,
+    run_pruned,
+    traces_of,
+)
+from benchmarks.environment import FIXED_ALLOCATOR, environment
+from benchmarks.flags import decoder_parser, settings_of
 from benchmarks.geometry import GEOMETRIES, geometry, random_decoder, random_prompt
-from benchmarks.output import save
 from benchmarks.packed import PackedLinear, pack_linears
 from benchmarks.parts import Clock
-from benchmarks.saved import read_result
-from benchmarks.timing import Summary, interleaved_rounds, median_ratio
+from benchmarks.saved import read_result, result_path, save, slug
+from benchmarks.timing import interleaved_rounds, median_ratio, summary
 from llava.pruning import list_methods
 from llava.utils import UserError
 from tests.benchmarks import synthetic
@@ -77,12 +84,12 @@ def test_the_floor_at_full_length_is_dense(model, prompt):
 def test_counts_of_a_row(model, prompt):
     """FLOPs by the formula of the paper on the tokens that the trace recorded."""
     traces = traces_of(model, build_method("random", 16), prompt)
-    row = prefill.count_row(traces)
+    row = count_row(traces)
     tokens, d, m = 16 + 11, 64, 128
     assert (row["nominal"], row["processed"], row["batch"], row["visual"]) == (16, 16, 2, 48)
     assert row["flops"] == 2 * 6 * (4 * tokens * d * d + 2 * tokens**2 * d + 3 * tokens * d * m)
     assert row["kv_mib"] * 2**20 == 2 * 6 * 2 * tokens * 64 * 4
-    dense = prefill.count_row(traces_of(model, None, prompt))
+    dense = count_row(traces_of(model, None, prompt))
     assert dense["flops_of_dense"] == 1 and dense["processed"] == 48
 
 
@@ -104,8 +111,8 @@ def test_rounds_are_interleaved_in_shuffled_order():
 
 
 def test_summaries():
-    summary = Summary.of([0.001 * i for i in range(1, 12)])
-    assert (summary.median, summary.p10, summary.p90) == pytest.approx((6.0, 2.0, 10.0)) and summary.rounds == 11
+    found = summary([0.001 * i for i in range(1, 12)])
+    assert found == pytest.approx({"ms": 6.0, "p10": 2.0, "p90": 10.0, "rounds": 11})
     assert median_ratio([2.0, 4.0, 100.0], [1.0, 2.0, 10.0]) == 2.0
 
 
@@ -118,8 +125,8 @@ def test_exponents_of_known_laws():
 
 def test_result_files_are_named_by_hardware_and_versions():
     env = environment(CPU)
-    assert tuple(env) == ENVIRONMENT
-    name = result_path("prefill", "cpu-1024x24 float32 sdpa", env).name
+    assert tuple(env) == tuple(synthetic.environment())
+    name = result_path("prefill", "cpu-1024x24, float32, sdpa", env).name
     assert name.startswith("prefill--cpu-1024x24-float32-sdpa--") and f"torch{torch.__version__.split('+')[0]}" in name
     assert f"-{torch.get_num_threads()}t-" in name
     assert slug("Intel(R) Xeon(R) CPU E5-2680 v4 @ 2.40GHz") == "intel-xeon-e5-2680-v4"
@@ -158,12 +165,13 @@ def test_every_tool_saves_and_prints_one_object_last(tmp_path, capsys):
     assert rows[1]["kv_of_dense"] == pytest.approx(rows[1]["kv_mib"] / rows[0]["kv_mib"]) and rows[1]["kv_of_dense"] < 1
     scaling.main(arguments(tmp_path, "--visual-tokens", "18,36", "--methods", "random"))
     assert [(r["visual"], r["budget"]) for r in last_line(capsys)["rows"]] == [(18, None), (18, 2), (36, None), (36, 4)]
-    saved = next(tmp_path.glob("prefill--*.csv"))
-    with open(saved, newline="") as file:
-        lines = list(csv.DictReader(file))
-    assert float(lines[1]["ms"]) == pytest.approx(result["rows"][1]["ms"], rel=1e-4)
-    assert lines[1]["hardware"] == result["environment"]["hardware"]
-    assert {path.name.split("--")[0] for path in tmp_path.glob("*.csv")} == {"prefill", "decode", "scaling"}
+    (path,) = tmp_path.glob("prefill--*")
+    saved = json.loads(path.read_text())
+    assert list(saved) == list(result) == ["tool", "label", "environment", "rows"]
+    assert saved["environment"] == result["environment"]
+    for ours, printed in zip(saved["rows"], result["rows"], strict=True):
+        assert list(ours) == list(printed) and ours["ms"] == pytest.approx(printed["ms"], rel=1e-5)
+    assert {path.name.split("--")[0] for path in tmp_path.glob("*.json")} == {"prefill", "decode", "scaling"}
 
 
 def test_memory_of_scores_and_prefill(tmp_path, capsys):
@@ -273,8 +281,7 @@ def test_methods_that_need_a_tower_are_one_line_errors(name, model, prompt, caps
 
 
 def settings_of_first_token(flags, name):
-    parser = prefill.build_parser()
-    return prefill.settings_of(parser.parse_args([*flags, "--methods", name]), 48, tower=True)
+    return settings_of(decoder_parser("").parse_args([*flags, "--methods", name]), 48)
 
 
 ROW = {"method": "autoprune", "budget": 64, "batch": 1, "visual": 576, "rounds": 9, "ms": 5.0}
@@ -318,9 +325,9 @@ def test_names_keep_runs_apart(tmp_path, capsys):
     for flags in (["--methods", "autoprune"], ["--methods", "random", "--name", "Peers, all"]):
         prefill.main(arguments(tmp_path, "--budgets", "8", *flags))
     said = capsys.readouterr()
-    assert json.loads(said.out.splitlines()[-1])["label"].endswith(" 48 visual tokens peers-all")
+    assert json.loads(said.out.splitlines()[-1])["label"].endswith(", 48 visual tokens, peers-all")
     assert "is kept" not in said.err
-    labels = [path.stem.split("--")[1] for path in sorted(tmp_path.glob("*.csv"))]
+    labels = [path.stem.split("--")[1] for path in sorted(tmp_path.glob("*.json"))]
     assert labels == ["tiny-float32-sdpa-48-visual-tokens", "tiny-float32-sdpa-48-visual-tokens-peers-all"]
     fails_with_one_line(prefill.main, arguments(tmp_path, "--name", "--"), capsys, "--name")
 
@@ -337,4 +344,4 @@ def test_packed_weights_compute_the_same(prompt, tmp_path, capsys):
     for ours, theirs in (dense, pruned):
         torch.testing.assert_close(ours.last_hidden_state, theirs.last_hidden_state, atol=1e-5, rtol=1e-4)
     prefill.main(arguments(tmp_path, "--budgets", "8", "--linear", "packed"))
-    assert last_line(capsys)["label"].startswith("tiny-packed float32 sdpa 48")
+    assert last_line(capsys)["label"].startswith("tiny-packed, float32, sdpa, 48")

@@ -115,7 +115,7 @@ def test_rows(capsys, tmp_path):
         assert row["vision_percent"] == pytest.approx(100 * row["vision"] / sum(row[part] for part in PARTS))
         assert row["tower_layers"] == (4 if row["model"] == "transformers" else 3)
         assert row["processed"] == (row["budget"] or 48)
-    assert len(list(tmp_path.glob("first_token--tiny-float32-sdpa-48-visual-tokens--*.csv"))) == 1
+    assert len(list(tmp_path.glob("first_token--tiny-float32-sdpa-48-visual-tokens--*.json"))) == 1
 
 
 @pytest.mark.gpu

@@ -53,13 +53,13 @@ def test_figures_of_a_rehearsal_are_not_taken(rehearsal, tmp_path):
         gpu_check.take(rehearsal, tmp_path)
 
 
-def test_a_check_becomes_csvs(rehearsal, tmp_path):
+def test_a_check_becomes_results(rehearsal, tmp_path):
     record = json.loads(rehearsal.read_text())
     record["rehearsal"] = False
     copy = tmp_path / "record.json"
     copy.write_text(json.dumps(record))
     gpu_check.take(copy, tmp_path / "results")
-    written = sorted(path.name.split("--")[0] for path in (tmp_path / "results").glob("*.csv"))
+    written = sorted(path.name.split("--")[0] for path in (tmp_path / "results").glob("*.json"))
     assert written == sorted(result["tool"] for result in record["results"])
 
 

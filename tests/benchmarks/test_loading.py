@@ -24,4 +24,4 @@ def test_mapped_weights_are_no_second_copy(tmp_path, monkeypatch, capsys):
     # Mapped, so nearly nothing of it is anonymous; converted, all of it is and the file is let go.
     assert same["peak_anon_ratio"] < 0.2 and same["peak_rss_ratio"] < 1.3
     assert 0.9 < converted["peak_anon_ratio"] < 1.3 and converted["peak_rss_ratio"] < 1.8
-    assert list(tmp_path.glob("loading--*.csv")) and not list(tmp_path.glob("llava-loading-*"))
+    assert list(tmp_path.glob("loading--*.json")) and not list(tmp_path.glob("llava-loading-*"))

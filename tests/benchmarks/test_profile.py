@@ -1,6 +1,5 @@
 """The profile: launches against counts by hand and against torch's own profiler, parts that add up, cuts that hold."""
 
-import csv
 import json
 from collections import Counter
 
@@ -294,10 +293,9 @@ def test_from_flags_to_the_document(tmp_path, capsys):
 
     annotated = {line["name"] for line in json.loads(trace.read_text())["traceEvents"] if "name" in line}
     assert {"pass: dense", "pass: floor", "pass: pruned", "part: attention", "aten::mm"} <= annotated
-    saved = next(tmp_path.glob("profile--*.csv"))
-    with open(saved, newline="") as file:
-        lines = list(csv.DictReader(file))
-    assert len(lines) == len(rows) and float(lines[0]["dense_count"]) == whole["dense_count"]
+    (path,) = tmp_path.glob("profile--*.json")
+    saved = json.loads(path.read_text())["rows"]
+    assert len(saved) == len(rows) and saved[0]["dense_count"] == whole["dense_count"]
     document = tmp_path / "performance.md"
     document.write_text("<!-- results: begin -->\n<!-- results: end -->\n")
     report.main(["--results-dir", str(tmp_path), "--document", str(document)])

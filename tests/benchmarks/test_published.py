@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import memory, prefill, published
-from benchmarks.candidates import layer_widths, run_pruned, traces_of
+from benchmarks.candidates import count_row, layer_widths, run_pruned, traces_of
 from benchmarks.geometry import geometry, random_decoder, random_prompt
 from benchmarks.published import Published, published_prefill, run_published, with_published
 from llava.pruning import AutoPrune, get_method
@@ -86,7 +86,7 @@ def test_the_same_tokens_stay(model, prompt, options):
     for a, b in zip(other.past_key_values.layers, output.past_key_values.layers, strict=True):
         torch.testing.assert_close(a.keys, b.keys, atol=1e-3, rtol=1e-3)
         torch.testing.assert_close(a.values, b.values, atol=1e-3, rtol=1e-3)
-    one, two = prefill.count_row([theirs]), prefill.count_row([ours])
+    one, two = count_row([theirs]), count_row([ours])
     assert all(one[name] == two[name] for name in ("visual", "nominal", "processed", "flops", "kv_mib"))
     assert layer_widths([theirs]) == layer_widths([ours])
 

@@ -1,8 +1,7 @@
-"""The report: what stands in the document follows from the CSVs, which are made up here in the tools' own form."""
+"""The report: what stands in the document follows from the results, which are made up here in the tools' own form."""
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 
@@ -10,15 +9,15 @@ import pytest
 from PIL import Image
 
 from benchmarks import prefill, report
-from benchmarks.environment import ENVIRONMENT, RESULTS
 from benchmarks.report_plots import _PARTS, DRAWINGS, drawn_from
-from benchmarks.report_tables import METHODS, PARTS, cells, head, method_name, spoken
-from benchmarks.saved import read_result, read_results
+from benchmarks.report_tables import PARTS, cells, head, method_name
+from benchmarks.saved import RESULTS, read_result, read_results
 from llava.pruning import list_methods
 from tests.benchmarks.synthetic import (
     GPU,
     decode_rows,
     end_to_end_rows,
+    environment,
     first_token_rows,
     memory_rows,
     prefill_row,
@@ -81,17 +80,17 @@ def save_everything(folder):
     save_prefill(folder, [prefill_row("autoprune", 64)], threads=2)
     shape = {"geometry": "llava-1.5-7b", "dtype": "bfloat16"}
     save_prefill(folder, [prefill_row("autoprune", 64, **shape)], **GPU)
-    save(folder, "decode", "cpu-1024x24 float32 sdpa 576 visual tokens", decode_rows())
-    save(folder, "memory", "cpu-1024x24 float32 sdpa 2880 visual tokens", memory_rows())
-    save(folder, "scaling", "cpu-1024x24 float32 sdpa", scaling_rows())
-    save(folder, "end_to_end", "tiny-llava-v1.5 batch 1 float32", end_to_end_rows())
+    save(folder, "decode", "cpu-1024x24, float32, sdpa, 576 visual tokens", decode_rows())
+    save(folder, "memory", "cpu-1024x24, float32, sdpa, 2880 visual tokens", memory_rows())
+    save(folder, "scaling", "cpu-1024x24, float32, sdpa", scaling_rows())
+    save(folder, "end_to_end", "tiny-llava-v1.5, batch 1, float32", end_to_end_rows())
     save(
-        folder, "loading", "990 MB float16", [{"stored": "bin", "lora": True, "file_mb": 992.4, "peak_rss_ratio": 1.5}]
+        folder, "loading", "990 MB, float16", [{"stored": "bin", "lora": True, "file_mb": 992.4, "peak_rss_ratio": 1.5}]
     )
-    save(folder, "input_pipeline", "tiny-llava-v1.5 64 images 640 wide batch 8",
+    save(folder, "input_pipeline", "tiny-llava-v1.5, 64 images, 640 pixels wide, batch 8",
          [{"workers": 0, "images_per_s": 33.07, "p10": 31.5, "p90": 34.5, "of_none": 1.0, "rounds": 3}])  # fmt: skip
-    save(folder, "first_token", "cpu-1024x24 float32 sdpa 576 visual tokens", first_token_rows())
-    save(folder, "profile", "cpu-1024x24 float32 sdpa", [{"kernel": "gemm<float | 4>", "calls": 3, "of_total": 0.25}])
+    save(folder, "first_token", "cpu-1024x24, float32, sdpa, 576 visual tokens", first_token_rows())
+    save(folder, "profile", "cpu-1024x24, float32, sdpa", [{"kernel": "gemm<float | 4>", "calls": 3, "of_total": 0.25}])
     save(folder, "brand_new", "something else", [{"wall_us": 3.25, "note": "x"}, {"wall_us": 1.5, "note": None}])
 
 
@@ -113,7 +112,7 @@ def test_sections_in_order_with_titles_for_people(place):
         "Loading: 990 MB, float16, 1 thread",
         "Input pipeline: tiny-llava-v1.5, 64 images, 640 pixels wide, batch 8, 1 thread",
         "Profile: cpu-1024x24, float32, sdpa, 1 thread",
-        "Brand new: something-else, 1 thread",
+        "Brand new: something else, 1 thread",
     ]
 
 
@@ -125,7 +124,7 @@ def test_tables_hold_figures_and_the_line_below_says_on_what(place):
         assert text.count("torch 2.13.0+cpu") == 1, name
         for table in tables(text):
             heads = {cell.strip() for cell in table[0]}
-            assert not heads & set(ENVIRONMENT) and len({len(row) for row in table}) == 1, name
+            assert not heads & set(environment()) and len({len(row) for row in table}) == 1, name
             for place_ in range(len(table[0])):
                 assert any(row[place_].strip() != "–" for row in table[2:]), (name, table[0][place_])
 
@@ -156,7 +155,7 @@ def test_unknown_columns_and_tools(place):
     parts = sections(generated(place))
     (profile,) = tables(parts["Profile: cpu-1024x24, float32, sdpa, 1 thread"])
     assert column(profile, "kernel") == ["`gemm<float \\| 4>`"] and column(profile, "of total, %") == ["25.0"]
-    (new,) = tables(parts["Brand new: something-else, 1 thread"])
+    (new,) = tables(parts["Brand new: something else, 1 thread"])
     assert column(new, "wall, µs") == ["3.25", "1.50"] and column(new, "note") == ["x", "–"]
     save_prefill(place / "results", [prefill_row("autoprune", 64, bandwidth_gb=12.5)])
     assert column(tables(sections(generated(place))[NAME_576])[0], "bandwidth, GB") == ["–", "12.5"]
@@ -166,17 +165,23 @@ def test_heads_names_and_cells():
     assert [head(name) for name in ("self_ms", "rows_per_s", "of_total", "peak_ratio", "kind")] == [
         "self, ms", "rows/s", "of total, %", "peak, ×", "kind",
     ]  # fmt: skip
-    assert spoken("tiny-llava-v1.5-batch-16-bfloat16") == "tiny-llava-v1.5, batch 16, bfloat16"
-    assert spoken("cpu-1024x24-float32-sdpa-576-visual-tokens-per-method").endswith(", 576 visual tokens, per-method")
     assert cells("ms", [4539.84, 43.8, None]) == ["4539.8", "43.8", "–"]
     assert cells("lora", [True, False]) == ["yes", "no"]
     assert set(PARTS) == set(_PARTS), "every part has a colour"
-    assert set(list_methods()) <= set(METHODS), "every method has a name for people"
+    names = [method_name(name) for name in list_methods()]
+    assert len(set(names)) == len(names) and not any("_" in name for name in names), (
+        "every method has a name for people"
+    )
+    assert (method_name("pdrop"), method_name("sparsevlm"), method_name("dense")) == (
+        "PyramidDrop",
+        "SparseVLM",
+        "dense",
+    )
     assert method_name("scores of a layer") == "scores of a layer"
 
 
 def test_both_allocators_stand_side_by_side(place):
-    label = "cpu-1024x24 float32 sdpa 2880 visual tokens"
+    label = "cpu-1024x24, float32, sdpa, 2880 visual tokens"
     save(place / "results", "memory", label, memory_rows(own=280.0))
     save(place / "results", "memory", label, memory_rows(own=310.0), "default", load_average=1.7)
     parts = sections(generated(place))
@@ -185,7 +190,9 @@ def test_both_allocators_stand_side_by_side(place):
     heads = [cell.strip() for cell in both[0]]
     assert heads[:4] == ["method", "budget", "peak, MiB: fixed", "default"]
     mine = [row for row in both[2:] if row[0].strip() == "AutoPrune"]
-    assert [[cell.strip() for cell in row[1:4]] for row in mine] == [[b, "280", "310"] for b in ("640", "320", "160")]
+    assert [[cell.strip() for cell in row[1:4]] for row in mine] == [
+        [b, "280.0", "310.0"] for b in ("640", "320", "160")
+    ]
     assert "310" not in column(full, "peak, MiB")
     assert "default allocator (load average 1.7" in generated(place)
 
@@ -222,24 +229,24 @@ def test_pictures_are_small_and_say_what_they_show(place):
     assert [path.name.split("--")[0] for path in pictures] == sorted([*DRAWINGS, *["prefill"] * 3])
     for path in pictures:
         assert 2000 < path.stat().st_size < 60_000 and f"](images/{path.name})" in text
-        assert drawn_from(path) == read_result(place / "results" / f"{path.stem}.csv").digest
+        assert drawn_from(path) == read_result(place / "results" / f"{path.stem}.json").digest
         with Image.open(path) as image:
             assert len(image.convert("RGB").getcolors(1 << 20)) > 3
     assert text.count("](images/") == len(pictures)
 
 
 def test_many_methods_and_missing_figures_can_be_drawn(place):
-    rows = [prefill_row(name, 64) for name in METHODS if name != "dense"]
+    rows = [prefill_row(name, 64) for name in list_methods() if name != "dense"]
     rows[0] |= {"selection_ms": -3.0, "floor_of_dense": None}
     rows[1] |= {"of_dense": None}
     rows.append(prefill_row("autoprune published", 64, choice_ms=None))
     save_prefill(place / "results", rows)
-    save(place / "results", "decode", "cpu-1024x24 float32 sdpa 576 visual tokens", decode_rows(batches=(1,)))
+    save(place / "results", "decode", "cpu-1024x24, float32, sdpa, 576 visual tokens", decode_rows(batches=(1,)))
     text = rendered(place)
     assert text.count("](images/") == 1, "one batch size is no curve"
 
 
-def test_the_same_csvs_give_the_same_document(place):
+def test_the_same_results_give_the_same_document(place):
     save_everything(place / "results")
     first = rendered(place)
     bytes_of = {path.name: path.read_bytes() for path in (place / "docs" / "images").iterdir()}
@@ -253,7 +260,7 @@ def test_pictures_of_vanished_results_go(place, capsys):
     images = place / "docs" / "images"
     (images / "comparison.png").write_bytes(b"not ours")
     (images / "survey--2024.png").write_bytes(b"not ours")
-    next((place / "results").glob("decode--*.csv")).unlink()
+    next((place / "results").glob("decode--*.json")).unlink()
     capsys.readouterr()
     rendered(place)
     assert not list(images.glob("decode--*")) and "removed" in capsys.readouterr().out
@@ -285,11 +292,11 @@ def test_check(place, capsys):
     old = place / "docs" / "images" / "decode--gone--x--y.png"
     old.write_bytes(b"")
     status, said = check(place, capsys)
-    assert status == 1 and said == f"{old}: no CSV has this picture\n"
+    assert status == 1 and said == f"{old}: no result has this picture\n"
 
 
 def test_the_committed_document_is_up_to_date(capsys):
-    """`python -m benchmarks.report` was run after the last change of a CSV or of the report."""
+    """`python -m benchmarks.report` was run after the last change of a result or of the report."""
     try:
         report.main(["--check"])
     except SystemExit:
@@ -315,34 +322,21 @@ def test_malformed_results_are_named_with_what_to_do(place, capsys):
     results.mkdir()
     fails_with_one_line(report.main, flags(place), capsys, "--results-dir", "--save")
     good = save_prefill(results, [prefill_row("autoprune", 64)])
-    with open(good, newline="") as file:
-        lines = list(csv.reader(file))
-    place_of = lines[0].index
-
-    def broken(change):
-        changed = [list(line) for line in lines]
-        change(changed)
-        with open(good, "w", newline="") as file:
-            csv.writer(file).writerows(changed)
-
-    def put(line, name, text):
-        return lambda changed: changed[line].__setitem__(place_of(name), text)
-
-    for change, parts in (
-        (lambda changed: changed.__delitem__(slice(1, None)), ["no rows"]),
-        (lambda changed: changed[2].pop(), ["line 3", "cells"]),
-        (put(0, "hardware", "computer"), ["'hardware'", "measured on"]),
-        (put(0, "p10", "ms"), ["'ms'", "more than once"]),
-        (put(1, "variables", "{"), ["'variables'", "JSON"]),
-        (put(2, "ms", "nan"), ["line 3", "'ms'", "nan"]),
-    ):
-        broken(change)
-        fails_with_one_line(report.main, flags(place), capsys, good, "measure it again with --save", *parts)
-    broken(lambda changed: None)
-    good.rename(results / "prefill.csv")
-    fails_with_one_line(report.main, flags(place), capsys, results / "prefill.csv", "TOOL--WHAT", "move it out")
-    (results / "prefill.csv").unlink()
-    good = save_prefill(results, [prefill_row("autoprune", 64)])
+    saved = json.loads(good.read_text())
+    broken = (
+        ({"rows": []}, "rows must have 1 or more entries"),
+        ({"rows": [{**saved["rows"][0], "ms": float("nan")}]}, "rows[0].ms must be a number"),
+        ({"rows": [{**saved["rows"][0], "ms": [1]}]}, "rows[0].ms must be a number"),
+        ({"environment": {**saved["environment"], "allocator": "none"}}, "environment.allocator"),
+        ({"environment": {}}, "'hardware'"),
+        ({"tool": None}, "tool must be a string"),
+    )
+    for change, said in broken:
+        good.write_text(json.dumps({**saved, **change}))
+        fails_with_one_line(report.main, flags(place), capsys, good, said, "measure it again with --save")
+    good.write_text("tool,label")
+    fails_with_one_line(report.main, flags(place), capsys, good, "malformed JSON", "measure it again with --save")
+    good.write_text(json.dumps(saved))
     twin = good.with_name(good.name.replace("--some-", "--renamed-"))
     twin.write_bytes(good.read_bytes())
     fails_with_one_line(report.main, flags(place), capsys, good.name, twin.name, "remove one of them")
@@ -352,10 +346,10 @@ def test_malformed_results_are_named_with_what_to_do(place, capsys):
 
 
 def test_named_results_are_sections_of_their_own(place):
-    label = "cpu-1024x24 float32 sdpa 576 visual tokens"
-    for name in ("", " run 2", " peers-all"):
+    label = "cpu-1024x24, float32, sdpa, 576 visual tokens"
+    for name in ("", ", run 2", ", peers-all"):
         for allocator in ("fixed", "default"):
             save(place / "results", "prefill", label + name, [prefill_row("autoprune", 64)], allocator)
     names = list(sections(generated(place)))[1:]
     where = "Prefill: cpu-1024x24, float32, sdpa, 576 visual tokens"
-    assert names == [f"{where}, 1 thread", f"{where}, peers-all, 1 thread", f"{where}, run-2, 1 thread"]
+    assert names == [f"{where}, 1 thread", f"{where}, peers-all, 1 thread", f"{where}, run 2, 1 thread"]

@@ -12,7 +12,7 @@ from tests.benchmarks import synthetic
 from tests.benchmarks.synthetic import GPU, decode_rows, memory_rows, prefill_row, save, save_prefill
 
 FLOOR, FLOPS, FLOOR_2880, BATCH, DECODE, SCORES, PUBLISHED, PEAK, NEXT, BATCH_8, ONE = TARGETS[:11]
-MEMORY, DECODING = "cpu-1024x24 float32 sdpa 2880 visual tokens", "cpu-1024x24 float32 sdpa 576 visual tokens"
+MEMORY, DECODING = "cpu-1024x24, float32, sdpa, 2880 visual tokens", "cpu-1024x24, float32, sdpa, 576 visual tokens"
 
 
 def of(target, folder):
@@ -91,11 +91,11 @@ def test_the_fixed_allocator_counts(tmp_path):
 
 
 def test_more_rounds_count_before_fewer_and_the_worse_of_equals(tmp_path):
-    label = "cpu-1024x24 float32 sdpa 576 visual tokens"
+    label = DECODING
     save(tmp_path, "prefill", label, pruned(64, over_floor=1.01))
-    save(tmp_path, "prefill", f"{label} again", pruned(64, over_floor=1.03))
+    save(tmp_path, "prefill", f"{label}, again", pruned(64, over_floor=1.03))
     assert only(FLOOR, tmp_path).figures["64"] == 1.03
-    save(tmp_path, "prefill", f"{label} longer", pruned(64, over_floor=1.015, rounds=21))
+    save(tmp_path, "prefill", f"{label}, longer", pruned(64, over_floor=1.015, rounds=21))
     assert only(FLOOR, tmp_path).figures["64"] == 1.015
 
 
@@ -176,8 +176,8 @@ def test_the_definitions_fit_together():
 
 def test_figures_are_found_in_named_files(tmp_path):
     """Rows that were measured in several runs count together, whatever the files are called."""
-    label = "cpu-1024x24 float32 sdpa 576 visual tokens"
-    for name, budgets in (("", (64,)), (" run 2", (128,)), (" peers", (192,))):
+    label = DECODING
+    for name, budgets in (("", (64,)), (", run 2", (128,)), (", peers", (192,))):
         save(tmp_path, "prefill", label + name, [prefill_row("dense", None), *pruned(*budgets)])
     outcome = only(FLOOR, tmp_path)
     assert list(outcome.figures) == ["192", "128", "64"] and verdict(outcome) == "met"
