@@ -18,6 +18,7 @@ _METHODS = {
     "adaptinfer": "AdaptInfer",
     "agilepruner": "AgilePruner",
     "autoprune": "AutoPrune",
+    "catp": "CATP",
     "cdpruner": "CDPruner",
     "dart": "Dart",
     "dense": "Dense",

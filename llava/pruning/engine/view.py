@@ -193,6 +193,18 @@ class LayerView:
             1, slots_BK[:, :, None].expand(-1, -1, self.sequences.hidden_BNC.shape[2])
         )
 
+    def mean_between(self, begin_BS: Tensor, end_BS: Tensor | None) -> Tensor:
+        """Mean hidden state of all tokens, text too, that stand in the places ``begin .. end - 1`` of the left-padded
+        sequence (None: to the end), float32 ``[B, S, C]``; 0 where there are none.
+        """
+        hidden_BNC = self.sequences.hidden_BNC
+        slots = torch.arange(hidden_BNC.shape[1], device=self.device)
+        inside = slots >= begin_BS[..., None]
+        if end_BS is not None:
+            inside = inside & (slots < end_BS[..., None])
+        weights = inside.float()
+        return weights @ hidden_BNC.float() / weights.sum(2, keepdim=True).clamp_min(1)
+
     def normed(self, hidden_BKC: Tensor) -> Tensor:
         """Hidden states behind the norm that follows the decoder's last layer."""
         assert self.norm is not None  # of a prefill
