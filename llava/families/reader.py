@@ -97,7 +97,7 @@ class FamilyReader:
         if value in _CLS_ROWS and not self._family.has_cls:
             _say_received(method, self.family)
             value = TowerValue.RECEIVED_ATTENTION
-        if value is TowerValue.RECEIVED_ATTENTION:
+        if value.of_all_rows:
             seeing_all = self._family.global_layers(self._model, modality)
             if not seeing_all:
                 raise UnsupportedError(

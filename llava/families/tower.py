@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from llava.compat import TowerWatch
-from llava.pruning.scores import attention_rows
-from llava.pruning.vision import TowerValue
+from llava.pruning.scores import attention_rows, reliable_attention
+from llava.pruning.vision import ReliableAttention, TowerValue
 
-Place = tuple[int, TowerValue]
+Value = TowerValue | ReliableAttention
+Place = tuple[int, Value]
 """A layer and what is wanted of it."""
 
 _BLOCK = 64
@@ -44,7 +45,7 @@ class TowerFacts(TowerWatch):
             self._found.setdefault((layer, value), []).append(found)
 
 
-def layer_value(value: TowerValue, query_NHTD: Tensor, key_NHTD: Tensor, scaling: float, mask: Any) -> Tensor:
+def layer_value(value: Value, query_NHTD: Tensor, key_NHTD: Tensor, scaling: float, mask: Any) -> Tensor:
     """One value of every token, float32 ``[N, T, F]``; see :class:`~llava.pruning.vision.TowerValue`."""
     if value is TowerValue.KEYS:
         return key_NHTD.float().mean(1)
@@ -57,11 +58,16 @@ def layer_value(value: TowerValue, query_NHTD: Tensor, key_NHTD: Tensor, scaling
         mask = None
     last = 1 if value is TowerValue.CLS_ATTENTION else query_NHTD.shape[2]
     total: Tensor | float = 0.0
+    parts = []
     # In blocks of rows: the full map of all heads never exists.
     for start in range(0, last, _BLOCK):
         rows = slice(start, min(start + _BLOCK, last))
         own = mask if mask is None or mask.shape[-2] == 1 else mask[..., rows, :]
-        total = total + attention_rows(query_NHTD[:, :, rows], key_NHTD, scaling, own).mean(1).sum(1)
+        attention = attention_rows(query_NHTD[:, :, rows], key_NHTD, scaling, own).mean(1)
+        total = total + attention.sum(1)
+        parts += [attention] * isinstance(value, ReliableAttention)
+    if isinstance(value, ReliableAttention):
+        return reliable_attention(torch.cat(parts, dim=1), value.threshold)[:, :, None]
     assert isinstance(total, Tensor)
     return (total / last)[:, :, None]
 

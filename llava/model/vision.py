@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from llava.compat import execution_device
 from llava.model.tower_merging import TowerMerger
-from llava.pruning.scores import attention_rows
-from llava.pruning.vision import CLS_ATTENTION, TowerValue, VisionFact
+from llava.pruning.scores import attention_rows, reliable_attention
+from llava.pruning.vision import CLS_ATTENTION, ReliableAttention, TowerValue, VisionFact
 
+Value = TowerValue | ReliableAttention
 SELECT_FEATURES = ("patch", "cls_patch")
 _BLOCK = 64
 
@@ -50,7 +51,7 @@ def layers_to_run(select_layer: int, num_layers: int) -> int:
     return count
 
 
-def layer_facts(layer: nn.Module, hidden_NTC: Tensor, values: set[TowerValue]) -> dict[TowerValue, Tensor]:
+def layer_facts(layer: nn.Module, hidden_NTC: Tensor, values: set[Value]) -> dict[Value, Tensor]:
     """What one encoder layer says about its tokens, `[N, T, ...]`, CLS included; only the rows that are needed.
 
     Args:
@@ -64,12 +65,12 @@ def layer_facts(layer: nn.Module, hidden_NTC: Tensor, values: set[TowerValue]) -
     # The layer's own hooks would move its input; its parts are called here before it is.
     normed_NTC = layer.layer_norm1(hidden_NTC.to(execution_device(layer.layer_norm1)))
     heads = (-1, attention.head_dim)
-    rows = slice(None) if TowerValue.RECEIVED_ATTENTION in values else slice(1)
+    rows = slice(None) if any(value.of_all_rows for value in values) else slice(1)
     # Where only row 0 is wanted: one query instead of T, and no T x T map.
     query_NTC = attention.q_proj(normed_NTC[:, rows]) if any(value.is_attention for value in values) else None
     key_NTC = attention.k_proj(normed_NTC)
     key_NHTD = key_NTC.unflatten(-1, heads).transpose(1, 2)
-    facts: dict[TowerValue, Tensor] = {}
+    facts: dict[Value, Tensor] = {}
     for value in values:
         value.check_known()
         if value is TowerValue.KEYS:
@@ -83,11 +84,17 @@ def layer_facts(layer: nn.Module, hidden_NTC: Tensor, values: set[TowerValue]) -
             query_NHTD = query_NTC.unflatten(-1, heads).transpose(1, 2)
             last = 1 if value is TowerValue.CLS_ATTENTION else query_NHTD.shape[2]
             total: Any = 0
+            parts = []
             # In blocks of rows: the full map of all heads never exists.
             for start in range(0, last, _BLOCK):
                 block = query_NHTD[:, :, start : min(start + _BLOCK, last)]
-                total = total + attention_rows(block, key_NHTD, attention.scale).mean(1).sum(1)
-            facts[value] = total / last
+                own = attention_rows(block, key_NHTD, attention.scale).mean(1)
+                total = total + own.sum(1)
+                parts += [own] * isinstance(value, ReliableAttention)
+            if isinstance(value, ReliableAttention):
+                facts[value] = reliable_attention(torch.cat(parts, dim=1), value.threshold)
+            else:
+                facts[value] = total / last
     return facts
 
 
@@ -128,7 +135,7 @@ def encode_crops(
     patch_embedding = tower.embeddings.patch_embedding
     pixel_values = pixel_values.to(device=execution_device(patch_embedding), dtype=patch_embedding.weight.dtype)
     hidden_NTC = tower.pre_layrnorm(tower.embeddings(pixel_values))
-    said: dict[tuple[int, TowerValue], Tensor] = {}
+    said: dict[tuple[int, Value], Tensor] = {}
     selected_NTC = hidden_NTC if count == 0 else None
     for index in range(max([count, *(layer + 1 for layer, _ in places.values())])):
         values = {value for layer, value in places.values() if layer == index}

@@ -51,6 +51,8 @@ class PruningMethod:
             ``target_tokens``; rounded down, at least one token.
         view_budget: how the tokens that a selection keeps are shared out among the images of a prompt: ``joint`` (all
             compete with all), ``equal``, or a file with a share per image; see :mod:`llava.pruning.views`.
+        pospad: every run of tokens that is dropped in front of the decoder leaves a marker, see
+            :mod:`~llava.pruning.pospad`.
     """
 
     target_tokens: int | None = None
@@ -59,6 +61,7 @@ class PruningMethod:
     budget: str = "nominal"
     target_ratio: float | None = None
     view_budget: str | tuple[float, ...] = JOINT
+    pospad: bool = False
 
     name: ClassVar[str]
     needs_cls: ClassVar[bool] = False
@@ -66,6 +69,7 @@ class PruningMethod:
     instead_of_target: ClassVar[str | None] = None  # an option that replaces `target_tokens` where it is given
     reduces_vision: ClassVar[bool] = False  # whether `reduce` takes part
     reduces_projected: ClassVar[bool] = False  # whether `reduce` works behind the projector
+    ranks_in_decoder: ClassVar[bool] = False  # whether `select` looks at vision facts though `reduce` takes part
     merges_in_tower: ClassVar[bool] = False  # whether `merge` takes part
     capturable: ClassVar[bool] = False  # whether selections may be captured in a CUDA graph, see engine/graphs.py
     shares_views: ClassVar[bool] = False  # whether selections can be shared out among images, see `LayerView.best`
@@ -100,6 +104,8 @@ class PruningMethod:
         object.__setattr__(self, "view_budget", read_view_budget(self.view_budget))
         if self.view_budget != JOINT and not self.shares_views:
             raise OptionError(f"{self.name} cannot share its budget out among images: view_budget must be {JOINT}")
+        if self.pospad and self.merges_in_tower:
+            raise OptionError(f"pospad needs tokens that are dropped, and {self.name} works inside the vision tower")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             self.require(field.name, not isinstance(value, float) or math.isfinite(value), "must be a finite number")
@@ -219,11 +225,9 @@ class PruningMethod:
     def settings(self) -> dict[str, Any]:
         """The values of all options, JSON-able: what is recorded of a method."""
         values = dataclasses.asdict(self) | {"positions": str(self.positions)}
-        # Records from before there was a choice stay equal.
-        if self.target_ratio is None:
-            del values["target_ratio"]
-        if self.view_budget == JOINT:
-            del values["view_budget"]
+        for option, default in (("target_ratio", None), ("view_budget", JOINT), ("pospad", False)):
+            if values[option] == default:
+                del values[option]  # records from before there was a choice stay equal
         return values
 
     @classmethod

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from llava.pruning.budget import crop_quotas
 from llava.pruning.engine.layout import VisualLayout
 from llava.pruning.engine.protocol import Method
+from llava.pruning.pospad import crop_markers
 from llava.pruning.selection import on_device
-from llava.pruning.vision import ReducedRow, VisionView
+from llava.pruning.vision import ReducedRow, VisionView, unit_rows
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,22 @@ class ReducedCrop:
     source_K: Tensor
     behind_K: Tensor
     weights: Callable[[], Tensor] | None = None
+
+    def with_markers(self, tokens_PC: Tensor) -> ReducedCrop:
+        """And a marker in the place of every run of patches that are gone; see :mod:`llava.pruning.pospad`."""
+        markers_MC, places_M, shares_MP = crop_markers(tokens_PC, self.origin_K)
+
+        def weights() -> Tensor:
+            own = unit_rows(self.source_K, len(tokens_PC)) if self.weights is None else self.weights()
+            return torch.cat((own, shares_MP))
+
+        return ReducedCrop(
+            torch.cat((self.tokens_KC, markers_MC)),
+            torch.cat((self.origin_K, torch.full_like(places_M, -1))),
+            torch.cat((self.source_K, places_M)),
+            torch.cat((self.behind_K, torch.zeros_like(places_M, dtype=torch.bool))),
+            weights,
+        )
 
     def order(self, place_P: Tensor, end: int) -> Tensor:
         """Sort keys, float64, if patch i stands at ``place_P[i]`` and the last patch of the image at ``end - 1``.
@@ -135,13 +152,14 @@ def reduce_crops(
         if not reduction.in_place:
             behind = reduction.origin_NK < 0
         for place, i in enumerate(members):
-            results[i] = ReducedCrop(
+            left = ReducedCrop(
                 reduction.tokens_NKC[place],
                 reduction.origin_NK[place],
                 reduction.source_NK[place],
                 behind[place],
                 None if reduction.weights is None else partial(_row_of, reduction.weights, place),
             )
+            results[i] = left.with_markers(crops[i].tokens_PC) if method.pospad else left
     return [results[i] for i in range(len(crops))]
 
 

@@ -42,6 +42,7 @@ _METHODS = {
     "tome": "ToMe",
     "transprune": "TransPrune",
     "uniform": "Uniform",
+    "vflowopt": "VFlowOpt",
     "vscan": "VScan",
     "vispruner": "VisPruner",
     "visionzip": "VisionZip",

@@ -82,6 +82,24 @@ def received_attention(attention_BHTV: Tensor, rows: Tensor | None = None) -> Te
     return attention_BHTV.sum((1, 2)) / (attention_BHTV.shape[1] * rows[:, None])
 
 
+def reliable_attention(attention_NTT: Tensor, threshold: float) -> Tensor:
+    """Attention that each token receives of reliable ones, ``[N, T]``, see
+    :class:`~llava.pruning.vision.ReliableAttention`.
+
+    Args:
+        attention_NTT: probabilities, mean over heads, rows over columns; 0 where a row must not look (other pictures).
+        threshold: multiple of the mean.
+    """
+    sees = (attention_NTT > 0).float()
+    received = attention_NTT.sum(1) / sees.sum(1).clamp_min(1)
+    # The mean over the tokens that see each other: a picture's own.
+    mean = (sees @ received[:, :, None])[:, :, 0] / sees.sum(2).clamp_min(1)
+    reliable = (received > threshold * mean).float()[:, :, None]
+    count = (sees * reliable).sum(1)
+    chosen = (attention_NTT * reliable).sum(1) / count.clamp_min(1)
+    return torch.where(count > 0, chosen, received)
+
+
 def rotate_rows(query_BHTD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> Tensor:
     """Apply the half-split rotary embedding of Llama to query rows ``[B, H, T, D]`` with tables ``[B or 1, T, D]``."""
     cos, sin = cos_BTD.unsqueeze(1), sin_BTD.unsqueeze(1)

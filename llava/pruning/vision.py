@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import SimpleNamespace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,25 @@ class TowerValue(enum.Enum):
     def is_attention(self) -> bool:
         return self in (TowerValue.CLS_ATTENTION, TowerValue.RECEIVED_ATTENTION, TowerValue.WIDE_CLS_ATTENTION)
 
+    @property
+    def of_all_rows(self) -> bool:
+        """Whether it takes the attention of every token, not that of CLS alone."""
+        return self is TowerValue.RECEIVED_ATTENTION
+
+
+@dataclass(frozen=True)
+class ReliableAttention:
+    """Attention that the patch receives of reliable tokens alone, mean over heads and over these, float32: those that
+    themselves receive more than ``threshold`` times the mean. Where no token does, all are reliable.
+    """
+
+    threshold: float
+    is_attention: ClassVar[bool] = True
+    of_all_rows: ClassVar[bool] = True
+
+    def check_known(self) -> None:
+        """Every tower can say it."""
+
 
 @dataclass(frozen=True)
 class VisionFact:
@@ -54,7 +74,7 @@ class VisionFact:
         layer: 0-based index of the tower's layer, negative from the end; None: the layer whose output is used.
     """
 
-    value: TowerValue
+    value: TowerValue | ReliableAttention
     layer: int | None = None
 
 

@@ -270,7 +270,7 @@ def test_methods_that_need_a_tower_are_one_line_errors(name, model, prompt, caps
     """Every method runs on random embeddings or is refused before anything is measured."""
     flags = ["--geometry", "tiny", "--device", "cpu", "--budgets", "8"]
     towers = ("tome", "visionzip", "hiprune", "prumerge_plus", "vispruner", "scope", "holov", "flowcut", "gtp_vit")
-    if name in (*towers, "vscan", "agilepruner"):
+    if name in (*towers, "vscan", "agilepruner", "vflowopt"):
         for tool in (prefill, decode, memory, scaling):
             own = [flag for flag in flags if tool is not scaling or flag not in ("--budgets", "8")]
             fails_with_one_line(tool.main, [*own, "--methods", name], capsys, "--methods", name, "tower", "first_token")

@@ -12,7 +12,7 @@ from llava.families.base import pooled
 from llava.families.qwen_vl import window_order
 from llava.families.tower import layer_value
 from llava.pruning import AutoPrune, DecoderMethod, Rows, Selection, get_method
-from llava.pruning.vision import TowerValue, VisionFact
+from llava.pruning.vision import ReliableAttention, TowerValue, VisionFact
 from tests.families.models import FAMILIES, IMAGE
 from tests.pruning import naive
 
@@ -127,6 +127,12 @@ def test_values_of_a_layer_by_hand():
     attention = torch.softmax((query @ key.transpose(2, 3) * 0.5).masked_fill(~mask, -torch.inf), -1)
     received = layer_value(TowerValue.RECEIVED_ATTENTION, query, key, 0.5, mask)
     torch.testing.assert_close(received[..., 0], attention.mean((1, 2)))
+    for threshold in (1.1, 90.0):
+        reliable = layer_value(ReliableAttention(threshold), query, key, 0.5, mask)[..., 0]
+        for own, found in zip(attention.mean(1), reliable, strict=True):
+            received = own.mean(0)
+            chosen = received > threshold * received.mean() * 70 / (own[0] > 0).sum()
+            torch.testing.assert_close(found, own[chosen].mean(0) if threshold < 2 else received, atol=1e-6, rtol=1e-4)
     cls = layer_value(TowerValue.CLS_ATTENTION, query, key, 0.5, mask)
     torch.testing.assert_close(cls[..., 0], attention[:, :, 0].mean(1))
     wide = torch.softmax(torch.einsum("nhd,nhtd->nt", query[:, :, 0], key) * 24**-0.5, -1)  # all heads as one, 24 wide

@@ -149,6 +149,17 @@ def test_crops(models, name, merge_type):
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "crops"])
+@pytest.mark.parametrize("name", ["divprune", "random", "todre", "catp", "visionzip", "scope", "vscan", "vflowopt"])
+def test_markers(models, name, kernel):
+    """Runs of dropped tokens, each with a marker: in every row as many as it has alone, more tokens than without."""
+    prompts, marked, plain = CROPS if kernel == "crops" else PLAIN, method(name, pospad=True), method(name)
+    counts = []
+    for pruning in (marked, plain):
+        counts.append([trace.tokens_in[0] for trace in check(models[kernel], pruning, prompts)])
+    assert all(a > b or a == b == 0 for a, b in zip(*counts, strict=True))
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "crops"])
 @pytest.mark.parametrize("name", list_methods())
 def test_a_budget_of_all_tokens_changes_nothing(models, name, kernel):
     model, prompts = models[kernel], CROPS if kernel == "crops" else PLAIN

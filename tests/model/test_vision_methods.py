@@ -104,6 +104,28 @@ def test_prumerge_plus_from_pixels(model):
         torch.testing.assert_close(got[i], project(model, [*merged, extra]), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("threshold", [1.05, 1.3, 50.0])
+def test_importance_of_vflowopt_from_pixels(model, threshold):
+    """By the rows of tokens that receive much themselves; by all where none does."""
+    seen, pixels = [], tiny_images(2)
+
+    class Seen(get_method("vflowopt")):
+        def reduce(self, view):
+            seen.append(view.facts["importance"])
+            return super().reduce(view)
+
+    with Seen(target_tokens=TARGET, threshold=threshold).attach(model), torch.no_grad():
+        model.prepare_multimodal_inputs(torch.tensor([[1, I, 5]] * 2), images=pixels)
+    _, out = tower_outputs(pixels)
+    for i in range(2):
+        rows = out.attentions[-2][i].mean(0)
+        received = rows.mean(0)
+        reliable = received > threshold * received.mean()
+        assert reliable.any() == (threshold < 50)
+        expected = rows[reliable].mean(0) if reliable.any() else received
+        torch.testing.assert_close(seen[0][i], expected[1:], atol=1e-6, rtol=1e-4)
+
+
 def test_hiprune_from_pixels(model):
     pixels = tiny_images(2)
     got, rows = visual_embeddings(model, pixels, "hiprune", object_layer=1)

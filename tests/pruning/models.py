@@ -61,6 +61,8 @@ class Batch:
             )
         for facts in self.facts:  # drawn last: the rest stays as it was
             facts["local"] = torch.rand(len(facts["cls"]), generator=generator) ** 4
+        for facts in self.facts:
+            facts["importance"] = torch.rand(len(facts["cls"]), generator=generator) ** 4
 
     def __len__(self) -> int:
         return len(self.embeds)

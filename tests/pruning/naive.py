@@ -381,3 +381,26 @@ def todre(tokens: Tensor, target: int) -> list[int]:
         rest = [i for i in everyone if i not in chosen]
         chosen.append(min(rest, key=lambda i: sum(cosine(tokens[i], tokens[j]) for j in chosen)))
     return chosen
+
+
+def vflowopt(tokens: Tensor, importance: Tensor, width: int, target: int, side: float):
+    """Of one whole crop: the places that leave, and what stands there."""
+    order = ranked(importance)
+    while (int((width - 1) // side) + 1) ** 2 > target:
+        side *= 1.25
+    cells = (int((width - 1) // side) + 1) ** 2
+    kept, dropped = order[: target - cells], order[target - cells :]
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i in dropped:
+        groups.setdefault((int(i // width // side), int(i % width // side)), []).append(i)
+    features = {i: tokens[i].double() for i in kept}
+    for group in groups.values():
+        weights = [float(importance[i]) for i in group]
+        weights = weights if sum(weights) else [1.0] * len(group)
+        mean = sum(w * tokens[i].double() for w, i in zip(weights, group, strict=True)) / sum(weights)
+        features[group[0]] = mean
+    for i in dropped:  # cells of which nothing was dropped leave their places
+        if len(features) < target and i not in features:
+            features[i] = tokens[i].double()
+    places = sorted(features)
+    return places, torch.stack([features[i] for i in places])

@@ -31,6 +31,8 @@ METHODS = {
     "todre": {"target_tokens": 8, "exit_layer": 4},
     "divprune+information_horizon": {"divprune.target_tokens": 12, "target_tokens": 9},
     "visionzip": {"target_tokens": 8},
+    "vflowopt": {"target_tokens": 8},
+    "catp": {"target_tokens": 10},
     "2:fastervlm:0.5;4:fastv:0.5": {},
     "1:fastervlm:0.5;3:divprune:0.5;4:random:0.5": {},
 }

@@ -608,7 +608,7 @@ COUNTED = ["fastv", "sparsevlm", "pdrop", "autoprune", "random", "uniform", "fas
 COUNTED += ["prumerge_plus", "hiprune", "tome", "vispruner", "scope", "dart", "cdpruner", "holov"]
 COUNTED += ["mmtok", "vscan", "zooprune"]
 COUNTED += ["entropyprune", "transprune", "adaptinfer", "sparsevlm_v2", "agilepruner", "todre"]
-COUNTED += ["information_horizon"]
+COUNTED += ["information_horizon", "catp", "vflowopt"]
 
 
 @pytest.mark.parametrize("budget", ["nominal", "processed"])
@@ -632,6 +632,7 @@ def test_budgets_are_met_or_the_nearest_is_reported(name, budget):
     # What cannot be avoided: full layers in front of the first selection, one token behind it.
     full = {"fastv": 2, "dart": 2, "entropyprune": 2, "pdrop": 1, "sparsevlm": 2, "autoprune": 1}
     full = (full | {"transprune": 1, "adaptinfer": 1, "sparsevlm_v2": 2, "information_horizon": 8}).get(name, 0)
+    full = 2 if name == "catp" else full  # half of the tokens in the first three layers and a bit
     if budget == "nominal" and name in ("sparsevlm", "autoprune", "adaptinfer", "sparsevlm_v2"):
         full -= 1
     floor = (48 * full + 12 - full) / 12
@@ -723,6 +724,13 @@ def test_selection_is_told_apart_by_who_measures(model):
         ("adaptinfer", {"layers": "3/2"}, "1/10/20"),
         ("adaptinfer", {"layers": "3/9"}, "6 layers"),
         ("adaptinfer", {"smoothing": 1.5}, "smoothing"),
+        ("catp", {"drop": 1.0}, "drop"),
+        ("catp", {"layer": 0}, "layer must be at least 1"),
+        ("catp", {"layer": 6}, "6 layers"),
+        ("catp", {"alignment": -1.0}, "alignment"),
+        ("catp", {"target_tokens": None}, "catp needs target_tokens or drop"),
+        ("vflowopt", {"threshold": -1.0}, "threshold"),
+        ("vflowopt", {"side": 0.5}, "side"),
         ("todre", {"exit_layer": 0}, "exit_layer must be at least 1"),
         ("todre", {"exit_layer": 6}, "6 layers"),
         ("information_horizon", {"layer": 0}, "layer must be at least 1"),
@@ -747,7 +755,7 @@ def test_bad_options(model, name, options, message):
 
 IN_FRONT = ["visionzip", "prumerge_plus", "hiprune", "tome", "vispruner", "scope", "cdpruner", "holov"]
 IN_FRONT += ["mmtok", "zooprune", "flowcut", "vscan", "gtp_vit"]
-IN_FRONT += ["agilepruner"]
+IN_FRONT += ["agilepruner", "vflowopt"]
 
 
 @pytest.mark.parametrize("name", IN_FRONT)

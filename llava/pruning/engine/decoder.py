@@ -31,6 +31,7 @@ from llava.pruning.engine.sequence import Sequences
 from llava.pruning.engine.token_cap import cap_by_cls
 from llava.pruning.engine.trace import Trace
 from llava.pruning.engine.view import LayerView
+from llava.pruning.pospad import remade, with_markers
 from llava.pruning.types import BEFORE_DECODER, LayerFact, Rows, Selection
 from llava.pruning.views import JOINT, ViewBudget
 
@@ -133,7 +134,11 @@ class Prefilling:
                 self._drop(cap_by_cls(self._show(None, BEFORE_DECODER), cap))
             for part in self.parts:
                 if BEFORE_DECODER in part.stages and max(self.sequences.counts) > 0:
-                    self._drop(part.select(self._show(part, BEFORE_DECODER)))
+                    selection = part.select(self._show(part, BEFORE_DECODER))
+                    if selection is not None and part.method.pospad:
+                        selection, ends, made = with_markers(selection, self.sequences.counts, self.sequences.slots_BV)
+                        self.sequences = remade(self.sequences, ends, made)
+                    self._drop(selection)
 
     def scoring(self) -> ExitStack:
         """What the calls of :meth:`layer` have to lie in: layers say there what methods ask of them."""
@@ -340,9 +345,9 @@ def carried(values_BV: Tensor, selection: Selection) -> Tensor:
     """Values of visual tokens ``[B, V]`` behind a selection: 0 for merged tokens and in the padding."""
     merged = selection.merged or (0,) * len(selection.keep)
     width = max(kept + new for kept, new in zip(selection.keep, merged, strict=True))
-    # A column of zeros stands for the padding that a selection points to.
-    padded = torch.nn.functional.pad(values_BV, (0, 1))
-    kept = padded.gather(1, selection.keep_BK.to(values_BV.device).clamp_max(values_BV.shape[1]))
+    # A column of zeros stands for the padding that a selection points to. Values go where their tokens are.
+    padded = torch.nn.functional.pad(values_BV.to(selection.keep_BK.device), (0, 1))
+    kept = padded.gather(1, selection.keep_BK.clamp_max(values_BV.shape[1]))
     return torch.nn.functional.pad(kept, (0, width - kept.shape[1]))
 
 

@@ -192,9 +192,12 @@ class PrefillGraphs:
     def _key(self, decoder: compat.Decoder, method: Method, prompt: Prompt) -> Hashable:
         """What a graph depends on; None if there can be none."""
         hidden = prompt.hidden_BNC
-        shares = any(part.view_budget != JOINT for part in method.parts)  # quotas are numbers of the host
+        shares = any(
+            part.view_budget != JOINT for part in method.parts
+        )  # quotas are numbers of the host, as are markers
         plain = prompt.reduced is None and prompt.added_BNF is None and prompt.index_BN is None
-        if not (plain and method.capturable and not shares and min(prompt.lengths) == hidden.shape[1]):
+        capturable = method.capturable and not shares and not any(part.pospad for part in method.parts)
+        if not (plain and capturable and min(prompt.lengths) == hidden.shape[1]):
             return None
         if self.capture is capture_on_cuda and hidden.device.type != "cuda":
             return None

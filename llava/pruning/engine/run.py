@@ -199,7 +199,7 @@ class PruningRun:
         """Names of the facts that the prefill needs; those for a reduction that has taken place are done with."""
         if not reduced:
             return list(self.vision_facts(_ANY_DEPTH))
-        parts = [part for part in self.method.parts if not part.reduces_vision]
+        parts = [part for part in self.method.parts if part.ranks_in_decoder or not part.reduces_vision]
         names = [name for part in parts for name in part.vision_facts(_ANY_DEPTH)]
         return names + [CLS_ATTENTION] * any(part.needs_cls for part in parts)
 

@@ -130,13 +130,13 @@ class CATP(DecoderMethod):
             memory.carried["attention"] = view.relevance_BV
             return None
         # Which image each token is of, counted from the last one, the query's: 1. In the padding 0.
-        is_query = memory.carried["image"] == 1
+        is_query = memory.carried["image"].to(view.device) == 1
         first_B1 = view.slots_BV.masked_fill(~is_query, torch.iinfo(torch.long).max).amin(1, keepdim=True)
         if view.layer == layer:
-            growth = (view.relevance_BV - memory.carried["attention"]).clamp_min(0)
+            growth = (view.relevance_BV - memory.carried["attention"].to(view.device)).clamp_min(0)
             query = view.mean_between(first_B1, None)
             score = growth + self.relevance * cosine_similarity(view.hidden_BVC.float(), query, dim=2)
-            stays, plans = is_query & memory.several, [plan.behind for plan in memory.plans]
+            stays, plans = is_query & memory.several.to(view.device), [plan.behind for plan in memory.plans]
         else:
             context = view.mean_between(view.slots_BV[:, :1], first_B1)
             score = cosine_similarity(view.hidden_BVC.float(), context, dim=2)
