@@ -259,8 +259,8 @@ def draw(result: Result, folder: Path) -> Path:
     path = folder / f"{result.stem}.png"
     plot = pyplot()
     save(plot, DRAWINGS[result.tool].draw(plot, result), path)
-    # Flat colours need no more than a palette. The digest ties the picture to the result without comparing pixels, which
-    # differ with the fonts and versions of a machine.
+    # Flat colours need no more than a palette. The digest ties the picture to the result without comparing pixels,
+    # which differ with the fonts and versions of a machine.
     told = PngImagePlugin.PngInfo()
     told.add_text(SOURCE, result.digest)
     with Image.open(path) as image:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llava.pruning.engine.notices import forget
 from llava.utils import UserError
 from playground.tiny.build.ensure import ensure
 
@@ -21,6 +22,12 @@ def pytest_configure() -> None:
         ensure()
     except UserError as error:
         raise pytest.UsageError(str(error)) from error
+
+
+@pytest.fixture(autouse=True)
+def notices_anew():
+    """Every test is a program of its own: what pruning has said once it says again."""
+    forget()
 
 
 @pytest.fixture(scope="session")

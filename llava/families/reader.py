@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
@@ -25,11 +24,10 @@ from llava.families.base import Call, Family, Placed
 from llava.families.tower import Place, TowerFacts, side_by_side, split_values
 from llava.pruning.engine.cache import CacheRecord
 from llava.pruning.engine.layout import VisualLayout
+from llava.pruning.engine.notices import say
 from llava.pruning.engine.support import check_generation
 from llava.pruning.types import UnsupportedError
 from llava.pruning.vision import TowerValue, VisionFact
-
-_LOGGER = logging.getLogger(__name__)
 
 _ATTRIBUTE = "pruning_encoded"
 _PROMPTS = ("input_ids", "inputs", "inputs_embeds")
@@ -95,7 +93,11 @@ class FamilyReader:
                 f"method '{method}' asks for layer {fact.layer} of a tower of {layers} ({self.family})"
             )
         if value in _CLS_ROWS and not self._family.has_cls:
-            _say_received(method, self.family)
+            say(
+                method,
+                f"the vision tower of {self.family} has no CLS token; the attention that each patch receives takes its "
+                "place",
+            )
             value = TowerValue.RECEIVED_ATTENTION
         if value.of_all_rows:
             seeing_all = self._family.global_layers(self._model, modality)
@@ -349,12 +351,3 @@ def _joined(placed: Sequence[Placed], name: str) -> list[Any] | None:
 def _bare(output: Any) -> Encoded:
     """Of features that were encoded elsewhere only their numbers are known."""
     return Encoded([len(image) for image in output.pooler_output])
-
-
-@functools.lru_cache
-def _say_received(method: str, family: str) -> None:
-    # Cached: once per program.
-    _LOGGER.warning(
-        "%s: the vision tower of %s has no CLS token; the attention that each patch receives takes its place",
-        method, family,
-    )  # fmt: skip

@@ -8,10 +8,8 @@ checkpoints.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -44,9 +42,8 @@ from llava.model.projector import (
 from llava.model.vision import VisionTower, encode_crops
 from llava.model.visual_tokens import encode_images
 from llava.pruning.engine.layout import VisualLayout
+from llava.pruning.engine.notices import say
 from llava.utils import UserError
-
-_LOGGER = logging.getLogger(__name__)
 
 DYNAMIC_CACHES = (None, "dynamic", "dynamic_full")
 
@@ -202,7 +199,10 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         if run is not None and run.method.merges_in_tower and merge_type == "spatial_unpad":
             merge_type = "spatial"  # what stands for several patches cannot be cut at the border of the picture
             if self._chosen_merge_type is not None:
-                _say_spatial(run.method.name)
+                say(
+                    run.method.name,
+                    "merges tokens inside the vision tower: mm_patch_merge_type 'spatial' instead of 'spatial_unpad'",
+                )
         arrangements = [
             arrangement_of(
                 self.config,
@@ -443,14 +443,6 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
                 raise UserError(f"{type(cache).__name__} cannot be used with pruning: use DynamicCache")
             if cache.get_seq_length() > 0:
                 raise UserError("pruning cannot continue a filled cache: pass the whole conversation as one prompt")
-
-
-@lru_cache
-def _say_spatial(method: str) -> None:
-    # Cached: once per program, not per image.
-    _LOGGER.warning(
-        "%s merges tokens inside the vision tower: mm_patch_merge_type 'spatial' instead of 'spatial_unpad'", method
-    )
 
 
 def _set_text_only(run: Any, input_ids: Tensor) -> None:

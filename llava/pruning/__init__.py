@@ -5,7 +5,7 @@
 
 from llava.pruning.engine.graphs import PrefillGraphs
 from llava.pruning.engine.layout import VisualLayout
-from llava.pruning.engine.missed import missed_budgets
+from llava.pruning.engine.notices import missed_budgets
 from llava.pruning.engine.run import PruningRun
 from llava.pruning.engine.trace import Trace
 from llava.pruning.engine.view import LayerView

@@ -26,7 +26,10 @@ from llava.pruning.selection import counts_to_mask, top_k
 from llava.pruning.types import Selection
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from llava.pruning.engine.sequence import Sequences
+    from llava.pruning.vision import ReducedRow
 
 
 def runs_of(dropped_BV: Tensor, adjacent_BV: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,14 +49,23 @@ def runs_of(dropped_BV: Tensor, adjacent_BV: Tensor) -> tuple[Tensor, Tensor]:
     return ends, members / members.sum(2, keepdim=True).clamp_min(1)
 
 
-def with_markers(selection: Selection, counts: tuple[int, ...], slots_BV: Tensor) -> tuple[Selection, Tensor, Tensor]:
-    """A selection that keeps the last token of each run of dropped ones too, which of the tokens these are, bool
-    ``[B, V]``, and what they are made of, ``[B, V, V]``.
+def with_markers(sequences: Sequences, selection: Selection, effects: set[str]) -> tuple[Sequences, Selection]:
+    """The sequences in which the last token of each run of dropped ones is its marker, and the selection that keeps
+    these too; ``effects`` gets ``pospad`` if there are any.
 
     Args:
+        sequences: in front of the decoder.
         selection: what a method keeps.
-        counts: visual tokens per row before it.
-        slots_BV: their places in the sequence.
+    """
+    kept = selection.keep
+    selection, ends, made = _with_ends(selection, sequences.counts, sequences.slots_BV)
+    effects |= {"pospad"} if selection.keep != kept else set()
+    return _remade(sequences, ends, made), selection
+
+
+def _with_ends(selection: Selection, counts: tuple[int, ...], slots_BV: Tensor) -> tuple[Selection, Tensor, Tensor]:
+    """A selection with the last token of each run, which of the tokens these are, bool ``[B, V]``, and what they are
+    made of, ``[B, V, V]``.
     """
     rows, width = slots_BV.shape
     valid = counts_to_mask(counts, width, slots_BV.device)
@@ -72,7 +84,12 @@ def with_markers(selection: Selection, counts: tuple[int, ...], slots_BV: Tensor
     return replace(selection, keep_BK=top_k((kept | ends).float(), counts, keep), keep=keep), ends, made
 
 
-def remade(sequences: Sequences, which_BV: Tensor, weights_BVV: Tensor) -> Sequences:
+def marks(reduced: Sequence[ReducedRow]) -> bool:
+    """Whether a reduction in front of the decoder has left markers in any row, or tokens that were merged."""
+    return any(len(row.origins) < row.visual_tokens or bool((row.origins < 0).any()) for row in reduced)
+
+
+def _remade(sequences: Sequences, which_BV: Tensor, weights_BVV: Tensor) -> Sequences:
     """The sequences where some visual tokens have become means of others, whose shares stand in their rows: they are no
     patches any more.
     """

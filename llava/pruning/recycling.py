@@ -112,6 +112,7 @@ def keep_and_recycle(
         assignment = torch.zeros_like(candidates)
     else:
         noise = None if noise_seed is None else uniform_draws(view, noise_seed, recycled)
+        memory.effects |= set() if noise_seed is None else {"noise_seed"}
         peaks = density_peaks(tokens, clusters, recycled, noise)
         assignment = peaks.assignment_BM
         merged = merge_clusters(tokens, assignment, max(clusters), recycled)

@@ -19,6 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from llava.pruning.engine.notices import say
 from llava.pruning.types import UnsupportedError
 
 
@@ -110,6 +111,13 @@ class VisionView:
     prompts: tuple[int, ...] = ()
     texts: Sequence[Tensor] | None = None
     padding_NP: Tensor | None = None
+
+    def is_raster(self, method: str, otherwise: str) -> bool:
+        """Whether it is known where the patches stand; if not, it is said what the method does ``otherwise``."""
+        if self.grid[1] > 1 or self.grid[0] == 1:
+            return True
+        say(method, f"nobody says here where the tokens of a picture stand, so {otherwise}")
+        return False
 
     @cached_property
     def projected_NPD(self) -> Tensor:

@@ -12,7 +12,6 @@ from PIL import Image
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.mm_utils import process_images
-from llava.model import llava_llama
 from llava.model.assemble import arrange_crops
 from llava.pruning import AutoPrune, Dense, get_method
 from llava.pruning.budget import crop_quotas
@@ -173,7 +172,6 @@ def test_pruned_runs_are_spatial_by_default(model):
 
 @torch.no_grad()
 def test_a_merging_tower_is_spatial_and_says_so_where_something_else_was_chosen(model, caplog):
-    llava_llama._say_spatial.cache_clear()  # said once per program, and another test may have heard it
     call = inputs(model)
     counts = []
     for choice in (None, "spatial_unpad", "spatial_unpad"):

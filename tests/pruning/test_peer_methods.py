@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llava.pruning import OptionError, get_method
 from llava.pruning.budget import plan_stages
-from llava.pruning.methods import adaptinfer, sparsevlm, sparsevlm_v2, zooprune
+from llava.pruning.methods import adaptinfer, sparsevlm, sparsevlm_v2
 from llava.pruning.methods.agilepruner import effective_rank
 from llava.pruning.methods.pdrop import PDrop
 from llava.pruning.methods.sparsevlm import keep_list
@@ -143,7 +143,6 @@ def test_zooprune_where_all_patches_are_equally_sensitive_goes_by_distance(caplo
         chosen.append(
             max(rest, key=lambda i: min(1 - naive.cosine(one.tokens_PC[i], one.tokens_PC[j]) for j in chosen))
         )
-    zooprune._say_out_of_sight.cache_clear()
     for project in (lambda tokens: tokens @ turn, None, None):
         assert not caplog.records or project is None
         (got,) = reduce_crops(get_method("zooprune")(), [one], [6], project)

@@ -21,7 +21,7 @@ from llava.eval.answering.progress import Progress
 from llava.eval.common.questions import Question
 from llava.eval.reports.memory import PeakMemory
 from llava.eval.reports.settings import Setting
-from llava.pruning.engine.missed import missed_budgets
+from llava.pruning.engine.notices import missed_budgets
 from llava.utils import UserError
 
 CACHED_IMAGES = 256

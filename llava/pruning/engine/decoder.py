@@ -31,7 +31,7 @@ from llava.pruning.engine.sequence import Sequences
 from llava.pruning.engine.token_cap import cap_by_cls
 from llava.pruning.engine.trace import Trace
 from llava.pruning.engine.view import LayerView
-from llava.pruning.pospad import remade, with_markers
+from llava.pruning.pospad import marks, with_markers
 from llava.pruning.types import BEFORE_DECODER, LayerFact, Rows, Selection
 from llava.pruning.views import JOINT, ViewBudget
 
@@ -39,13 +39,14 @@ from llava.pruning.views import JOINT, ViewBudget
 @dataclass(frozen=True)
 class Prefill:
     """Result of a pruned prefill: final hidden states, one trace per row, optionally the states between layers and
-    which tokens are left.
+    which tokens are left; and which options changed something, by method (see engine/notices.py).
     """
 
     hidden_BNC: Tensor
     traces: list[Trace]
     hidden_states: tuple[Tensor, ...] | None
     index_BN: Tensor | None = None
+    effects: frozenset[tuple[str, str]] = frozenset()
 
 
 def prefill(
@@ -99,6 +100,8 @@ class Prefilling:
         self.recorder = Recorder(decoder, self.sequences, prompt)
         depth = len(decoder.layers)
         self.parts = [_Part(part, part.stages(depth), part.layer_facts(depth)) for part in method.parts]
+        if method.parts[0].pospad and marks(prompt.reduced or ()):
+            self.parts[0].memory.effects.add("pospad")
         # Which tokens are asked for attention rows.
         self.query_rows = _text_rows(self.sequences, prompt.layout)
         self.rows_of = {Rows.TEXT: self.query_rows, Rows.LAST: (1,) * len(self.query_rows)}
@@ -136,8 +139,7 @@ class Prefilling:
                 if BEFORE_DECODER in part.stages and max(self.sequences.counts) > 0:
                     selection = part.select(self._show(part, BEFORE_DECODER))
                     if selection is not None and part.method.pospad:
-                        selection, ends, made = with_markers(selection, self.sequences.counts, self.sequences.slots_BV)
-                        self.sequences = remade(self.sequences, ends, made)
+                        self.sequences, selection = with_markers(self.sequences, selection, part.memory.effects)
                     self._drop(selection)
 
     def scoring(self) -> ExitStack:
@@ -235,8 +237,9 @@ class Prefilling:
         """What is left behind the last layer."""
         hidden, states = self.decoder.norm(self.sequences.hidden_BNC), self.states
         return Outcome(
-            hidden, None if states is None else (*states, hidden), self.recorder, self.report(), self.sequences.index_BN
-        )
+            hidden, None if states is None else (*states, hidden), self.recorder, self.report(),
+            self.sequences.index_BN, frozenset((p.method.name, o) for p in self.parts for o in p.memory.effects),
+        )  # fmt: skip
 
     def forked(self, cache: Any) -> Prefilling:
         """The same state, to go on from more than once: on the same tensors, with a cache that holds what this has."""
@@ -265,12 +268,14 @@ class Outcome:
     recorder: Recorder
     report: dict[str, list[Any]]
     index_BN: Tensor | None
+    effects: frozenset[tuple[str, str]] = frozenset()
 
     def delivered(self, prompt: Prompt, method: Method, cache: Any) -> Prefill:
         """What decoding must remember travels with the cache; what happened becomes one trace per row."""
         record = self.recorder.cache_record(method.positions == "compact", prompt)
         record.attach_to(cache, prompt.width or prompt.hidden_BNC.shape[1])
-        return Prefill(self.hidden_BNC, self.recorder.traces(self.report, method), self.hidden_states, self.index_BN)
+        traces = self.recorder.traces(self.report, method)
+        return Prefill(self.hidden_BNC, traces, self.hidden_states, self.index_BN, self.effects)
 
 
 def decode(
@@ -318,7 +323,7 @@ class _Part:
     method: Method
     stages: Mapping[int, Rows]
     facts: Mapping[int, Collection[LayerFact]]
-    memory: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(report={}, carried={}))
+    memory: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(report={}, carried={}, effects=set()))
 
     @property
     def budget(self) -> ViewBudget:

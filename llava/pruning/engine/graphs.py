@@ -11,7 +11,6 @@ of their own, and methods that do not say they are ``capturable``, run as always
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
@@ -23,12 +22,11 @@ from torch import Tensor
 
 from llava import compat
 from llava.pruning.engine.decoder import Outcome, Prefill, Prefilling, prefill
+from llava.pruning.engine.notices import say
 from llava.pruning.engine.prompt import Prompt
 from llava.pruning.engine.protocol import Method
 from llava.pruning.engine.view import SampleIds
 from llava.pruning.views import JOINT
-
-_LOGGER = logging.getLogger(__name__)
 
 
 class Graph(Protocol):
@@ -153,7 +151,7 @@ class PrefillGraphs:
             try:
                 replayed = self._replayed(key, decoder, method, prompt, cache)
             except RuntimeError as error:  # torch has no class of its own for what cannot be captured
-                _LOGGER.warning("%s: prefills like this run without CUDA graphs: %s", method.name, error)
+                say(method.name, f"prefills like this run without CUDA graphs: {error}")
                 self._never.add(key)
                 del self._heads[key]
         elif key is not None:

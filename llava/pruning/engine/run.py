@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -24,7 +23,7 @@ from llava.pruning.engine.decoder import decode, prefill
 from llava.pruning.engine.guesses import prompt_then_guesses
 from llava.pruning.engine.labels import follow_labels
 from llava.pruning.engine.layout import VisualLayout
-from llava.pruning.engine.missed import MissedBudgets
+from llava.pruning.engine.notices import Notices, say
 from llava.pruning.engine.prompting import deepstack_features, prompt_of
 from llava.pruning.engine.prompts import reader_of
 from llava.pruning.engine.protocol import Method, Replays
@@ -37,8 +36,6 @@ from llava.pruning.engine.trace import Trace
 from llava.pruning.engine.view import SampleIds
 from llava.pruning.types import OptionError, OwnDefault, UnsupportedError
 from llava.pruning.vision import CLS_ATTENTION, ReducedRow, TowerValue, VisionFact
-
-_LOGGER = logging.getLogger(__name__)
 
 _ANY_DEPTH = 24  # names of facts do not depend on the depth of the tower
 _RUN_ATTRIBUTE = "pruning_run"
@@ -86,7 +83,7 @@ class PruningRun:
         self.samples_seen = 0
         self.sample_ids: Sequence[int] | None = None
         self.notes_members = False
-        self._missed = MissedBudgets()
+        self._notices = Notices()
         self._seconds: list[float] = []
         self._unread: list[Stopwatch] = []
         self._model = model
@@ -109,7 +106,7 @@ class PruningRun:
             return self._forward(*args, **kwargs)
 
         with ExitStack() as undo:
-            undo.callback(self._missed.report)
+            undo.callback(self._notices.report)
             self._replace(undo, self.decoder, _RUN_ATTRIBUTE, self)
             self._replace(undo, self.decoder, "forward", forward)
             for module in {self._model, self.decoder}:
@@ -323,12 +320,13 @@ class PruningRun:
                     through = prefill if graphs is None else graphs.prefill
                     pruned = through(self.decoder, self.method, prompt, cache, self._keeps_states(kwargs), timer)
                     traces, self._told.left = pruned.traces, pruned.index_BN
+                    self._notices.given(self.method.parts, pruned.effects)
                     if use_cache is None:
                         use_cache = getattr(self.decoder.config, "use_cache", True)
                     cached = cache if use_cache or past_key_values is not None else None
                     result = self._output(pruned.hidden_BNC, cached, pruned.hidden_states, kwargs)
             self._unread.append(watch)
-            self._missed.add(self.method.name, traces[::repeats])
+            self._notices.add(self.method.name, traces[::repeats])
             self.samples_seen += told.layout.batch_size
             self.traces.extend(traces[::repeats])
             return result
@@ -396,16 +394,10 @@ def _with_original_positions(method: Method) -> Method:
         raise OptionError(
             "positions=compact has no meaning in a decoder whose positions have several axes (M-RoPE): use original"
         )
-    _say_original(method.name)
+    say(method.name, "positions=original, because this decoder's positions have several axes (M-RoPE)")
     own = copy.copy(method)
     object.__setattr__(own, "positions", "original")  # methods are frozen
     return own
-
-
-@functools.lru_cache
-def _say_original(name: str) -> None:
-    # Cached: once per program.
-    _LOGGER.warning("%s: positions=original, because this decoder's positions have several axes (M-RoPE)", name)
 
 
 def _refuse_copy(*_: object) -> NoReturn:

@@ -65,8 +65,8 @@ class HiPrune(VisionReducer):
         anchors = top_k(view.facts["object"], counts, [round(view.target * self.alpha / 5)] * crops)
         # Neighbors count the raster of the whole crop; the view may lack some of its patches.
         places = view.patches_NP.gather(1, anchors)
-        # Without a grid (a span of a bare decoder that is no square) neighbors are those before and behind.
-        offsets = on_device([1, -1, width, -width] if height > 1 else [1, -1], places.device)
+        raster = view.is_raster(self.name, "neighbors are those before and behind")
+        offsets = on_device([1, -1, width, -width] if raster and height > 1 else [1, -1], places.device)
         neighbors = (places[:, :, None] + offsets).clamp(0, whole - 1).flatten(1)
         is_buffer = torch.zeros(crops, whole, dtype=torch.bool, device=places.device).scatter_(1, neighbors, True)
         # 2: anchors, 1: buffers, 0: the rest, for which (and for equals) the deep layer decides.

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from llava.pruning.engine.notices import say
 from llava.pruning.method import VisionReducer
 from llava.pruning.selection import counts_to_mask, on_device
 from llava.pruning.vision import Reduction, VisionView
@@ -95,6 +96,8 @@ class MMTok(VisionReducer):
             self.require(option, getattr(self, option) > 0, "must be above 0")
 
     def reduce(self, view: VisionView) -> Reduction:
+        if view.project is None:
+            say(self.name, "the projector is out of sight here, so both terms look at projected features")
         of_text = text_coverage(view, self.text_temperature)
         of_vision = vision_coverage(view.tokens_NPC, self.vision_temperature) * self.vision_weight
         order = cover_order(torch.cat((of_text, of_vision), dim=1), view.target, view.padding_NP)

@@ -113,6 +113,7 @@ class VFlowOpt(VisionReducer):
         importance = view.facts["importance"].float()
         crops, patches = importance.shape
         side = self.side or float(np.interp(view.target / patches, _SHARES[1:4, 0], _SIDES))
+        view.is_raster(self.name, "cells are runs of tokens")
         cell_NP, cells = cells_of(view.patches_NP, view.grid, side, view.target)
         rank = importance.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         kept = rank < view.target - cells

@@ -130,6 +130,7 @@ class VScan(VisionReducer):
 
     def reduce(self, view: VisionView) -> Reduction:
         # Local patches first, the others by the attention of the selected layer.
+        view.is_raster(self.name, "windows are runs of tokens")
         windows, number = windows_of(view.patches_NP, view.grid, self.window)
         local = int(view.target * self.local_share)
         each = local // number

@@ -17,8 +17,6 @@ models of transformers) or is linear, all patches are equally sensitive, and onl
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -26,10 +24,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from llava.pruning.engine.notices import say
 from llava.pruning.method import VisionReducer
 from llava.pruning.vision import Reduction, VisionView
-
-_LOGGER = logging.getLogger(__name__)
 
 
 def sensitivity(tokens_NPC: Tensor, project: Callable[[Tensor], Tensor], directions_MC: Tensor, step: float) -> Tensor:
@@ -98,7 +95,7 @@ class ZOOPrune(VisionReducer):
 
     def reduce(self, view: VisionView) -> Reduction:
         if view.project is None:
-            _say_out_of_sight()
+            say(self.name, "the projector is out of sight here, so all patches are taken as equally sensitive")
             weight = torch.ones(view.tokens_NPC.shape[:2], device=view.tokens_NPC.device)
         else:
             generator = torch.Generator().manual_seed(self.seed)
@@ -107,9 +104,3 @@ class ZOOPrune(VisionReducer):
             weight = zero_to_one(sensitivity(view.tokens_NPC, view.project, drawn, self.step))
         order = sensitive_order(view.projected_NPD, weight, view.target)
         return Reduction.keep(view.tokens_NPC, order.sort(dim=1).values)
-
-
-@functools.lru_cache
-def _say_out_of_sight() -> None:
-    # Cached: once per program.
-    _LOGGER.warning("zooprune: the projector is out of sight here, so all patches are taken as equally sensitive")

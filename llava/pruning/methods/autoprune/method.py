@@ -17,15 +17,14 @@ several images all of them are pruned together, not only the first.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
 
+from llava.pruning.engine.notices import say
 from llava.pruning.engine.view import LayerView
 from llava.pruning.method import DecoderMethod, PruningMethod
 from llava.pruning.methods.autoprune.curve import (
@@ -37,16 +36,6 @@ from llava.pruning.methods.autoprune.curve import (
 from llava.pruning.methods.autoprune.information import mutual_information
 from llava.pruning.recycling import keep_and_recycle, prune_step
 from llava.pruning.types import OptionError, Rows, Selection
-
-_LOGGER = logging.getLogger(__name__)
-
-
-@lru_cache
-def _say_no_cls() -> None:
-    # Cached: once per program.
-    _LOGGER.warning(
-        "autoprune: cls_weight=0, because the image adapter of this model mixes the patches that CLS attention is about"
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +109,10 @@ class AutoPrune(DecoderMethod):
         """Without the CLS term of the cut behind layer 0; a notice says so."""
         if not self.needs_cls or not self.text_weight:
             return super().without_patches()
-        _say_no_cls()
+        say(
+            self.name,
+            "cls_weight=0, because the image adapter of this model mixes the patches that CLS attention is about",
+        )
         return replace(self, cls_weight=0.0).without_patches()
 
     @property

@@ -1,12 +1,20 @@
-"""Budgets that a run could not meet, said once at its end: for how many samples, and what they got instead."""
+"""What a method could not do as it was asked to: the one place where pruning says anything, and says it once.
+
+- :func:`say`: something that a model or prompt lacks, and what takes its place; as soon as it is known.
+- Budgets that were not met, at the end of a run: for how many samples, and what they got instead.
+- Options that were given and changed nothing in the whole run.
+
+Each is said once per program, however often methods are attached.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 from llava.pruning.engine.trace import Trace
 
@@ -29,11 +37,45 @@ class _Tally:
     most: float = 0.0
 
 
-class MissedBudgets:
-    """Counts, per method and budget, the samples and those whose mean is off by more than rounding."""
+_SAID: set[Hashable] = set()
+_NEEDS = {
+    "pospad": "no method dropped tokens in front of the decoder",
+    "noise_seed": "no tokens were merged into two or more clusters",
+}
+"""Options that may come to nothing, and why that is."""
+
+
+def say(name: str, text: str) -> None:
+    """Log a line about the method of this name, unless this program has done so before."""
+    if _first_time((name, text)):
+        _LOGGER.warning("%s: %s", name, text)
+
+
+def forget() -> None:
+    """Say everything anew: a program that counts as several, such as tests."""
+    _SAID.clear()
+
+
+def _first_time(key: Hashable) -> bool:
+    new = key not in _SAID
+    _SAID.add(key)
+    return new
+
+
+class Notices:
+    """Of a run: per method and budget the samples and those whose mean is off by more than rounding, and which options
+    had an effect.
+    """
 
     def __init__(self) -> None:
         self._tallies: dict[tuple[str, str, str], _Tally] = {}
+        self._given: set[tuple[str, str]] = set()
+        self._effects: set[tuple[str, str]] = set()
+
+    def given(self, parts: Iterable[Any], effects: Iterable[tuple[str, str]]) -> None:
+        """Note a prefill: the methods that took part in it, and the options that changed something, by method."""
+        self._given |= {(part.name, option) for part in parts for option in _NEEDS if _is_given(part, option)}
+        self._effects |= set(effects)
 
     def add(self, method: str, traces: Iterable[Trace]) -> None:
         """Count the samples that had visual tokens and a budget."""
@@ -57,14 +99,21 @@ class MissedBudgets:
         for (method, wanted, budget), tally in self._tallies.items():
             if around is not None:
                 around._join((method, wanted, budget), tally)
-            elif tally.missed:
+            elif tally.missed and _first_time((method, wanted, budget)):
                 least, most = (f"{mean:.{3 if tally.of_all else 1}f}" for mean in (tally.least, tally.most))
                 means = least if least == most else f"{least} to {most}"
                 _LOGGER.warning(
                     "%s: for %d of %d samples these options cannot meet %s per layer; their %s mean is %s",
                     method, tally.missed, tally.samples, wanted, budget, means,
                 )  # fmt: skip
-        self._tallies.clear()
+        if around is not None:
+            around._given |= self._given
+            around._effects |= self._effects
+        else:
+            for method, option in sorted(self._given - self._effects):
+                say(method, f"{option} had no effect: {_NEEDS[option]}")
+        for noted in (self._tallies, self._given, self._effects):
+            noted.clear()
 
     def _join(self, key: tuple[str, str, str], other: _Tally) -> None:
         own = self._tallies.setdefault(key, _Tally(of_all=other.of_all))
@@ -73,17 +122,22 @@ class MissedBudgets:
         own.least, own.most = min(own.least, other.least), max(own.most, other.most)
 
 
-_AROUND: ContextVar[MissedBudgets | None] = ContextVar("missed_budgets", default=None)
+def _is_given(part: Any, option: str) -> bool:
+    value = getattr(part, option, None)
+    return value is not None and value is not False  # a seed may be 0
+
+
+_AROUND: ContextVar[Notices | None] = ContextVar("notices", default=None)
 
 
 @contextmanager
 def missed_budgets(report: bool = True) -> Iterator[None]:
-    """Join the notices of all runs inside into one per method and budget, given at the end.
+    """Join what all runs inside have to say at their ends: one line per method and budget, given at the end.
 
     For programs that attach methods again and again, by turns. ``report=False`` drops them: for a pass that only warms
     up.
     """
-    joined = MissedBudgets()
+    joined = Notices()
     token = _AROUND.set(joined)
     try:
         yield
