@@ -1,12 +1,11 @@
-"""Pictures of saved results: prefill, scaling, decode, end to end. Small files that say which result they show.
+"""Pictures of saved results, one for each question: small files that say which result they show.
 
-Knows rows; needs matplotlib (`pip install -e '.[plot]'`) only where something is drawn.
+matplotlib (`pip install -e '.[plot]'`) is needed only where something is drawn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +26,45 @@ _PARTS = {
     "prefill": COLOURS[2], "selection": COLOURS[4], "head": COLOURS[5], "decode": COLOURS[3], "detokenize": "#444444",
     "other": FAINT,
 }  # fmt: skip
-_PRICES = {"scores, choices": COLOURS[0], "gathering, masks": COLOURS[4], "not split": "#b5b5b5"}
+_PART_NAMES = {"vision": "vision tower", "head": "output head", "other": "the rest"}
 SOURCE = "Source"
 Row = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """A picture of a tool's results. has: whether a result has what it shows."""
+def _labels(axis: Any, title: str, x: str = "", y: str = "", legend: str = "") -> None:
+    axis.set_title(title, fontsize=10, loc="left", color=INK)
+    axis.set_xlabel(x, fontsize=9)
+    axis.set_ylabel(y, fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    if legend:
+        axis.legend(fontsize=7.5, frameon=False, loc=legend)
 
-    has: Callable[[Result], bool]
-    draw: Callable[[Any, Result], Any]
+
+def _colours(methods: Sequence[Any]) -> dict[Any, tuple[str, str]]:
+    """Method or setting -> colour and marker; dense is gray, and the ninth has another marker than the first."""
+    others = [name for name in dict.fromkeys(methods) if not str(name).startswith("dense")]
+    found = {name: (COLOURS[n % 8], MARKERS[(n + n // 8) % 8]) for n, name in enumerate(others)}
+    return {name: found.get(name, (DENSE, "s")) for name in dict.fromkeys(methods)}
+
+
+def _stack(axis: Any, labels: Sequence[str], parts: Mapping[str, tuple[str, Sequence[float]]]) -> list[float]:
+    """Horizontal bars of parts (name -> colour and sizes), one behind the other; returns where the bars end."""
+    ends = [0.0] * len(labels)
+    for name, (colour, sizes) in parts.items():
+        if any(sizes):
+            axis.barh(range(len(labels)), sizes, left=ends, height=0.64, color=colour, label=name, edgecolor="white",
+                      linewidth=0.5)  # fmt: skip
+        ends = [end + size for end, size in zip(ends, sizes, strict=True)]
+    axis.set_yticks(range(len(labels)), labels)
+    axis.set_xlim(0, 1.12 * (max(ends) or 1.0))
+    axis.invert_yaxis()
+    return ends
+
+
+def _ends(axis: Any, ends: Sequence[float], texts: Sequence[str]) -> None:
+    for place, (end, text) in enumerate(zip(ends, texts, strict=True)):
+        axis.text(end + 0.012 * (max(ends) or 1.0), place, text, va="center", fontsize=7.5, color=INK)
 
 
 # --- prefill --------------------------------------------------------------------------------------------------------
@@ -47,18 +74,19 @@ def _pruned(result: Result, *names: str) -> list[Row]:
     return [row for row in result.rows if row.get("method") not in (None, "dense") and numeric(row, *names)]
 
 
-def _prefill(plot: Any, result: Result) -> Any:
+def _of_flops(result: Result) -> list[Row]:
+    return _pruned(result, "of_dense", "flops_of_dense")
+
+
+def _prefill(plot: Any, result: Result, rows: Sequence[Row]) -> Any:
     """Left: time over FLOPs, floors hollow. Right: what selecting adds to the floor."""
-    rows = _pruned(result, "of_dense", "flops_of_dense")
-    priced = _prices(result)
+    priced = [row for row in _pruned(result, "floor_ms", "selection_ms") if row["floor_ms"] > 0]
     height = max(3.4, 0.9 + 0.27 * len(priced))
     figure, axes = plot.subplots(1, 2 if priced else 1, figsize=(9.2 if priced else 5, height), squeeze=False,
                                  layout="constrained")  # fmt: skip
     axis = axes[0][0]
-    for number, name in enumerate(dict.fromkeys(row["method"] for row in rows)):
+    for name, (colour, marker) in _colours([row["method"] for row in rows]).items():
         own = rows_where(rows, method=name)
-        # The ninth method has the first one's colour, but another marker.
-        colour, marker = COLOURS[number % 8], MARKERS[(number + number // 8) % 8]
         axis.plot([100 * r["flops_of_dense"] for r in own], [100 * r["of_dense"] for r in own], marker, markersize=5,
                   color=colour, label=method_name(name), linestyle="none")  # fmt: skip
     floors = [row for row in rows if numeric(row, "floor_of_dense")]
@@ -67,198 +95,153 @@ def _prefill(plot: Any, result: Result) -> Any:
                   markersize=11, markeredgewidth=1.3, color=INK, label="floor")  # fmt: skip
     top = 1.12 * max(100 * max(r["flops_of_dense"], r["of_dense"]) for r in rows)
     axis.plot([0, top], [0, top], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), label="time = FLOPs")
-    axis.set_xlim(0, top)
-    axis.set_ylim(0, top)
-    axis.set_xlabel("processed FLOPs, % of dense", fontsize=9)
-    axis.set_ylabel("prefill time, % of dense", fontsize=9)
-    axis.legend(fontsize=7.5, frameon=False, loc="upper left")
-    _plain(axis, "Time follows FLOPs?")
+    axis.set(xlim=(0, top), ylim=(0, top))
+    _labels(axis, "Time follows FLOPs?", "processed FLOPs, % of dense", "prefill time, % of dense", "upper left")
     if priced:
-        _draw_prices(axes[0][1], priced)
+        _prices(axes[0][1], priced)
     return figure
 
 
-def _prices(result: Result) -> list[tuple[str, float, float | None]]:
-    """(setting, time above the floor, what scores and choices are of it if that is known), in percent of the floor."""
-    rows = [row for row in _pruned(result, "floor_ms", "selection_ms") if row["floor_ms"] > 0]
+def _prices(axis: Any, rows: Sequence[Row]) -> None:
+    """Time above the floor in percent of the floor, and what scores and choices are of it where that is known."""
     several = len({row.get("batch") for row in rows}) > 1
-    found = []
+    labels = [setting_name(row) + (f", batch {row['batch']}" if several else "") for row in rows]
+    known, rest, unknown, texts = [], [], [], []
     for row in rows:
-        label = setting_name(row) + (f", batch {row['batch']}" if several else "")
-        choice = 100 * row["choice_ms"] / row["floor_ms"] if numeric(row, "choice_ms") else None
-        found.append((label, 100 * row["selection_ms"] / row["floor_ms"], choice))
-    return found
-
-
-def _draw_prices(axis: Any, priced: Sequence[tuple[str, float, float | None]]) -> None:
-    # A difference of two times can come out below zero; choices are timed in passes of their own, and can exceed it.
-    spans: dict[str, list[tuple[float, float]]] = {name: [] for name in _PRICES}
-    for _, whole, choice in priced:
+        # A difference of two times can be below zero; choices are timed in passes of their own, and can exceed it.
+        whole, choice = 100 * row["selection_ms"] / row["floor_ms"], row.get("choice_ms")
         end = max(whole, 0.0)
-        middle = min(choice or 0.0, end)
-        known = choice is not None
-        own = ((0.0, middle), (middle, end), (0.0, 0.0)) if known else ((0.0, 0.0), (0.0, 0.0), (0.0, end))
-        for name, span in zip(_PRICES, own, strict=True):
-            spans[name].append(span)
-    for name, colour in _PRICES.items():
-        starts, ends = zip(*spans[name], strict=True)
-        sizes = [end - start for start, end in zip(starts, ends, strict=True)]
-        if any(sizes):
-            axis.barh(range(len(priced)), sizes, left=starts, height=0.62, color=colour, label=name)
-    widest = max(0.0, *(whole for _, whole, _ in priced)) or 1.0
-    for place, (_, whole, _) in enumerate(priced):
-        axis.text(max(whole, 0) + 0.015 * widest, place, f"{whole:.1f}", va="center", fontsize=7.5, color=INK)
-    axis.set_yticks(range(len(priced)), [label for label, _, _ in priced])
+        inside = min(100 * (choice or 0.0) / row["floor_ms"], end)
+        known.append(inside)
+        rest.append(0.0 if choice is None else end - inside)
+        unknown.append(end if choice is None else 0.0)
+        texts.append(f"{whole:.1f}")
+    parts = {"scores, choices": (COLOURS[0], known), "gathering, masks": (COLOURS[4], rest),
+             "not split": ("#b5b5b5", unknown)}  # fmt: skip
+    _ends(axis, _stack(axis, labels, parts), texts)
     # Room below the last bar for the legend.
-    axis.set_ylim(len(priced) - 0.4 + max(0.9, 0.16 * len(priced)), -0.6)
-    axis.set_xlim(0, 1.14 * widest)
-    axis.set_xlabel("time above the floor, % of the floor", fontsize=9)
+    axis.set_ylim(len(rows) - 0.4 + max(0.9, 0.16 * len(rows)), -0.6)
+    _labels(axis, "Price of selecting", "time above the floor, % of the floor")
     if axis.patches:
         axis.legend(fontsize=7.5, frameon=False, loc="lower right", ncols=3, columnspacing=1.0, handlelength=1.0)
-    _plain(axis, "Price of selecting")
 
 
 # --- scaling --------------------------------------------------------------------------------------------------------
 
-_QUANTITIES = (("ms", "prefill time, ms", "Time"), ("peak_mib", "peak memory, MiB", "Memory"))
+_QUANTITIES = {"ms": ("Time", "prefill time, ms"), "peak_mib": ("Memory", "peak memory, MiB")}
 
 
-def _measured(result: Result) -> list[tuple[str, str, str]]:
-    return [q for q in _QUANTITIES if any(numeric(row, "visual", q[0]) and row[q[0]] > 0 for row in result.rows)]
+def _of_visual(result: Result) -> list[Row]:
+    rows = [row for row in result.rows if row.get("method") is not None and numeric(row, "visual")]
+    return (
+        rows
+        if len({row["visual"] for row in rows}) > 1 and any(numeric(r, q) for r in rows for q in _QUANTITIES)
+        else []
+    )
 
 
-def _scaling(plot: Any, result: Result) -> Any:
+def _scaling(plot: Any, result: Result, rows: Sequence[Row]) -> Any:
     """Time and memory over the visual tokens, log-log; the fitted exponents in the legends."""
-    quantities = _measured(result)
+    quantities = [name for name in _QUANTITIES if any(row.get(name) for row in rows)]
     figure, axes = plot.subplots(1, len(quantities), figsize=(4.6 * len(quantities), 3.6), squeeze=False,
                                  layout="constrained")  # fmt: skip
-    for axis, (quantity, label, name) in zip(axes[0], quantities, strict=True):
-        powers = exponents(result.rows, quantity)
-        others = 0
-        for method in dict.fromkeys(row["method"] for row in result.rows):
-            own = [r for r in rows_where(result.rows, method=method) if numeric(r, "visual", quantity) and r[quantity]]
-            own.sort(key=lambda row: row["visual"])
-            dense = method == "dense"
-            colour, marker = (DENSE, "s") if dense else (COLOURS[others % 8], MARKERS[2 * others % 8])
-            others += not dense
-            power = f": N^{powers[method]:.2f}" if method in powers else ""
-            axis.plot([r["visual"] for r in own], [r[quantity] for r in own], color=colour, marker=marker,
-                      label=method_name(method) + power, linewidth=1.4, markersize=4)  # fmt: skip
-        ticks = sorted({row["visual"] for row in result.rows if numeric(row, "visual")})
-        axis.set_xscale("log")
-        axis.set_yscale("log")
-        shown = [tick for tick, after in zip(ticks, [*ticks[1:], None], strict=True) if not after or after > 1.4 * tick]
-        axis.set_xticks(shown, [str(tick) for tick in shown])
+    ticks = sorted({row["visual"] for row in rows})
+    ticks = [tick for tick, after in zip(ticks, [*ticks[1:], None], strict=True) if not after or after > 1.4 * tick]
+    for axis, quantity in zip(axes[0], quantities, strict=True):
+        powers = exponents(rows, quantity)
+        for name, (colour, marker) in _colours([row["method"] for row in rows]).items():
+            own = sorted((r["visual"], r[quantity]) for r in rows_where(rows, method=name) if r.get(quantity))
+            power = f": N^{powers[name]:.2f}" if name in powers else ""
+            axis.plot(*zip(*own, strict=True), color=colour, marker=marker, label=method_name(name) + power,
+                      linewidth=1.4, markersize=4)  # fmt: skip
+        axis.set(xscale="log", yscale="log")
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
         axis.minorticks_off()
-        axis.set_xlabel("visual tokens N", fontsize=9)
-        axis.set_ylabel(label, fontsize=9)
         axis.grid(color=FAINT, linewidth=0.6)
-        axis.legend(fontsize=8, frameon=False, loc="upper left")
-        _plain(axis, name)
+        title, label = _QUANTITIES[quantity]
+        _labels(axis, title, "visual tokens N", label, "upper left")
     return figure
 
 
 # --- decode ---------------------------------------------------------------------------------------------------------
 
 
-def _decode(plot: Any, result: Result) -> Any:
+def _of_batches(result: Result) -> list[Row]:
+    rows = [row for row in result.rows if row.get("method") is not None and numeric(row, "ms", "batch")]
+    return rows if len({row["batch"] for row in rows}) > 1 else []
+
+
+def _decode(plot: Any, result: Result, rows: Sequence[Row]) -> Any:
     """Time per step over the batch size, a bar per setting, p10 to p90 as whiskers."""
-    rows = [row for row in result.rows if numeric(row, "ms", "batch")]
     sizes = sorted({row["batch"] for row in rows})
-    settings = list(dict.fromkeys(setting_name(row) for row in rows))
+    settings = _colours([setting_name(row) for row in rows])
     figure, axis = plot.subplots(figsize=(max(4.6, 1.8 + 0.42 * len(sizes) * len(settings)), 3.4), layout="constrained")
-    width, others = 0.8 / len(settings), 0
-    for number, name in enumerate(settings):
+    width = 0.8 / len(settings)
+    for number, (name, (colour, _)) in enumerate(settings.items()):
         own = [row for row in rows if setting_name(row) == name]
-        dense = own[0]["method"] == "dense"
         places = [sizes.index(r["batch"]) + (number - (len(settings) - 1) / 2) * width for r in own]
-        colour = DENSE if dense else COLOURS[others % len(COLOURS)]
-        others += not dense
         axis.bar(places, [r["ms"] for r in own], width=0.9 * width, color=colour, label=name)
         if all(numeric(row, "p10", "p90") for row in own):
             spread = [[max(r["ms"] - r["p10"], 0) for r in own], [max(r["p90"] - r["ms"], 0) for r in own]]
             axis.errorbar(places, [r["ms"] for r in own], yerr=spread, fmt="none", ecolor=INK, elinewidth=0.8)
     axis.set_xticks(range(len(sizes)), [f"batch {size}" for size in sizes])
-    axis.set_ylabel("time per step, ms", fontsize=9)
     figure.legend(fontsize=8, frameon=False, loc="outside right upper")
-    _plain(axis, "Decoding one token per sample")
+    _labels(axis, "Decoding one token per sample", y="time per step, ms")
     return figure
 
 
 # --- parts: end to end, time to first token -------------------------------------------------------------------------
 
 
-def _with_parts(result: Result) -> list[Row]:
+def _of_parts(result: Result) -> list[Row]:
     """End to end: means over the benchmarks; time to first token: the smallest batch."""
     rows = [r for r in mean_rows(result) or result.rows if numeric(r, "ms") and any(numeric(r, p) for p in PARTS)]
-    batches = [row["batch"] for row in rows if numeric(row, "batch")]
-    return [row for row in rows if not batches or row.get("batch") == min(batches)]
+    smallest = min((row["batch"] for row in rows if numeric(row, "batch")), default=None)
+    return [row for row in rows if row.get("method") is not None and row.get("batch") == smallest]
 
 
-def _stacked(plot: Any, result: Result) -> Any:
+def _stacked(plot: Any, result: Result, rows: Sequence[Row]) -> Any:
     """A bar per setting, its parts stacked; those that are small everywhere are put together."""
-    rows = _with_parts(result)
-    parts = [part for part in _PARTS if any(numeric(row, part) for row in rows)]
-    small = {p for p in parts if all((row.get(p) or 0) < 0.015 * row["ms"] for row in rows)} | {"other"}
+    large = [p for p in _PARTS if p != "other" and any((row.get(p) or 0) >= 0.015 * row["ms"] for row in rows)]
+    groups = {part: [part] for part in large} | {"other": [part for part in _PARTS if part not in large]}
+    # Medians of parts need not add up to the median of the whole: what is left over can be below zero.
+    parts = {
+        _PART_NAMES.get(name, name): (_PARTS[name], [max(sum(row.get(p) or 0 for p in group), 0) for row in rows])
+        for name, group in groups.items()
+    }
     figure, axis = plot.subplots(figsize=(8.2, 1.5 + 0.36 * len(rows)), layout="constrained")
-    ends = [0.0] * len(rows)
-    for part in [*(part for part in parts if part not in small), "other"]:
-        within = [part] if part != "other" else sorted(small)
-        # Medians of parts need not add up to the median of the whole: what is left over can be below zero.
-        sizes = [max(sum(row.get(name) or 0 for name in within), 0) for row in rows]
-        label = {"vision": "vision tower", "head": "output head", "other": "the rest"}.get(part, part)
-        axis.barh(range(len(rows)), sizes, left=ends, height=0.66, color=_PARTS.get(part, MUTED), label=label,
-                  edgecolor="white", linewidth=0.5)  # fmt: skip
-        ends = [end + size for end, size in zip(ends, sizes, strict=True)]
-    for place, end in enumerate(ends):
-        axis.text(end + 0.01 * max(ends), place, f"{end:.0f}" if end >= 100 else f"{end:.1f}", va="center", fontsize=8)
-    axis.set_yticks(range(len(rows)), [setting_name(row) for row in rows])
-    axis.invert_yaxis()
-    axis.set_xlim(0, 1.08 * max(ends))
+    ends = _stack(axis, [setting_name(row) for row in rows], parts)
+    _ends(axis, ends, [f"{end:.0f}" if end >= 100 else f"{end:.1f}" for end in ends])
     told = {"end_to_end": "time per question, ms", "first_token": "time to first token, sum of the parts, ms"}
-    axis.set_xlabel(told[result.tool], fontsize=9)
-    figure.legend(fontsize=8, frameon=False, loc="outside right upper")
     batch = f", batch {rows[0]['batch']}" if numeric(rows[0], "batch") else ""
-    _plain(axis, "Where the time goes" + (", mean over the benchmarks" if mean_rows(result) else batch))
+    mean = ", mean over the benchmarks" if mean_rows(result) else batch
+    _labels(axis, f"Where the time goes{mean}", told[result.tool])
+    figure.legend(fontsize=8, frameon=False, loc="outside right upper")
     return figure
 
 
 # --- all of them ----------------------------------------------------------------------------------------------------
 
-DRAWINGS = {
-    "prefill": Drawing(lambda r: bool(_pruned(r, "of_dense", "flops_of_dense")), _prefill),
-    "scaling": Drawing(
-        lambda r: bool(_measured(r)) and len({row.get("visual") for row in r.rows}) > 1 and _named(r), _scaling
-    ),
-    "decode": Drawing(
-        lambda r: len({row["batch"] for row in r.rows if numeric(row, "ms", "batch")}) > 1 and _named(r), _decode
-    ),
-    "end_to_end": Drawing(lambda r: bool(_with_parts(r)) and _named(r), _stacked),
-    "first_token": Drawing(lambda r: bool(_with_parts(r)) and _named(r), _stacked),
+DRAWINGS: dict[str, tuple[Callable[[Result], list[Row]], Callable[[Any, Result, Sequence[Row]], Any]]] = {
+    "prefill": (_of_flops, _prefill),
+    "scaling": (_of_visual, _scaling),
+    "decode": (_of_batches, _decode),
+    "end_to_end": (_of_parts, _stacked),
+    "first_token": (_of_parts, _stacked),
 }
-
-
-def _named(result: Result) -> bool:
-    return all(row.get("method") is not None for row in result.rows)
-
-
-def _plain(axis: Any, title: str) -> None:
-    axis.set_title(title, fontsize=10, loc="left", color=INK)
-    axis.tick_params(labelsize=8)
-    axis.spines[["top", "right"]].set_visible(False)
+"""Tool -> the rows that a picture shows (without any there is none), and what draws them."""
 
 
 def picture_name(result: Result) -> str | None:
     """The file that `draw` writes; None if there is nothing to draw."""
-    drawing = DRAWINGS.get(result.tool)
-    return f"{result.stem}.png" if drawing is not None and drawing.has(result) else None
+    return f"{result.stem}.png" if result.tool in DRAWINGS and DRAWINGS[result.tool][0](result) else None
 
 
 def draw(result: Result, folder: Path) -> Path:
     """Draws a result for which `picture_name` has a name."""
-    path = folder / f"{result.stem}.png"
-    plot = pyplot()
-    save(plot, DRAWINGS[result.tool].draw(plot, result), path)
+    path, plot = folder / f"{result.stem}.png", pyplot()
+    rows_of, drawing = DRAWINGS[result.tool]
+    save(plot, drawing(plot, result, rows_of(result)), path)
     # Flat colours need no more than a palette. The digest ties the picture to the result without comparing pixels,
     # which differ with the fonts and versions of a machine.
     told = PngImagePlugin.PngInfo()

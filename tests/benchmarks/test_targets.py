@@ -62,7 +62,7 @@ def test_what_does_not_count(tmp_path):
     for number, other in enumerate(({"geometry": "tiny"}, {"dtype": "bfloat16"}, {"attention": "eager"})):
         save_prefill(tmp_path, pruned(64, **other), hardware=f"CPU {number}")
     save_prefill(tmp_path, pruned(64), **GPU)
-    assert all(outcome.figures is None for outcome in outcomes(read_results(tmp_path)))
+    assert all(outcome.figures == {} for outcome in outcomes(read_results(tmp_path)))
 
 
 def test_every_hardware_and_number_of_threads_has_a_row(tmp_path):
@@ -117,7 +117,7 @@ def test_time_over_flops(tmp_path):
 
 def test_many_visual_tokens(tmp_path):
     save_prefill(tmp_path, pruned(640, 320, 160, visual=2880, over_floor=1.03), 2880)
-    assert verdict(only(FLOOR_2880, tmp_path)) == "met" and only(FLOOR, tmp_path).figures is None
+    assert verdict(only(FLOOR_2880, tmp_path)) == "met" and only(FLOOR, tmp_path).figures == {}
 
 
 def test_batch_8_per_sample_compares_within_a_run(tmp_path):
@@ -144,7 +144,7 @@ def test_memory(tmp_path):
     assert verdict(only(PUBLISHED, tmp_path)).startswith("**missed** by 0.040 (640)")
     assert verdict(only(PEAK, tmp_path)) == "met" and PEAK.limit == 302
     save(tmp_path, "memory", MEMORY, memory_rows(own=330.0, published=None))
-    assert only(PUBLISHED, tmp_path).figures is None
+    assert only(PUBLISHED, tmp_path).figures == {}
     assert verdict(only(PEAK, tmp_path)) == "**missed** by 28 MiB (640), 28 MiB (320), 28 MiB (160)"
 
 
@@ -165,7 +165,7 @@ def test_gpu(tmp_path):
 def test_columns_that_were_not_measured_are_no_figures(tmp_path):
     bare = [{k: v for k, v in row.items() if k not in ("over_floor", "of_dense")} for row in pruned(64)]
     save_prefill(tmp_path, bare)
-    assert only(FLOOR, tmp_path).figures is None and only(FLOPS, tmp_path).figures is None
+    assert only(FLOOR, tmp_path).figures == {} and only(FLOPS, tmp_path).figures == {}
 
 
 def test_the_definitions_fit_together():
