@@ -179,7 +179,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
                 checkpoint pads to a square it also tells which patches are padding, whose CLS attention becomes 0.
             image_masks: bool per image, one entry per visual token (`[grid, grid]` for one crop), True = padding;
                 overrides what `image_sizes` says. None for an image: nothing of it is padding.
-            with_cls_attention: compute the CLS attention of each token too.
+            with_cls_attention: compute the CLS attention of each token too, where tokens are patches.
             images_per_row: images of each prompt, which share a pruning budget; default: every image has its own.
             texts: embeddings `[T, C]` of each prompt's text, for pruning methods that look at it.
 
@@ -247,7 +247,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
                 arrangements,
                 masks,
                 [1] * len(stacks) if images_per_row is None else images_per_row,
-                with_cls_attention,
+                with_cls_attention and not self.mixes_patches,
                 run,
                 texts,
                 padding,

@@ -198,7 +198,7 @@ CAMERAS = ("FRONT", "FRONT_LEFT", "FRONT_RIGHT", "BACK", "BACK_LEFT", "BACK_RIGH
 def views(place, index):
     """Six pictures of a moment, by camera."""
     for number, camera in enumerate(CAMERAS):
-        picture(place / "images" / "samples" / f"CAM_{camera}" / f"{index}.png", index + number)
+        picture(place.parent / "nuscenes" / "samples" / f"CAM_{camera}" / f"{index}.png", index + number)
     return [f"samples/CAM_{camera}/{index}.png" for camera in CAMERAS]
 
 

@@ -97,6 +97,7 @@ def test_quantization_settings(monkeypatch, bits):
     stored = (
         "lm_head.weight",
         "model.mm_projector.0.weight",
+        "model.img_adapter.adapter.0.weight",
         "model.vision_tower.vision_tower.vision_model.pre_layrnorm.bias",
     )
     modules = {part for name in stored for part in translate_name(name).split(".")}

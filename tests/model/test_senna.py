@@ -98,7 +98,9 @@ def test_tokens_by_hand(model):
     expected = by_hand(images)
     assert expected.shape == (VIEWS, TOKENS, HIDDEN)
     torch.testing.assert_close(model.encode_images(images), expected)
-    tokens = model.encode_visual_tokens(images, [(28, 28)] * VIEWS)
+    # `compare` asks for CLS attention whatever the methods are; there is none here.
+    tokens = model.encode_visual_tokens(images, [(28, 28)] * VIEWS, with_cls_attention=True)
+    assert all(own.cls_attention is None for own in tokens)
     torch.testing.assert_close(torch.stack([own.features for own in tokens]), expected)
     assert model.config.mm_image_adapter == [PATCHES, TOKENS, TOKENS, TOKENS]
     assert model.config.image_seq_length == max_visual_tokens(model) == TOKENS

@@ -226,7 +226,7 @@ TASK = Planning(
     title="nuScenes-planning",
     folder="nuscenes_planning",
     question_file="llava_nuscenes_planning.jsonl",
-    image_folder="images",
+    image_folder="../nuscenes",
     truth=("planning_truth.jsonl",),
     source="questions of your model's kind, truth of scripts/convert_nuscenes_planning.py; images: nuscenes.org",
 )

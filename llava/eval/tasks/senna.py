@@ -35,11 +35,12 @@ _TRUTH = ListOf(Fields({"question_id": ID, "speed": one_of(*SPEEDS), "path": one
 MetaAction = tuple[str, str]
 
 
-def meta_action(points: Sequence[Sequence[float]]) -> MetaAction:
+def meta_action(points: Sequence[Sequence[float]], change_degrees: float = 5.0) -> MetaAction:
     """Speed and path of a trajectory, as Senna labels its data.
 
     points: (x right, y forward) in metres at 0.5 ... 3.0 s. Speeds lie between the points, so that the first half
-    second does not count; the path is that of the last point.
+    second does not count; the path is that of the last point. change_degrees: the direction of the last point up to
+    which a path that ends beside the car is a change of lane, beyond it a turn.
     """
     pairs = zip(points, points[1:], strict=False)
     speeds = [math.hypot(x1 - x0, y1 - y0) / STEP for (x0, y0), (x1, y1) in pairs]
@@ -51,9 +52,9 @@ def meta_action(points: Sequence[Sequence[float]]) -> MetaAction:
     x, y = points[-1]
     angle = math.degrees(math.atan2(y, x)) - 90
     for sideways, turned, side in ((x, -angle, "RIGHT"), (-x, angle, "LEFT")):
-        if sideways > 4 and turned >= 5:
+        if sideways > 4 and turned >= change_degrees:
             return speed, f"{side}_TURN"
-        if sideways > 4 and abs(turned) < 5:
+        if sideways > 4 and abs(turned) < change_degrees:
             return speed, f"{side}_CHANGE"
     return speed, "STRAIGHT"
 
@@ -200,7 +201,7 @@ TASK = Senna(
     title="Senna",
     folder="senna",
     question_file="llava_senna.jsonl",
-    image_folder="images",
+    image_folder="../nuscenes",
     truth=("senna_truth.json",),
     source="Senna's planning questions through scripts/convert_senna_for_eval.py; images: nuScenes, nuscenes.org",
     metric="accuracy",

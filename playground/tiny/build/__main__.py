@@ -42,7 +42,7 @@ def check(root: Path) -> int:
 @cli_main
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.splitlines()[0])
-    parser.add_argument("--root", type=Path, default=ROOT, help="folder of eval and eval_wide (default: %(default)s)")
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder of the data (default: %(default)s)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="compare instead of writing; exit status 2 on a difference")
     what.add_argument("--overwrite", action="store_true", help="also replace files that were altered")

@@ -1,7 +1,8 @@
 """The miniature benchmarks by name, and where they lie.
 
 Their builders are in `arena` (TextVQA, POPE, GQA, MME), `short` (VQAv2, VizWiz), `choice` (ScienceQA, MMBench,
-MMBench-CN, SEED-Bench) and `open_ended` (MM-Vet, LLaVA-Bench).
+MMBench-CN, SEED-Bench), `open_ended` (MM-Vet, LLaVA-Bench) and `driving` (six views a question, in a folder of its
+own).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .items import Build
 from .open_ended import build_llava_bench, build_mmvet
 from .short import build_vizwiz, build_vqav2
 
-DATA, DATA_WIDE = ROOT / "eval", ROOT / "eval_wide"
+DATA, DATA_WIDE, DATA_DRIVE = ROOT / "eval", ROOT / "eval_wide", ROOT / "eval_drive"
 ARENA = ("textvqa", "pope", "gqa", "mme")
 BUILDERS: dict[str, Callable[[], Build]] = {
     "textvqa": build_textvqa,

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from llava.utils import UserError
 
-from .benchmarks import DATA, DATA_WIDE, ROOT, build_all, build_wide
+from .benchmarks import DATA, DATA_DRIVE, DATA_WIDE, ROOT, build_all, build_wide
+from .driving import build_driving
 from .files import CHECKSUMS, Unreadable, checksum, contents, read_checksums
 
 try:
@@ -32,7 +33,7 @@ Record = list  # checksum, size, time of change in nanoseconds
 
 def makers() -> dict[str, Callable[[], bytes]]:
     """What makes the bytes of every file, by path below the data folder."""
-    return contents({DATA.name: build_all(), DATA_WIDE.name: build_wide()})
+    return contents({DATA.name: build_all(), DATA_WIDE.name: build_wide(), DATA_DRIVE.name: build_driving()})
 
 
 def ensure(root: Path = ROOT, overwrite: bool = False, checksums: Path = CHECKSUMS) -> int:

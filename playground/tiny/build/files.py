@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image, UnidentifiedImageError
 
+from ..world.cameras import View
 from ..world.scenes import Scene, render
 from .items import Build
 
@@ -29,10 +30,11 @@ class Unreadable(ValueError):
     """A file that is no picture or no table."""
 
 
-def encode(scene: Scene) -> bytes:
+def encode(scene: Scene | View) -> bytes:
     """The picture as PNG."""
     file = io.BytesIO()
-    Image.fromarray(render(scene)).save(file, format="PNG")
+    pixels = render(scene) if isinstance(scene, Scene) else scene.pixels()
+    Image.fromarray(pixels).save(file, format="PNG")
     return file.getvalue()
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..world import questions as q
+from ..world.cameras import View
 from ..world.scenes import Scene, sample_scene
 
 
@@ -32,7 +33,7 @@ class Build:
     """Everything that is to be written: text files, pictures and tables (rows of cells, scenes as base64) by path."""
 
     files: dict[str, str] = field(default_factory=dict)
-    images: dict[str, Scene] = field(default_factory=dict)
+    images: dict[str, Scene | View] = field(default_factory=dict)
     tables: dict[str, list[dict[str, str | Scene]]] = field(default_factory=dict)
     items: list[Item] = field(default_factory=list)
 

@@ -10,6 +10,12 @@
     python -m playground.tiny.train.export --state extend.pt && python -m playground.tiny.measure.arena
     python -m playground.tiny.train --stage anyres --minutes 20
     python -m playground.tiny.train.export --state anyres.pt
+    python -m playground.tiny.train --stage drive --minutes 90
+    python -m playground.tiny.train.export --state drive.pt
+    python -m playground.tiny.train --stage drive-adapter --minutes 20
+    python -m playground.tiny.train.export --state drive-adapter.pt
+
+The two stages of driving have not been run to their end: no such checkpoint is in the repository.
 
 Every stage saves its weights to `playground/tiny/runs/` as it goes, so a run can be stopped at any time; `--resume`
 continues from there (with scenes not drawn before and fresh optimizers).
@@ -25,6 +31,7 @@ from llava.utils import UserError, cli_main
 from playground.tiny.train import text
 from playground.tiny.train.anyres import train_anyres
 from playground.tiny.train.common import RUNS
+from playground.tiny.train.driving import train_drive
 from playground.tiny.train.export import load
 from playground.tiny.train.extend import train_extend
 from playground.tiny.train.joint import align, train_joint
@@ -39,6 +46,8 @@ STAGES = {
     "joint": ("joint.pt",),
     "extend": (),
     "anyres": (),
+    "drive": (),
+    "drive-adapter": ("drive.pt",),
 }
 
 
@@ -55,14 +64,19 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--rate", type=float, default=None, help="factor on the learning rates of language and joint")
-    parser.add_argument("--resume", action="store_true", help="language, extend, anyres: continue the saved run")
+    parser.add_argument("--resume", action="store_true", help="language, extend, anyres, drive: continue the saved run")
     parser.add_argument(
-        "--run", type=int, default=0, help="joint, extend, anyres: number of the restart, chooses its random stream"
+        "--run",
+        type=int,
+        default=0,
+        help="number of the restart, chooses the random stream",
     )
     parser.add_argument("--copying", action="store_true", help="extend: set up the head that copies option letters")
     parser.add_argument("--deepen", action="store_true", help="joint: grow the decoder from six to twelve layers first")
     parser.add_argument(
-        "--full-share", type=float, help="joint: last part of the run with all 576 visual tokens (0.2); anyres: (0.1)"
+        "--full-share",
+        type=float,
+        help="last part of the run with all visual tokens: joint (0.2), anyres (0.1), drive (0.08)",
     )
     args = parser.parse_args()
     needed = STAGES[args.stage] + ((f"{args.stage}.pt",) if args.resume else ())
@@ -89,6 +103,12 @@ def main() -> None:
         train_anyres(
             load(), RUNS, args.minutes, 6, rate=args.rate or 0.2, full_share=share, run=args.run, resume=args.resume
         )
+    elif args.stage.startswith("drive"):
+        share = 0.08 if args.full_share is None else args.full_share
+        train_drive(
+            load(), RUNS, args.minutes, rate=args.rate or 0.3, full_share=share, run=args.run, resume=args.resume,
+            adapt=args.stage == "drive-adapter",
+        )  # fmt: skip
     else:
         train_joint(
             RUNS,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -30,16 +31,23 @@ def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def export(model: TinyLlava, folder: Path = text.CHECKPOINT, newline: torch.Tensor | None = None) -> None:
+def export(
+    model: TinyLlava,
+    folder: Path = text.CHECKPOINT,
+    newline: torch.Tensor | None = None,
+    adapter: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Write config, weights, tower folder and generation config; the tokenizer's files are copied from the 1.5
-    checkpoint. newline: [D], what makes it a LLaVA-1.6 (anyres) checkpoint."""
+    checkpoint. newline: [D], what makes it a LLaVA-1.6 (anyres) checkpoint; adapter: what makes it one of Senna's, by
+    the names of its layers."""
     decoder, tower = model.decoder.config, model.tower.config
-    length = 2048 if newline is None else 4096  # five views have 2880 patches; longer prompts would be cut
+    # Five views of 1.6 have 2880 patches, six of a car 3456; longer prompts would be cut.
+    length = 2048 if newline is None and folder != text.CHECKPOINT_DRIVE else 4096
     write_json(
         folder / "config.json",
         {
-            "architectures": ["LlavaLlamaForCausalLM"],
-            "model_type": "llava",
+            "architectures": ["LlavaLlamaForCausalLM" if adapter is None else "SennaLlavaLlamaForCausalLM"],
+            "model_type": "llava" if adapter is None else "llava_llama",
             "mm_vision_tower": "vision_tower",
             "mm_hidden_size": tower.hidden_size,
             "mm_projector_type": "mlp2x_gelu",
@@ -122,6 +130,9 @@ def export(model: TinyLlava, folder: Path = text.CHECKPOINT, newline: torch.Tens
     weights["lm_head.weight"] = model.decoder.lm_head.weight.detach().clone()
     if newline is not None:
         weights["model.image_newline"] = newline
+    for name, value in (adapter or {}).items():
+        number, kind = name.removeprefix("linear_").split(".")
+        weights[f"model.img_adapter.adapter.{2 * int(number) - 2}.{kind}"] = value
     save_file(
         {k: v.detach().to(torch.float16).contiguous().clone() for k, v in weights.items()},
         str(folder / "model.safetensors"),
@@ -171,6 +182,10 @@ def main() -> None:
     model.load_state_dict(state["model"])
     if "newline" in state:
         export(model, text.CHECKPOINT_16, state["newline"]["embedding"])
+    elif "adapter" in state:
+        export(model, text.CHECKPOINT_SENNA, adapter=state["adapter"])
+    elif path.stem == "drive":
+        export(model, text.CHECKPOINT_DRIVE)
     else:
         export(model)
 

@@ -212,6 +212,8 @@ def looking_loss(
     width = attention.head_dim
     heads = attention.q_proj.out_features // width // 2
     use = asked.any(1)
+    if not use.any():
+        return hidden.new_zeros(())
     rows, asked = rows[use], asked[use]
     sample = rows // length
     query = attention.q_proj(hidden.flatten(0, 1)[rows])[:, : heads * width].view(-1, heads, width).float()

@@ -19,6 +19,7 @@ from playground.tiny.world.scenes import COLORS, SHAPES, WORDS, sample_scene
 HERE = Path(__file__).resolve().parents[1]
 CHECKPOINT = HERE / "models" / "tiny-llava-v1.5"
 CHECKPOINT_16 = HERE / "models" / "tiny-llava-v1.6"
+CHECKPOINT_DRIVE, CHECKPOINT_SENNA = HERE / "models" / "tiny-drive", HERE / "models" / "tiny-senna"
 TEMPLATE = "vicuna_v1"
 VOCABULARY = 640
 

@@ -3,6 +3,6 @@
 source "$(dirname -- "${BASH_SOURCE[0]}")/../../common.sh"
 
 begin nuscenes_planning nuscenes_planning "$@"
-answer --question-file "$DATA/llava_nuscenes_planning.jsonl" --image-folder "$DATA/images"
+answer --question-file "$DATA/llava_nuscenes_planning.jsonl" --image-folder "$DATA/../nuscenes"
 score eval_planning --truth "$DATA/planning_truth.jsonl" --convention all
 finish
