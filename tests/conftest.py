@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -47,3 +50,20 @@ def shared_benchmarks() -> Path:
     if not folder.is_dir():
         pytest.skip("../shared/benchmarks (real benchmark files, not part of the repository) is absent")
     return folder
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory) -> Path:
+    """The folder into which pip installed a copy of the sources, for building leaves files among them."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site") / "packages"
+    left_out = shutil.ignore_patterns("data", "runs", "__pycache__", "*.egg-info")
+    for name in ("llava", "scripts", "playground"):
+        shutil.copytree(ROOT / name, source / name, ignore=left_out)
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "autoprune_llava.py"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
+    done = subprocess.run([*pip, "--target", str(target), str(source)], capture_output=True, text=True)
+    if done.returncode and ("No module named pip" in done.stderr or "setuptools" in done.stderr):
+        pytest.skip("pip or setuptools is not installed here")
+    assert done.returncode == 0, done.stderr
+    return target

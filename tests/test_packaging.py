@@ -16,24 +16,7 @@ import llava
 from llava.doors import DOORS
 from tests.conftest import ROOT
 
-LEFT_OUT = shutil.ignore_patterns("data", "runs", "__pycache__", "*.egg-info")
 COMMAND = "import sys; from autoprune_llava import main; sys.argv[:1] = ['autoprune']; main()"
-
-
-@pytest.fixture(scope="session")
-def installed(tmp_path_factory) -> Path:
-    """The folder into which pip installed a copy of the sources, for building leaves files among them."""
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site") / "packages"
-    for name in ("llava", "scripts", "playground"):
-        shutil.copytree(ROOT / name, source / name, ignore=LEFT_OUT)
-    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "autoprune_llava.py"):
-        shutil.copy(ROOT / name, source)
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
-    done = subprocess.run([*pip, "--target", str(target), str(source)], capture_output=True, text=True)
-    if done.returncode and ("No module named pip" in done.stderr or "setuptools" in done.stderr):
-        pytest.skip("pip or setuptools is not installed here")
-    assert done.returncode == 0, done.stderr
-    return target
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""Pruning inside other people's evaluation programs: lmms-eval and VLMEvalKit."""
