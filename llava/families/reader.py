@@ -113,6 +113,7 @@ class FamilyReader:
 
     def enter(self, run: Any, undo: ExitStack) -> None:
         """Watch the model until ``undo``."""
+        undo.callback(self._forget)
         hook = self._model.register_forward_pre_hook(self._see_prompt, with_kwargs=True)
         undo.callback(hook.remove)
         for modality in self._family.modalities:
@@ -144,6 +145,9 @@ class FamilyReader:
                     self._here.width = None
 
             run._replace(undo, self._top, "generate", whole)
+
+    def _forget(self) -> None:
+        self._here.__dict__.pop("latest", None)
 
     def _see_prompt(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the ids of a prompt and what was encoded for it; refuse an image on a pruned cache."""
@@ -199,6 +203,7 @@ class FamilyReader:
             if encoded is not None:
                 setattr(output, _ATTRIBUTE, encoded)
                 self._here.encoded = {**getattr(self._here, "encoded", {}), modality: encoded}
+                self._here.latest = {**getattr(self._here, "latest", {}), modality: (encoded, output.pooler_output)}
             return output
 
         return encode
@@ -249,7 +254,8 @@ class FamilyReader:
         if ids is None:
             return
         encoded = {
-            modality: getattr(output, _ATTRIBUTE, None) or _bare(output) for modality, output in given.items()
+            modality: getattr(output, _ATTRIBUTE, None) or self._known(modality, output) or _bare(output)
+            for modality, output in given.items()
         } or self._here.__dict__.get("encoded", {})
         tokens = self._family.tokens(self._model.config)
         width = getattr(self._here, "width", None)  # behind it stand guesses of assisted decoding
@@ -268,6 +274,16 @@ class FamilyReader:
         seen = {m: t for m, t in tokens.items() if counts[m] and m in encoded}  # placeholders of nothing are text
         layout, facts = read(rows, seen, encoded)
         run.set_visual(layout, facts=facts, sample_ids=run.sample_ids, width=width)
+
+    def _known(self, modality: str, output: Any) -> Encoded | None:
+        """What is known of a copy of the features that were encoded last: accelerate copies them on their way to the
+        device of the decoder.
+        """
+        encoded, features = getattr(self._here, "latest", {}).get(modality, (None, ()))
+        if [len(image) for image in features] != [len(image) for image in output.pooler_output]:
+            return None
+        pairs = zip(features, output.pooler_output, strict=True)
+        return encoded if all(torch.equal(own, copy.to(own.device)) for own, copy in pairs) else None
 
     def _check_known(self, run: Any, encoded: Mapping[str, Encoded]) -> None:
         for modality, part in encoded.items():

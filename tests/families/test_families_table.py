@@ -11,6 +11,7 @@ import dataclasses
 import inspect
 import pickle
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -291,6 +292,20 @@ def test_a_model_inside_another(name):
         assert torch.equal(own_tokens, tokens) and len(run.traces) == 4
         torch.testing.assert_close(own_logits, logits, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(own_loss, loss)
+
+
+@every_family
+@pytest.mark.parametrize("method", ["autoprune", "visionzip"])
+def test_a_model_that_accelerate_has_dispatched(name, method):
+    """As `device_map="auto"` does over several devices: hooks copy what goes from one module to the next."""
+    tiny = FAMILIES[name]
+    inputs, method = tiny.batch(ONE, TWO, TEXT), get_method(method)(target_tokens=8)
+    with method.attach(tiny.model()):
+        expected = generated(tiny.model(), dict(inputs))[1]
+    dispatched = accelerate.dispatch_model(copy.deepcopy(tiny.model()), {"": "cpu"}, force_hooks=True)
+    with method.attach(dispatched) as run:
+        torch.testing.assert_close(generated(dispatched, dict(inputs))[1], expected)
+    assert len(run.traces) == 3
 
 
 @every_family
