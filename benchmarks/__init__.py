@@ -1,4 +1,4 @@
 """Measurements of time and memory: prefill, decode, end to end, memory, loading. Run with `python -m benchmarks.NAME`.
 
-Knows how to measure; what is measured is the package `llava`. Tests check counts here, never times.
+What is measured is the package `llava`. Tests check counts here, never times.
 """

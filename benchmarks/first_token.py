@@ -24,11 +24,11 @@ from benchmarks.parts import Clock, Cut, cut, selection
 from benchmarks.timing import interleaved_rounds, median_ratio, summary
 from benchmarks.whole_model import (
     ImagePrompt,
-    TowerWatch,
     Watch,
     first_token,
     random_image_prompt,
     random_llava,
+    tower_watched,
     transformers_first_token,
     transformers_own,
 )
@@ -80,10 +80,10 @@ class Candidate:
     def facts(self) -> tuple[list[Trace], dict[str, int]]:
         """What a pass does, whatever time it takes: its traces and what ran in the vision tower."""
         runs: list[Any] = []
-        with torch.inference_mode(), TowerWatch(self.model.model.vision_tower) as tower:
+        with torch.inference_mode(), tower_watched(self.model.model.vision_tower) as tower:
             self.work(lambda run: nullcontext(runs.append(run)))()
         traces = [] if runs[0] is None else runs[0].traces
-        return traces, {"tower_layers": tower.layers, "extra_rows": tower.extra_rows}
+        return traces, tower
 
 
 def candidates(model: Any, prompt: ImagePrompt, settings: Mapping[tuple[str, int], Any]) -> dict[Key, Candidate]:

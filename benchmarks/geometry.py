@@ -1,6 +1,6 @@
 """Decoders and their vision towers by name, with random weights: time and memory do not depend on what the weights say.
 
-Knows sizes. The schedule of a method that measures its input (AutoPrune) does depend on the weights; random ones give
+The schedule of a method that measures its input (AutoPrune) does depend on the weights; random ones give
 almost no mutual information, so the steepest of its curves.
 """
 

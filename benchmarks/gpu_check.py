@@ -16,9 +16,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,19 +62,6 @@ SHAPES = ("llava-1.5-7b", "llava-next-7b")
 _RECORD = Fields({"rehearsal": FLAG, "environment": ENVIRONMENT, "results": ListOf(Fields(MEASURED))})
 
 
-@dataclass
-class Part:
-    """A part on its way: until when it may run, and what became of it."""
-
-    name: str
-    until: float
-    steps: dict[str, str]
-
-    def left(self) -> float:
-        """Seconds."""
-        return self.until - time.monotonic()
-
-
 class Check:
     """A run: its parts, what they found, and the file that has all of it."""
 
@@ -85,8 +70,7 @@ class Check:
         self.device = torch.device("cpu" if rehearse else "cuda")
         self.dtype = torch.float32 if rehearse else torch.bfloat16
         self.record: dict[str, Any] = {
-            "rehearsal": rehearse, "minutes": dict(minutes), "environment": environment(self.device),
-            "steps": {}, "tests": {}, "results": [],
+            "rehearsal": rehearse, "minutes": dict(minutes), "environment": {}, "steps": {}, "tests": {}, "results": [],
         }  # fmt: skip
         self.began = time.monotonic()
 
@@ -96,28 +80,31 @@ class Check:
         self.record["environment"] = environment(self.device)
         write_text_atomic(self.folder / FILE, json.dumps(self.record, indent=1) + "\n")
 
-    @contextmanager
-    def part(self, name: str) -> Iterator[Part]:
-        """A part with its minutes."""
-        steps = self.record["steps"].setdefault(name, {})
-        yield Part(name, time.monotonic() + 60 * self.minutes[name], steps)
-        self.write()
+    def begin(self, part: str) -> None:
+        """Steps belong to this part from now on, and share its minutes."""
+        self.part, self.until = part, time.monotonic() + 60 * self.minutes[part]
+        self.record["steps"][part] = {}
 
-    def step(self, part: Part, name: str, seconds: float, work: Callable[[float], None]) -> None:
-        """Run a step of a part, if the `seconds` that it takes at least are left; `work` gets the time to end at.
+    def left(self) -> float:
+        """Seconds of the part."""
+        return max(self.until - time.monotonic(), 0.0)
+
+    def step(self, name: str, seconds: float, work: Callable[[float], None]) -> None:
+        """Run a step, if the `seconds` that it takes at least are left; `work` gets the time to end at.
 
         Whatever goes wrong in it is told and does not keep the others from running.
         """
-        if part.left() < seconds:
-            part.steps[name] = f"skipped: {max(part.left(), 0):.0f} s are left, it takes {seconds:.0f} at least"
+        if self.left() < seconds:
+            said = f"skipped: {self.left():.0f} s are left, it takes {seconds:.0f} at least"
         else:
             began = time.monotonic()
             try:
-                work(min(began + 2 * seconds, part.until))
-                part.steps[name] = f"done in {time.monotonic() - began:.1f} s"
+                work(min(began + 2 * seconds, self.until))
+                said = f"done in {time.monotonic() - began:.1f} s"
             except Exception as error:
-                part.steps[name] = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        print(f"[gpu check] {part.name}: {name}: {part.steps[name]}", flush=True)
+                said = f"failed: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        self.record["steps"][self.part][name] = said
+        print(f"[gpu check] {self.part}: {name}: {said}", flush=True)
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -151,17 +138,16 @@ class Check:
 
 def run_tests(check: Check) -> None:
     """The tests marked `gpu`, in a process of their own."""
-    with check.part("tests") as part:
 
-        def work(until: float) -> None:
-            found = check.folder / "tests.xml"
-            command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short",
-                       f"--junitxml={found}", "--confcutdir=tests/pruning", "tests/pruning/test_gpu.py"]  # fmt: skip
-            with (check.folder / "tests.log").open("w") as log:
-                subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, timeout=part.left())
-            check.record["tests"] = outcomes_of_tests(found)
+    def work(until: float) -> None:
+        found = check.folder / "tests.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short",
+                   f"--junitxml={found}", "--confcutdir=tests/pruning", "tests/pruning/test_gpu.py"]  # fmt: skip
+        with (check.folder / "tests.log").open("w") as log:
+            subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, timeout=check.left())
+        check.record["tests"] = outcomes_of_tests(found)
 
-        check.step(part, "tests marked gpu", 45.0, work)
+    check.step("tests marked gpu", 45.0, work)
 
 
 def outcomes_of_tests(path: Path) -> dict[str, str]:
@@ -178,18 +164,16 @@ def outcomes_of_tests(path: Path) -> dict[str, str]:
 
 def run_prefills(check: Check) -> None:
     """Prefill at two geometries and three batch sizes; decoding; time to first token of a whole model."""
-    with check.part("prefill") as part:
-        # Both geometries have the same decoder.
-        model = check.job(SHAPES[0]).decoder()
-        for batch, seconds in ((1, 15.0), (8, 20.0)):
-            for name in SHAPES:
-                check.step(part, f"prefill {name} batch {batch}", seconds, partial(_prefill, check, model, name, batch))
+    model = check.job(SHAPES[0]).decoder()  # both geometries have the same
+    for batch, seconds in ((1, 15.0), (8, 20.0)):
         for name in SHAPES:
-            check.step(part, f"decode {name}", 10.0, partial(_decoding, check, model, name))
-        for name in SHAPES:
-            check.step(part, f"first token {name}", 12.0, partial(_first_token, check, name))
-        for name in SHAPES:
-            check.step(part, f"prefill {name} batch 16", 30.0, partial(_prefill, check, model, name, 16))
+            check.step(f"prefill {name} batch {batch}", seconds, partial(_prefill, check, model, name, batch))
+    for name in SHAPES:
+        check.step(f"decode {name}", 10.0, partial(_decoding, check, model, name))
+    for name in SHAPES:
+        check.step(f"first token {name}", 12.0, partial(_first_token, check, name))
+    for name in SHAPES:
+        check.step(f"prefill {name} batch 16", 30.0, partial(_prefill, check, model, name, 16))
 
 
 def _prefill(check: Check, model: Any, name: str, batch: int, until: float) -> None:
@@ -257,8 +241,7 @@ def run_profile(check: Check) -> None:
         rows = [{"method": SLOPED, "budget": budget, "batch": 1, **row} for row in found]
         check.add("profile", job, rows, profile.COLUMNS)
 
-    with check.part("profile") as part:
-        check.step(part, "profile of a prefill", 20.0, work)
+    check.step("profile of a prefill", 20.0, work)
 
 
 PARTS: dict[str, Callable[[Check], None]] = {"tests": run_tests, "prefill": run_prefills, "profile": run_profile}
@@ -318,6 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check.write()
     for name, run in PARTS.items():
         if minutes[name]:
+            check.begin(name)
             run(check)
     check.write()
     failed = [f"{part}: {step}: {said}" for part, steps in check.record["steps"].items()

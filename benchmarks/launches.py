@@ -1,8 +1,8 @@
 """How often the host asks the device for something: operators that compute, copies from the host, waits.
 
-Knows torch's operators by their schemas and tags; nothing of models. It needs no GPU: what a prefill asks for does not
-depend on where it runs, a few kernels' choice aside. What is not an operator of torch is not seen: Triton kernels,
-compiled code, replayed CUDA graphs; there the kernels that the profiler saw count.
+It needs no GPU: what a prefill asks for does not depend on where it runs, a few kernels' choice aside. What is not an
+operator of torch is not seen: Triton kernels, compiled code, replayed CUDA graphs; there the kernels that the profiler
+saw count.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from benchmarks import targets
@@ -38,18 +39,16 @@ _TARGETS = (
 )
 
 
-def paired(results: Iterable[Result]) -> list[tuple[Result, Result | None]]:
-    """Results in the document's order; the default allocator's goes with the fixed one's of the same thing."""
-    groups: dict[tuple[str, ...], dict[bool, Result]] = {}
-    for result in sorted(results, key=order):
-        key = (result.tool, result.label, result.env["hardware"], result.env["threads"], result.versions)
-        same = groups.setdefault(key, {}).setdefault(result.fixed, result)
-        if same is not result:
+def in_order(results: Iterable[Result]) -> list[Result]:
+    """As the document has them; `UserError` where two say the same of the same thing."""
+    found = sorted(results, key=order)
+    for one, other in pairwise(found):
+        if order(one) == order(other):
             raise UserError(
-                f"{result.stem}.json: says the same tool, hardware, versions and allocator as {same.stem}.json; "
+                f"{other.stem}.json: says the same tool, hardware, versions and allocator as {one.stem}.json; "
                 "remove one of them"
             )
-    return [(g[True], g.get(False)) if True in g else (g[False], None) for g in groups.values()]
+    return found
 
 
 @dataclass(frozen=True)
@@ -63,16 +62,15 @@ class Rendered:
 
 def render(results: Sequence[Result], folder: str) -> Rendered:
     """folder: of the pictures, from the document."""
-    pairs = paired(results)
-    headings = titles([result for result, _ in pairs])
+    results = in_order(results)
     shown = [f"### Targets\n\n{wrap(_TARGETS)}", targets.table(targets.outcomes(results))]
     tables, drawn = [_TABLES], []
-    for (result, other), heading in zip(pairs, headings, strict=True):
+    for result, heading in zip(results, titles(results), strict=True):
         name = picture_name(result)
         if name:
             drawn.append(result)
             shown.append(f"![{heading}]({folder}/{name})")
-        tables.append(section(result, heading, other))
+        tables.append(section(result, heading))
     return Rendered("\n\n".join(shown), wrap("\n\n".join(tables)) + "\n", drawn)
 
 

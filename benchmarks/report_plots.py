@@ -233,8 +233,9 @@ DRAWINGS: dict[str, tuple[Callable[[Result], list[Row]], Callable[[Any, Result, 
 
 
 def picture_name(result: Result) -> str | None:
-    """The file that `draw` writes; None if there is nothing to draw."""
-    return f"{result.stem}.png" if result.tool in DRAWINGS and DRAWINGS[result.tool][0](result) else None
+    """The file that `draw` writes; None if there is nothing to draw, and with a CPU's default allocator."""
+    has = (result.fixed or not result.on_cpu) and result.tool in DRAWINGS and DRAWINGS[result.tool][0](result)
+    return f"{result.stem}.png" if has else None
 
 
 def draw(result: Result, folder: Path) -> Path:

@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.end_to_end import PARTS as END_TO_END
 from benchmarks.environment import describe
 from benchmarks.first_token import PARTS as FIRST_TOKEN
-from benchmarks.saved import IDENTITY, Result, counted, numeric, rows_where
+from benchmarks.saved import Result, counted, numeric, rows_where
 from benchmarks.scaling import exponents
 from llava.pruning import get_method, list_methods
 
@@ -76,11 +76,6 @@ _MEASURED = {"ms": "ms", "mib": "MiB", "images_per_s": "images/s"}
 _HIDDEN = {"nominal", "slope", "flops", "selection_flops_of_dense", "floor_of_dense"}
 # Said once below the table where they are the same in all rows.
 _CAPTION = {"rounds": "round", "new_tokens": "token decoded", "questions": "question per benchmark"}
-# Figures that the allocator can change.
-_ALLOCATED = (
-    "ms", "mib", "images_per_s", "of_dense", "of_none", "over_floor", "floor_mib", "of_floor", "peak_mib",
-    "peak_rss_mb", "peak_rss_ratio", "peak_anon_ratio",
-)  # fmt: skip
 
 
 # --- names ----------------------------------------------------------------------------------------------------------
@@ -115,22 +110,21 @@ def title(result: Result) -> str:
     """`Prefill: cpu-1024x24, float32, sdpa, 576 visual tokens, 1 thread`; a GPU by its name."""
     tool = TOOLS.get(result.tool, result.tool.replace("_", " ").capitalize())
     where = counted(result.env["threads"], "thread") if result.on_cpu else result.env["hardware"]
-    return f"{tool}: {result.label}, {where}"
+    return f"{tool}: {result.label}, {where}" + ("" if result.fixed else ", default allocator")
 
 
 def titles(results: Sequence[Result]) -> list[str]:
-    """Headings; the CPU is told where there are several, then versions and the file where two would be the same."""
+    """Headings; the CPU is told where there are several, the versions where two would be the same."""
     several = len({result.env["hardware"] for result in results if result.on_cpu}) > 1
     names = [title(r) + (f", {r.env['hardware']}" if several and r.on_cpu else "") for r in results]
-    for added in ([r.versions for r in results], [r.stem for r in results]):
-        names = [f"{name}, {add}" if names.count(name) > 1 else name for name, add in zip(names, added, strict=True)]
-    return names
+    return [f"{n}, {r.versions}" if names.count(n) > 1 else n for n, r in zip(names, results, strict=True)]
 
 
 def order(result: Result) -> tuple[Any, ...]:
-    """Sections: by tool, CPU before GPU, small before large, one thread before two."""
+    """Sections: by tool, CPU before GPU, small before large, one thread before two, the fixed allocator first."""
     rank = list(TOOLS).index(result.tool) if result.tool in TOOLS else len(TOOLS)
-    return rank, result.tool, not result.on_cpu, _natural(result.label), result.env["threads"], result.stem
+    where = (not result.on_cpu, _natural(result.label), result.env["threads"], result.env["hardware"])
+    return rank, result.tool, *where, result.versions, not result.fixed
 
 
 def _natural(text: str) -> list[Any]:
@@ -280,31 +274,6 @@ def notes(result: Result) -> list[str]:
     return sentences
 
 
-def section(result: Result, name: str, other: Result | None = None) -> str:
-    """Heading, table, what it was measured on, the other allocator's figures."""
-    parts = [f"### {name}", table(result), " ".join([*notes(result), describe(result.env) + "."])]
-    if other is not None:
-        parts += both_allocators(result, other)
-    return "\n\n".join(parts)
-
-
-def both_allocators(result: Result, other: Result) -> list[str]:
-    """The figures that the allocator can change, with both side by side."""
-    compared = [name for name in _ALLOCATED if name in result.columns and name in other.columns]
-    names = [name for name in IDENTITY if name in columns_of(result)]
-
-    def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-        return tuple(row.get(name) for name in names)
-
-    theirs = {key(row): row for row in other.rows}
-    rows = [(row, theirs[key(row)]) for row in result.rows if key(row) in theirs]
-    rows = [pair for pair in rows if any(row.get(name) is not None for row in pair for name in compared)]
-    load, allocator = other.env["load_average"], other.env["allocator"]
-    if not rows:
-        return [f"Measured with the {allocator} allocator too, but with no row in common."]
-    columns = [(head(name, result.tool), cells(name, [row.get(name) for row, _ in rows])) for name in names]
-    for name in compared:
-        both = cells(name, [row.get(name) for row, _ in rows] + [row.get(name) for _, row in rows])
-        columns.append((f"{head(name, result.tool)}: {result.env['allocator']}", both[: len(rows)]))
-        columns.append((allocator, both[len(rows) :]))
-    return [f"The same with the {allocator} allocator (load average {load} at the end) beside it:", grid(columns)]
+def section(result: Result, name: str) -> str:
+    """Heading, table, what it was measured on."""
+    return "\n\n".join([f"### {name}", table(result), " ".join([*notes(result), describe(result.env) + "."])])

@@ -236,11 +236,8 @@ def table(found: Sequence[Outcome]) -> str:
 def _measured(outcome: Outcome) -> str:
     target = outcome.target
     digits = 0 if target.unit == " MiB" else 2 if target.at_least or target.unit == "%" else 3
-    told = {case: f"{figure:.{digits}f}" for case, figure in outcome.figures.items()}
-    if len(told) <= 4:
-        return "; ".join(f"{case}: {text}" if case else text for case, text in told.items()) or "–"
-    best, *_, worst = sorted(told, key=lambda case: outcome.figures[case], reverse=target.at_least)
-    return f"{len(told)} cases, best {told[best]} ({best}), worst {told[worst]} ({worst})"
+    told = [f"{case}: {v:.{digits}f}" if case else f"{v:.{digits}f}" for case, v in outcome.figures.items()]
+    return "; ".join(told) or "–"
 
 
 def verdict(outcome: Outcome) -> str:

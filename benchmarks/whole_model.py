@@ -1,12 +1,12 @@
 """A whole LLaVA with random weights: vision tower, projector, decoder, output head; and prompts of pixels and ids.
 
-Knows models and what runs in them; times nothing. transformers' own model and ours are two views of the same modules.
+transformers' own model and ours are two views of the same modules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,45 +137,36 @@ def first_token(
     return work
 
 
-class TowerWatch:
-    """Context manager that counts what runs in a vision tower.
+@contextmanager
+def tower_watched(tower: nn.Module) -> Iterator[dict[str, int]]:
+    """While it lasts, counts what runs in a vision tower.
 
-    Attributes:
-        layers: encoder layers that ran, counted by their MLPs.
-        extra_rows: most query rows that were computed at once beside the layers' own: 1 where only the CLS row is
-            scored, 0 where nothing is.
+    tower_layers: encoder layers that ran, counted by their MLPs. extra_rows: most query rows that were computed at once
+    beside the layers' own: 1 where only the CLS row is scored, 0 where nothing is.
     """
+    seen = {"tower_layers": 0, "extra_rows": 0}
+    inside: list[nn.Module] = []
 
-    def __init__(self, tower: nn.Module) -> None:
-        self.tower = tower
-        self.layers = self.extra_rows = 0
-        self._inside = False
+    def enter(attention: nn.Module, *_: Any) -> None:
+        inside.append(attention)
 
-    def __enter__(self) -> TowerWatch:
-        def enter(*_: Any) -> None:
-            self._inside = True
+    def leave(*_: Any) -> None:
+        inside.pop()
 
-        def leave(*_: Any) -> None:
-            self._inside = False
+    def projected(_: nn.Module, args: Any, queries_NTC: torch.Tensor) -> None:
+        if not inside:
+            seen["extra_rows"] = max(seen["extra_rows"], queries_NTC.shape[1])
 
-        def ran(*_: Any) -> None:
-            self.layers += 1
+    def ran(*_: Any) -> None:
+        seen["tower_layers"] += 1
 
-        def projected(_: nn.Module, args: Any, queries_NTC: torch.Tensor) -> None:
-            if not self._inside:
-                self.extra_rows = max(self.extra_rows, queries_NTC.shape[1])
-
-        with ExitStack() as stack:
-            for layer in self.tower.encoder.layers:
-                for handle in (
-                    layer.self_attn.register_forward_pre_hook(enter),
-                    layer.self_attn.register_forward_hook(leave),
-                    layer.self_attn.q_proj.register_forward_hook(projected),
-                    layer.mlp.register_forward_hook(ran),
-                ):
-                    stack.callback(handle.remove)
-            self._hooks = stack.pop_all()
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        self._hooks.close()
+    with ExitStack() as stack:
+        for layer in tower.encoder.layers:
+            for handle in (
+                layer.self_attn.register_forward_pre_hook(enter),
+                layer.self_attn.register_forward_hook(leave),
+                layer.self_attn.q_proj.register_forward_hook(projected),
+                layer.mlp.register_forward_hook(ran),
+            ):
+                stack.callback(handle.remove)
+        yield seen

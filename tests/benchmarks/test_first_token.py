@@ -11,7 +11,7 @@ from benchmarks import first_token
 from benchmarks.candidates import build_method
 from benchmarks.first_token import DENSE, PARTS, candidates
 from benchmarks.geometry import GEOMETRIES, geometry
-from benchmarks.whole_model import TowerWatch, random_image_prompt, random_llava, transformers_own
+from benchmarks.whole_model import random_image_prompt, random_llava, tower_watched, transformers_own
 from llava.model.vision import encode_crops
 from llava.pruning.vision import TowerValue, VisionFact
 from tests.eval.helpers import fails_with_one_line
@@ -77,9 +77,9 @@ def test_what_a_pass_does(model, prompt):
 def test_rows_of_all_tokens_are_told_from_the_one_row(model, prompt):
     tower, pixels = model.model.vision_tower, prompt.pixels.flatten(0, 1)
     facts = {"received": VisionFact(TowerValue.RECEIVED_ATTENTION)}
-    with torch.inference_mode(), TowerWatch(tower) as watch:
+    with torch.inference_mode(), tower_watched(tower) as seen:
         encode_crops(tower, pixels, -2, facts=facts)
-    assert (watch.layers, watch.extra_rows) == (3, SHAPE.tower.patches + 1)
+    assert seen == {"tower_layers": 3, "extra_rows": SHAPE.tower.patches + 1}
 
 
 def test_parts_are_all_of_a_pass(model, prompt, monkeypatch):

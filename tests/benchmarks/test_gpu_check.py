@@ -66,10 +66,10 @@ def test_a_check_becomes_results(rehearsal, tmp_path):
 def test_what_does_not_fit_is_skipped_and_what_fails_is_told(tmp_path):
     check = gpu_check.Check(tmp_path, gpu_check.MINUTES, rehearse=True)
     ran = []
-    with check.part("tests") as part:
-        check.step(part, "too long", 10_000, lambda until: ran.append("too long"))
-        check.step(part, "broken", 1, lambda until: 1 / 0)
-        check.step(part, "fine", 1, lambda until: ran.append("fine"))
+    check.begin("tests")
+    check.step("too long", 10_000, lambda until: ran.append("too long"))
+    check.step("broken", 1, lambda until: 1 / 0)
+    check.step("fine", 1, lambda until: ran.append("fine"))
     steps = json.loads((tmp_path / gpu_check.FILE).read_text())["steps"]["tests"]
     assert ran == ["fine"] and steps["fine"].startswith("done")
     assert "10000 at least" in steps["too long"] and steps["broken"] == "failed: ZeroDivisionError: division by zero"

@@ -180,26 +180,17 @@ def test_heads_names_and_cells():
     assert method_name("scores of a layer") == "scores of a layer"
 
 
-def test_both_allocators_stand_side_by_side(place):
-    label = "cpu-1024x24, float32, sdpa, 2880 visual tokens"
-    save(place / "results", "memory", label, memory_rows(own=280.0))
-    save(place / "results", "memory", label, memory_rows(own=310.0), "default", load_average=1.7)
-    parts = sections(generated(place))
-    assert len(parts) == 2
-    full, both = tables(parts["Memory: cpu-1024x24, float32, sdpa, 2880 visual tokens, 1 thread"])
-    heads = [cell.strip() for cell in both[0]]
-    assert heads[:4] == ["method", "budget", "peak, MiB: fixed", "default"]
-    mine = [row for row in both[2:] if row[0].strip() == "AutoPrune"]
-    assert [[cell.strip() for cell in row[1:4]] for row in mine] == [
-        [b, "280.0", "310.0"] for b in ("640", "320", "160")
-    ]
-    assert "310" not in column(full, "peak, MiB")
-    assert "default allocator (load average 1.7" in generated(place)
-
-
-def test_one_allocator_alone_is_a_section(place):
-    save_prefill(place / "results", [prefill_row("autoprune", 64)], allocator="default")
-    assert len(tables(sections(generated(place))[NAME_576])) == 1
+def test_the_default_allocator_has_a_section_of_its_own(place):
+    save_prefill(
+        place / "results", [prefill_row("autoprune", 64, peak_mib=310.0)], allocator="default", load_average=1.7
+    )
+    assert list(sections(generated(place)))[1:] == [f"{NAME_576}, default allocator"]
+    save_prefill(place / "results", [prefill_row("autoprune", 64)])
+    text = rendered(place)
+    assert list(sections(text))[1:] == [NAME_576, f"{NAME_576}, default allocator"]
+    (table,) = tables(sections(text)[f"{NAME_576}, default allocator"])
+    assert "310" in column(table, "peak, MiB") and "load average 1.7 at the end" in text
+    assert text.count("](images/") == 1, "the fixed one's picture alone"
 
 
 def test_titles_tell_machines_and_versions_apart(place):
@@ -352,4 +343,5 @@ def test_named_results_are_sections_of_their_own(place):
             save(place / "results", "prefill", label + name, [prefill_row("autoprune", 64)], allocator)
     names = list(sections(generated(place)))[1:]
     where = "Prefill: cpu-1024x24, float32, sdpa, 576 visual tokens"
-    assert names == [f"{where}, 1 thread", f"{where}, peers-all, 1 thread", f"{where}, run 2, 1 thread"]
+    runs = [f"{where}, 1 thread", f"{where}, peers-all, 1 thread", f"{where}, run 2, 1 thread"]
+    assert names == [name for run in runs for name in (run, f"{run}, default allocator")]
