@@ -143,6 +143,20 @@ def test_what_cannot_be_captured_runs_as_always(graphs):
     assert graphs.counts == {"eager": 6, "captured": 0, "replayed": 0}
 
 
+def test_weights_that_were_moved_are_captured_anew(graphs):
+    """A graph reads them where they were."""
+    model, method = random_llama(), METHODS["fixed slope"]
+    outputs(model, method, 1, 3, graphs)
+    assert graphs.counts == {"eager": 1, "captured": 1, "replayed": 1}
+    kept = [weight.data for weight in model.parameters()]  # so that the new ones lie elsewhere
+    for weight in model.parameters():
+        weight.data = weight.data * 1.5
+    wanted, got = outputs(model, method, 1, 3), outputs(model, method, 1, 3, graphs)
+    assert graphs.counts == {"eager": 2, "captured": 2, "replayed": 2} and kept
+    for (logits, _, _), (own, _, _) in zip(wanted, got, strict=True):
+        torch.testing.assert_close(own, logits)
+
+
 def test_the_tails_used_longest_ago_are_forgotten():
     graphs = PrefillGraphs(limit=1, capture=captured)
     model, method = random_llama(), METHODS["autoprune"]

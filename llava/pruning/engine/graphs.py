@@ -190,17 +190,19 @@ class PrefillGraphs:
     def _key(self, decoder: compat.Decoder, method: Method, prompt: Prompt) -> Hashable:
         """What a graph depends on; None if there can be none."""
         hidden = prompt.hidden_BNC
-        shares = any(
-            part.view_budget != JOINT for part in method.parts
-        )  # quotas are numbers of the host, as are markers
         plain = prompt.reduced is None and prompt.added_BNF is None and prompt.index_BN is None
-        capturable = method.capturable and not shares and not any(part.pospad for part in method.parts)
+        # Quotas of images and markers are numbers of the host.
+        shares = any(part.view_budget != JOINT or part.pospad for part in method.parts)
+        capturable = method.capturable and not shares
         if not (plain and capturable and min(prompt.lengths) == hidden.shape[1]):
             return None
         if self.capture is capture_on_cuda and hidden.device.type != "cuda":
             return None
         given = tuple((name, value.shape, value.dtype, value.device) for name, value in _named_inputs(prompt))
-        key = id(decoder), method, prompt.layout.spans, prompt.layout.crops, prompt.width, given
+        # Weights that were moved (`model.to`) are no longer where the graph reads them.
+        ends: tuple[Any, ...] = decoder.embed_tokens, decoder.norm
+        weights = tuple(module.weight.data_ptr() for module in ends)
+        key = id(decoder), weights, method, prompt.layout.spans, prompt.layout.crops, prompt.width, given
         return None if key in self._never else key
 
     def _captured_head(self, decoder: compat.Decoder, method: Method, prompt: Prompt) -> _Head:
