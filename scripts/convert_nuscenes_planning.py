@@ -5,7 +5,7 @@
     python scripts/convert_nuscenes_planning.py --infos vad_nuscenes_infos_temporal_val.pkl --out planning_truth.jsonl
 
 `--gt-dir`: the evaluation folder that GPT-Driver shares: `gt_traj.pkl`, `gt_traj_mask.pkl` and
-`planing_gt_segmentation_val` (so spelled), a grid of taken cells per step. `--infos`: the frames of VAD or UniAD, with
+`planing_gt_segmentation_val` (so spelled), a grid of taken cells per step. `--infos`: the frames of VAD, with
 boxes, which every convention can be computed from.
 
 Reading a pickle runs whatever its author put into it. Convert once, files of people you trust, and keep the result.
@@ -73,7 +73,7 @@ def from_folder(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def from_infos(path: Path) -> Iterator[dict[str, Any]]:
-    """Records of VAD's or UniAD's frames: steps are offsets, boxes are (x, y, z, width, length, height, yaw)."""
+    """Records of VAD's frames: steps are offsets, boxes are (x, y, z, width, length, height, yaw)."""
     content = load_pickle(path)
     infos = content.get("infos") if isinstance(content, Mapping) else content
     if not isinstance(infos, Sequence) or not infos:
@@ -93,7 +93,7 @@ def from_infos(path: Path) -> Iterator[dict[str, Any]]:
             if "gt_ego_lcf_feat" in info:
                 record["speed"] = round(float(np.asarray(info["gt_ego_lcf_feat"]).reshape(-1)[SPEED]), 3)
         except (KeyError, IndexError, ValueError, TypeError) as error:
-            raise UserError(f"{where}: is no frame of VAD or UniAD ({type(error).__name__}: {error})") from None
+            raise UserError(f"{where}: is no frame of VAD ({type(error).__name__}: {error})") from None
         yield record
 
 
@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description="The truth of open-loop planning as JSON lines.")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--gt-dir", help="evaluation folder of GPT-Driver")
-    source.add_argument("--infos", help="frames of VAD or UniAD (.pkl)")
+    source.add_argument("--infos", help="frames of VAD, or others with the same keys (.pkl)")
     kind = JsonLines("planning truth", ("token", "ego"))
     parser.add_argument("--out", type=kind, required=True, help="written (.jsonl)")
     args = parser.parse_args(argv)
