@@ -61,6 +61,17 @@ def test_several_files_and_picture(traces, tmp_path, capsys):
     assert "no picture" in capsys.readouterr().out and not (tmp_path / "none.png").exists()
 
 
+def test_survivors_by_image(tmp_path, capsys):
+    several = [trace(i, views=[50, 50], kept_per_view=[[30, 20], [i, 10 - i]]) for i in (2, 4)]
+    three = trace(9, views=[40, 30, 30], kept_per_view=[[1, 0, 4]])
+    path = write_jsonl(tmp_path / "t.jsonl", [trace(0), *several, three])
+    main([str(path), "--json", str(tmp_path / "s.json")])
+    assert read_json(tmp_path / "s.json")["t"]["kept_per_view"] == {"2": [3, 7], "3": [1, 0, 4]}
+    assert "left of each of 2 images behind the last layer, mean: 3.0, 7.0" in capsys.readouterr().out
+    write_jsonl(path, [trace(0, kept_per_view=[["a"]])])
+    fails_with_one_line(main, [str(path)], capsys, "kept_per_view[0][0]")
+
+
 def test_on_the_traces_of_a_run(argv, data, preloaded, capsys):
     answer(argv("--trace-file", data / "t.jsonl"))
     main([str(data / "t.jsonl"), "--json", str(data / "s.json")])

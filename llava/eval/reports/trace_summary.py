@@ -30,6 +30,7 @@ LINE = Fields(
         "dense_flops?": _COUNT,
         **dict.fromkeys(("mean_nominal?", "mean_processed?", "prefill_seconds?", "decode_seconds?"), _NUMBER),
         "slope?": optional(between(-1e6, 1e6)),
+        "kept_per_view?": optional(ListOf(ListOf(_COUNT, least=1), least=1)),
     }
 )
 MAX_BINS = 1000
@@ -61,6 +62,7 @@ class Traces:
     Attributes:
         information: bits in layer 1, one per curve.
         curves: tokens leaving each layer relative to those of the prompt, `[layers]` each.
+        kept: by number of views the tokens of each that leave the last layer, `[views]` each.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Traces:
     values: dict[str, array] = field(default_factory=dict)
     information: array = field(default_factory=lambda: array("d"))
     curves: list[np.ndarray] = field(default_factory=list)
+    kept: dict[int, list[np.ndarray]] = field(default_factory=dict)
 
     def add(self, line: dict[str, Any], where: str) -> None:
         """Takes one line; raises `UserError` if its values are of the wrong kind."""
@@ -82,6 +85,9 @@ class Traces:
                 value = read(line)
                 if value is not None:
                     self.values.setdefault(name, array("d")).append(value)
+            if line.get("kept_per_view"):
+                left = np.asarray(line["kept_per_view"][-1], dtype=np.float64)
+                self.kept.setdefault(len(left), []).append(left)
             information = QUANTITIES["MI layer 1"][1](line)
             if information is not None and line["visual_tokens"]:
                 curve = np.asarray(line["tokens_out"], dtype=np.float32) / line["visual_tokens"]
@@ -120,6 +126,9 @@ class Traces:
                 low, high = low - 0.5, high + 0.5
             counts, edges = np.histogram(slopes, bins=bins, range=(low, high))
             result["slope_histogram"] = {"edges": edges.tolist(), "counts": counts.tolist()}
+        if self.kept:
+            means = {str(views): np.mean(rows, axis=0) for views, rows in sorted(self.kept.items())}
+            result["kept_per_view"] = {views: mean.round(3).tolist() for views, mean in means.items()}
         if self.curves:
             result["quartiles"] = [
                 {"mean_bits": bits, "curve": curve.round(6).tolist()} for bits, curve in self.quartiles()
@@ -149,6 +158,9 @@ def text_report(name: str, summary: dict[str, Any]) -> str:
     for quantity, numbers in summary["quantities"].items():
         cells = "".join(f"{numbers[key]:>11.4g}" for key in ("mean", *(f"p{p}" for p in PERCENTILES)))
         lines.append(f"  {quantity + ' (' + numbers['unit'] + ')':<28}{cells}")
+    for views, means in summary.get("kept_per_view", {}).items():
+        listed = ", ".join(f"{mean:.1f}" for mean in means)
+        lines.append(f"  left of each of {views} images behind the last layer, mean: {listed}")
     if "slope_histogram" in summary:
         counts, edges = (summary["slope_histogram"][key] for key in ("counts", "edges"))
         lines.append("  slopes")
