@@ -94,14 +94,9 @@ def candidates(model: Any, prompt: ImagePrompt, settings: Mapping[tuple[str, int
     }
 
 
-def median_parts(found: Mapping[Key, Candidate], rounds: int) -> dict[Key, dict[str, float]]:
+def median_parts(found: Mapping[Key, Candidate], rounds: int, device: torch.device) -> dict[Key, dict[str, float]]:
     """Milliseconds by part, medians over interleaved passes."""
-    passes: dict[Key, list[dict[str, float]]] = {key: [] for key in found}
-    keys = list(found)
-    for number in range(rounds):
-        for turn in range(len(keys)):
-            key = keys[(number + turn) % len(keys)]
-            passes[key].append(found[key].seconds_by_part())
+    passes: Any = interleaved_rounds(found, rounds, device, 0, lambda one, _: one.seconds_by_part(), "parts")
     return {
         key: {part: 1000 * statistics.median(one.get(part, 0.0) for one in own) for part in PARTS}
         for key, own in passes.items()
@@ -120,7 +115,7 @@ def measure(model: Any, prompt: ImagePrompt, settings: Mapping[tuple[str, int], 
         args.warmup,
         description=f"first token, batch {len(prompt.pixels)}",
     )
-    parts = median_parts(found, args.rounds)
+    parts = median_parts(found, args.rounds, prompt.pixels.device)
     return [
         {
             **dict(zip(("method", "budget", "model"), key, strict=True)),

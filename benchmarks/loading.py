@@ -17,12 +17,12 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import CLIPVisionConfig, LlamaConfig
@@ -105,30 +105,11 @@ def layers_for(megabytes: float) -> int:
     return max(1, round(1 + (megabytes * 1e6 / 2 - one) / (two - one)))
 
 
-def shards(sizes: dict[str, torch.Size]) -> Iterator[dict[str, torch.Tensor]]:
-    """Float16 weights, shard by shard; what they hold does not matter here."""
-    shard: dict[str, torch.Tensor] = {}
-    held = 0
-    for name, shape in sizes.items():
-        if shard and held + 2 * shape.numel() > SHARD_BYTES:
-            yield shard
-            shard, held = {}, 0
-        shard[name] = torch.full(shape, 0.02, dtype=torch.float16)
-        held += 2 * shape.numel()
-    yield shard
-
-
 def write_checkpoint(folder: Path, form: str, layers: int) -> None:
-    """A folder in the original layout; `form` is `safetensors` or `bin`."""
+    """A folder in the original layout; `form` is `safetensors` or `bin`. What the weights are does not matter here."""
     folder.mkdir(parents=True)
-    stem, suffix = ("model", ".safetensors") if form == "safetensors" else ("pytorch_model", ".bin")
-    sizes = shapes(geometry(layers))
-    weight_map = {}
-    for i, shard in enumerate(tqdm(shards(sizes), desc=f"writing {form}", unit="shard"), start=1):
-        file = f"{stem}-{i:05d}{suffix}"
-        (save_file if form == "safetensors" else torch.save)(shard, folder / file)
-        weight_map |= dict.fromkeys(shard, file)
-    (folder / f"{stem}{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    weights = {name: torch.full(shape, 0.02, dtype=torch.float16) for name, shape in shapes(geometry(layers)).items()}
+    save_torch_state_dict(weights, folder, max_shard_size=SHARD_BYTES, safe_serialization=form == "safetensors")
     (folder / "vision_tower").mkdir()
     (folder / "vision_tower" / "config.json").write_text(json.dumps({"model_type": "clip_vision_model", **VISION}))
     config = {

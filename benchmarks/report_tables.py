@@ -17,20 +17,14 @@ from benchmarks.environment import describe
 from benchmarks.first_token import PARTS as FIRST_TOKEN
 from benchmarks.saved import Result, counted, numeric, rows_where
 from benchmarks.scaling import exponents
+from llava.eval.common.tables import markdown_table
 from llava.pruning import get_method, list_methods
 
-TOOLS = {
-    "prefill": "Prefill",
-    "memory": "Memory",
-    "decode": "Decode",
-    "scaling": "Scaling",
-    "first_token": "Time to first token",
-    "end_to_end": "End to end",
-    "loading": "Loading",
-    "input_pipeline": "Input pipeline",
-    "profile": "Profile",
-    "candidates": "Candidates",
-}
+TOOLS = (
+    "prefill", "memory", "decode", "scaling", "first_token", "end_to_end", "loading", "input_pipeline", "profile",
+    "candidates",
+)  # fmt: skip
+"""In the report's order."""
 # Methods whose name is not that of their class.
 _NAMES = {
     "dart": "DART", "dense": "dense", "gtp_vit": "GTP-ViT", "information_horizon": "Information Horizon",
@@ -108,7 +102,7 @@ def setting_name(row: Mapping[str, Any]) -> str:
 
 def title(result: Result) -> str:
     """`Prefill: cpu-1024x24, float32, sdpa, 576 visual tokens, 1 thread`; a GPU by its name."""
-    tool = TOOLS.get(result.tool, result.tool.replace("_", " ").capitalize())
+    tool = "Time to first token" if result.tool == "first_token" else result.tool.replace("_", " ").capitalize()
     where = counted(result.env["threads"], "thread") if result.on_cpu else result.env["hardware"]
     return f"{tool}: {result.label}, {where}" + ("" if result.fixed else ", default allocator")
 
@@ -122,7 +116,7 @@ def titles(results: Sequence[Result]) -> list[str]:
 
 def order(result: Result) -> tuple[Any, ...]:
     """Sections: by tool, CPU before GPU, small before large, one thread before two, the fixed allocator first."""
-    rank = list(TOOLS).index(result.tool) if result.tool in TOOLS else len(TOOLS)
+    rank = TOOLS.index(result.tool) if result.tool in TOOLS else len(TOOLS)
     where = (not result.on_cpu, _natural(result.label), result.env["threads"], result.env["hardware"])
     return rank, result.tool, *where, result.versions, not result.fixed
 
@@ -201,18 +195,6 @@ def columns_of(result: Result) -> list[str]:
     return [name for name in result.columns if name not in hidden]
 
 
-def grid(columns: Sequence[tuple[str, Sequence[str]]]) -> str:
-    """Markdown table of (head, cells); texts to the left, figures to the right."""
-
-    def line(texts: Sequence[str]) -> str:
-        return f"| {' | '.join(texts)} |"
-
-    figures = [any(re.fullmatch(r"-?[\d.,]+", value) for value in values) for _, values in columns]
-    rule = "|".join("---:" if right else "---" for right in figures)
-    rows = zip(*(values for _, values in columns), strict=True)
-    return "\n".join([line([name for name, _ in columns]), f"|{rule}|", *map(line, rows)])
-
-
 def table(result: Result) -> str:
     """All rows of a result, p10 and p90 in one column."""
     rows = [*result.rows, *mean_rows(result)]
@@ -230,7 +212,10 @@ def table(result: Result) -> str:
             columns.append((f"p10 to p90{unit}", [low if low == high else f"{low} to {high}" for low, high in pairs]))
         else:
             columns.append((head(name, result.tool), cells(name, values)))
-    return grid(columns)
+    texts = [not any(re.match(r"-?\d", value) for value in values) for _, values in columns]
+    labels = len(texts) - texts[::-1].index(True) if True in texts else 0
+    heads, filled = zip(*columns, strict=True)
+    return markdown_table(heads, zip(*filled, strict=True), labels)
 
 
 def mean_rows(result: Result) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.saved import Result, counted, numeric, rows_where
+from llava.eval.common.tables import markdown_table
 
 METHOD, GRAPHS = "autoprune", "autoprune graphs"
 SMALL, LLAVA_15, LLAVA_NEXT = "cpu-1024x24", "llava-1.5-7b", "llava-next-7b"
@@ -222,15 +223,15 @@ def _setup(result: Result) -> str:
 
 def table(found: Sequence[Outcome]) -> str:
     """Markdown: target, limit, figures, verdict, hardware."""
-    lines = ["| target | limit | measured | verdict | on |", "|---|---:|---|---|---|"]
+    rows = []
     for outcome in found:
         target, where = outcome.target, outcome.where or "–"
         limit = f"{'≥' if target.at_least else '≤'} {target.limit:g}{target.unit}"
         # Scores and peaks of memory hardly move from round to round; times do.
         if 0 < outcome.rounds < ROUNDS and target.tool != "memory":
             where += f", only {outcome.rounds} rounds"
-        lines.append(f"| {target.title} | {limit} | {_measured(outcome)} | {verdict(outcome)} | {where} |")
-    return "\n".join(lines)
+        rows.append([target.title, limit, _measured(outcome), verdict(outcome), where])
+    return markdown_table(["target", "limit", "measured", "verdict", "on"], rows, labels=5)
 
 
 def _measured(outcome: Outcome) -> str:

@@ -50,11 +50,11 @@ def interleaved_rounds(
     rounds: int,
     device: torch.device,
     warmup: int = 2,
-    measure: Callable[[Any, torch.device], float] = timed,
+    measure: Callable[[Any, torch.device], Any] = timed,
     description: str = "",
     until: float | None = None,
-) -> dict[Key, list[float]]:
-    """Seconds of every candidate, `rounds` each.
+) -> dict[Key, list[Any]]:
+    """Seconds of every candidate, or whatever `measure` finds of it, `rounds` each.
 
     In every round each candidate runs once, in an order that is shuffled (the same in every run): drifts of clock and
     temperature, other work on the machine, and the state in which a predecessor leaves caches and allocator meet all of
@@ -64,7 +64,7 @@ def interleaved_rounds(
     """
     shuffle = random.Random(0).shuffle
     names = list(candidates)
-    seconds: dict[Key, list[float]] = {name: [] for name in names}
+    found: dict[Key, list[Any]] = {name: [] for name in names}
     total = (warmup + rounds) * len(names)
     with torch.inference_mode(), tqdm(total=total, desc=description, file=sys.stderr, mininterval=2.0) as bar:
         for number in range(warmup + rounds):
@@ -72,11 +72,11 @@ def interleaved_rounds(
                 break
             shuffle(names)
             for name in names:
-                elapsed = measure(candidates[name], device)
+                measured = measure(candidates[name], device)
                 if number >= warmup:
-                    seconds[name].append(elapsed)
+                    found[name].append(measured)
                 bar.update()
-    return seconds
+    return found
 
 
 def median_ratio(own: Sequence[float], reference: Sequence[float]) -> float:

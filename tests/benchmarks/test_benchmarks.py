@@ -17,7 +17,7 @@ from benchmarks.candidates import (
 )
 from benchmarks.environment import FIXED_ALLOCATOR, environment
 from benchmarks.flags import decoder_parser, settings_of
-from benchmarks.geometry import GEOMETRIES, geometry, random_decoder, random_prompt
+from benchmarks.geometry import GEOMETRIES, geometry, random_prompt
 from benchmarks.packed import PackedLinear, pack_linears
 from benchmarks.parts import Clock
 from benchmarks.saved import read_result, result_path, save, slug
@@ -25,14 +25,13 @@ from benchmarks.timing import interleaved_rounds, median_ratio, summary
 from llava.pruning import list_methods
 from llava.utils import UserError
 from tests.benchmarks import synthetic
+from tests.benchmarks.running import CPU, arguments, printed, tiny_decoder
 from tests.eval.helpers import fails_with_one_line
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def model():
-    return random_decoder(geometry("tiny"), CPU, torch.float32, "sdpa")
+    return tiny_decoder()
 
 
 @pytest.fixture(scope="module")
@@ -142,45 +141,36 @@ def test_the_allocator_settings_are_told(monkeypatch):
     assert env["allocator"] == "fixed" and FIXED_ALLOCATOR.items() <= env["variables"].items()
 
 
-def last_line(capsys):
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
-
-
-def arguments(folder, *flags):
-    tiny = ["--geometry", "tiny", "--rounds", 2, "--warmup", 0, "--device", "cpu", "--save", "--results-dir", folder]
-    return [str(flag) for flag in (*tiny, *flags)]
-
-
 def test_every_tool_saves_and_prints_one_object_last(tmp_path, capsys):
-    prefill.main(arguments(tmp_path, "--methods", "autoprune,random", "--budgets", "8", "--batch-sizes", "1,2"))
-    result = last_line(capsys)
+    saving = arguments("--save", "--results-dir", tmp_path)
+    flags = ("--methods", "autoprune,random", "--budgets", "8", "--batch-sizes", "1,2")
+    result = printed(capsys, prefill.main, *saving, *flags)
     settings = (("dense", None), ("autoprune", 8), ("random", 8))
     measured = [(r["method"], r["budget"], r["batch"]) for r in result["rows"]]
     assert measured == [(*setting, batch) for batch in (1, 2) for setting in settings]
     assert all(r["ms"] > 0 and r["rounds"] == 2 and r["p10"] <= r["ms"] <= r["p90"] for r in result["rows"])
     assert all((r.get("choice_ms") or 0) > 0 for r in result["rows"] if r["method"] == "autoprune")
     assert all((r.get("over_floor") is None) == (r["method"] == "dense") for r in result["rows"])
-    decode.main(arguments(tmp_path, "--budgets", "8", "--new-tokens", 3))
-    rows = last_line(capsys)["rows"]
+    rows = printed(capsys, decode.main, *saving, "--budgets", "8", "--new-tokens", 3)["rows"]
     assert rows[1]["kv_of_dense"] == pytest.approx(rows[1]["kv_mib"] / rows[0]["kv_mib"]) and rows[1]["kv_of_dense"] < 1
-    scaling.main(arguments(tmp_path, "--visual-tokens", "18,36", "--methods", "random"))
-    assert [(r["visual"], r["budget"]) for r in last_line(capsys)["rows"]] == [(18, None), (18, 2), (36, None), (36, 4)]
+    rows = printed(capsys, scaling.main, *saving, "--visual-tokens", "18,36", "--methods", "random")["rows"]
+    assert [(row["visual"], row["budget"]) for row in rows] == [(18, None), (18, 2), (36, None), (36, 4)]
     (path,) = tmp_path.glob("prefill--*")
     saved = json.loads(path.read_text())
     assert list(saved) == list(result) == ["tool", "label", "environment", "rows"]
     assert saved["environment"] == result["environment"]
-    for ours, printed in zip(saved["rows"], result["rows"], strict=True):
-        assert list(ours) == list(printed) and ours["ms"] == pytest.approx(printed["ms"], rel=1e-5)
+    for ours, told in zip(saved["rows"], result["rows"], strict=True):
+        assert list(ours) == list(told) and ours["ms"] == pytest.approx(told["ms"], rel=1e-5)
     assert {path.name.split("--")[0] for path in tmp_path.glob("*.json")} == {"prefill", "decode", "scaling"}
 
 
-def test_memory_of_scores_and_prefill(tmp_path, capsys):
+def test_memory_of_scores_and_prefill(capsys):
     with memory.PeakMemory(CPU) as peak:
         pass
     if peak.bytes is None:
         pytest.skip("this system does not let a process reset its peak memory")
-    memory.main(arguments(tmp_path, "--visual-tokens", "900", "--budgets", "100"))
-    rows = {row["method"]: row for row in last_line(capsys)["rows"]}
+    found = printed(capsys, memory.main, *arguments("--visual-tokens", "900", "--budgets", "100"))
+    rows = {row["method"]: row for row in found["rows"]}
     assert rows["a full attention map"]["mib"] * 2**20 == 4 * 4 * (3 + 900 + 8) ** 2
     assert 0 < rows["autoprune"]["mib"] and rows["autoprune"]["of_floor"] == pytest.approx(
         rows["autoprune"]["mib"] / rows["autoprune"]["floor_mib"]
@@ -239,8 +229,7 @@ def test_parts_on_cuda_are_told_apart_by_events_without_waiting(monkeypatch):
 
 def test_end_to_end_parts_add_up(checkpoint, capsys):
     flags = ["--model-path", checkpoint, "--limit", 2, "--budgets", 8, "--device", "cpu"]
-    end_to_end.main([str(flag) for flag in flags])
-    rows = last_line(capsys)["rows"]
+    rows = printed(capsys, end_to_end.main, *flags)["rows"]
     assert len(rows) == 8 and {row["benchmark"] for row in rows} == {"TextVQA", "POPE", "GQA", "MME"}
     for row in rows:
         assert sum(row[part] for part in end_to_end.PARTS) == pytest.approx(row["ms"])
@@ -249,7 +238,7 @@ def test_end_to_end_parts_add_up(checkpoint, capsys):
     assert rows[0]["tokens_processed"] == 16 and 8 < rows[1]["tokens_processed"] < 16
 
 
-def test_bad_input(tmp_path, capsys):
+def test_bad_input(capsys):
     for flags, parts in (
         (["--geometry", "nosuch"], ["--geometry", "nosuch", "cpu-1024x24"]),
         (["--budgets", "49"], ["--budgets", "49", "48"]),
@@ -258,7 +247,7 @@ def test_bad_input(tmp_path, capsys):
         (["--rounds", "0"], ["--rounds"]),
         (["--device", "nosuch"], ["--device"]),
     ):
-        fails_with_one_line(prefill.main, arguments(tmp_path, *flags), capsys, *parts)
+        fails_with_one_line(prefill.main, arguments(*flags), capsys, *parts)
     with pytest.raises(UserError, match="empty.md.*results"):
         from llava.eval.common.tables import replace_between
 
@@ -323,18 +312,17 @@ def test_nothing_saved_is_ever_lost(tmp_path):
 
 def test_names_keep_runs_apart(tmp_path, capsys):
     for flags in (["--methods", "autoprune"], ["--methods", "random", "--name", "Peers, all"]):
-        prefill.main(arguments(tmp_path, "--budgets", "8", *flags))
+        prefill.main(arguments("--save", "--results-dir", tmp_path, "--budgets", "8", *flags))
     said = capsys.readouterr()
     assert json.loads(said.out.splitlines()[-1])["label"].endswith(", 48 visual tokens, peers-all")
     assert "is kept" not in said.err
     labels = [path.stem.split("--")[1] for path in sorted(tmp_path.glob("*.json"))]
     assert labels == ["tiny-float32-sdpa-48-visual-tokens", "tiny-float32-sdpa-48-visual-tokens-peers-all"]
-    fails_with_one_line(prefill.main, arguments(tmp_path, "--name", "--"), capsys, "--name")
+    fails_with_one_line(prefill.main, arguments("--name", "--"), capsys, "--name")
 
 
-def test_packed_weights_compute_the_same(prompt, tmp_path, capsys):
-    plain = random_decoder(geometry("tiny"), CPU, torch.float32, "sdpa")
-    packed = pack_linears(random_decoder(geometry("tiny"), CPU, torch.float32, "sdpa"), rows=48)
+def test_packed_weights_compute_the_same(prompt, capsys):
+    plain, packed = tiny_decoder(), pack_linears(tiny_decoder(), rows=48)
     layers = [module for module in packed.model.layers.modules() if isinstance(module, (torch.nn.Linear, PackedLinear))]
     assert len(layers) == 6 * 7 and all(isinstance(module, PackedLinear) for module in layers)
     method = build_method("autoprune", 12)
@@ -343,5 +331,5 @@ def test_packed_weights_compute_the_same(prompt, tmp_path, capsys):
         pruned = [run_pruned(model, method, prompt)[0] for model in (packed, plain)]
     for ours, theirs in (dense, pruned):
         torch.testing.assert_close(ours.last_hidden_state, theirs.last_hidden_state, atol=1e-5, rtol=1e-4)
-    prefill.main(arguments(tmp_path, "--budgets", "8", "--linear", "packed"))
-    assert last_line(capsys)["label"].startswith("tiny-packed, float32, sdpa, 48")
+    found = printed(capsys, prefill.main, *arguments("--budgets", "8", "--linear", "packed"))
+    assert found["label"].startswith("tiny-packed, float32, sdpa, 48")

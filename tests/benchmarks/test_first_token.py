@@ -1,6 +1,5 @@
 """Time to first token: that the candidates do the same work, what runs in the tower, and that the parts add up."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -14,9 +13,9 @@ from benchmarks.geometry import GEOMETRIES, geometry
 from benchmarks.whole_model import random_image_prompt, random_llava, tower_watched, transformers_own
 from llava.model.vision import encode_crops
 from llava.pruning.vision import TowerValue, VisionFact
+from tests.benchmarks.running import CPU, arguments, printed
 from tests.eval.helpers import fails_with_one_line
 
-CPU = torch.device("cpu")
 SHAPE = geometry("tiny")
 
 
@@ -97,15 +96,9 @@ def test_parts_are_all_of_a_pass(model, prompt, monkeypatch):
     assert not vars(model.lm_head).get("forward") and not vars(model).get("encode_visual_tokens")
 
 
-def arguments(*flags):
-    tiny = ["--geometry", "tiny", "--rounds", 2, "--warmup", 0, "--device", "cpu"]
-    return [str(flag) for flag in (*tiny, *flags)]
-
-
 def test_rows(capsys, tmp_path):
     flags = ("--budgets", "16,8", "--methods", "random", "--batch-sizes", "1,2", "--save", "--results-dir", tmp_path)
-    first_token.main(arguments(*flags))
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    rows = printed(capsys, first_token.main, *arguments(*flags))["rows"]
     kinds = [("dense", None, "transformers"), ("dense", None, "llava"), ("random", 16, "llava"), ("random", 8, "llava")]
     assert [(r["batch"], r["method"], r["budget"], r["model"]) for r in rows] == [
         (batch, *kind) for batch in (1, 2) for kind in kinds
@@ -121,9 +114,8 @@ def test_rows(capsys, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gpu_parts_by_events(capsys):
-    first_token.main(arguments("--budgets", "8", "--device", "cuda", "--warmup", 2))
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
-    for row in rows:
+    flags = arguments("--budgets", "8", "--device", "cuda", "--warmup", 2)
+    for row in printed(capsys, first_token.main, *flags)["rows"]:
         assert row["dtype"] == "bfloat16" and all(row[part] > 0 for part in PARTS if part != "selection")
         assert (row["selection"] > 0) == (row["method"] == "autoprune")
 

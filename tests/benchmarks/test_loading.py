@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 from benchmarks import loading
+from tests.benchmarks.running import printed
 
 
 def test_sizes_follow_the_flag():
@@ -17,9 +16,8 @@ def test_sizes_follow_the_flag():
 def test_mapped_weights_are_no_second_copy(tmp_path, monkeypatch, capsys):
     # One layer and the vocabulary; two cases, each in a process of its own.
     monkeypatch.setattr(loading, "CASES", (loading.CASES[0], loading.CASES[4]))
-    loading.main(["--size-mb", "1", "--folder", str(tmp_path), "--save", "--results-dir", str(tmp_path)])
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    same, converted = result["rows"]
+    flags = ("--size-mb", 1, "--folder", tmp_path, "--save", "--results-dir", tmp_path)
+    same, converted = printed(capsys, loading.main, *flags)["rows"]
     assert same["model_mb"] > 100 and abs(same["model_mb"] - same["file_mb"]) < 1
     # Mapped, so nearly nothing of it is anonymous; converted, all of it is and the file is let go.
     assert same["peak_anon_ratio"] < 0.2 and same["peak_rss_ratio"] < 1.3

@@ -12,15 +12,15 @@ from torch.profiler import profile as profiler
 
 from benchmarks import passes, profile, report
 from benchmarks.candidates import build_method, dense_prefill, floor_prefill, layer_widths, pruned_prefill, traces_of
-from benchmarks.geometry import geometry, random_decoder, random_prompt
+from benchmarks.geometry import geometry, random_prompt
 from benchmarks.launches import LaunchCounter
 from benchmarks.parts import Cut
 from llava import compat
 from llava.pruning.engine.run import PruningRun
 from llava.pruning.engine.sequence import Sequences
+from tests.benchmarks.running import CPU, arguments, printed, tiny_decoder
 from tests.eval.helpers import fails_with_one_line
 
-CPU = torch.device("cpu")
 X = torch.arange(12.0).view(3, 4)
 
 
@@ -32,7 +32,7 @@ def count(work, device=CPU):
 
 @pytest.fixture(scope="module")
 def model():
-    return random_decoder(geometry("tiny"), CPU, torch.float32, "sdpa")
+    return tiny_decoder()
 
 
 @pytest.fixture(scope="module", params=[1, 2])
@@ -252,11 +252,6 @@ def test_device_time_of_parts():
     assert found.cuda == {"CUDA kernels": 2, "CUDA copies": 1, "CUDA copies to the host": 1, "CUDA waits": 1}
 
 
-def arguments(*flags):
-    tiny = ["--geometry", "tiny", "--rounds", 2, "--warmup", 0, "--device", "cpu", "--budgets", 12]
-    return [str(flag) for flag in (*tiny, *flags)]
-
-
 def check_parts(rows):
     """Parts make up the pass, in time and in launches."""
     whole = next(row for row in rows if (row["what"], row["name"]) == ("pass", "all"))
@@ -270,10 +265,8 @@ def check_parts(rows):
 
 def test_from_flags_to_the_document(tmp_path, capsys):
     trace = tmp_path / "trace.json"
-    flags = ("--top", 4, "--trace", trace, "--save", "--results-dir", tmp_path)
-    profile.main(arguments(*flags))
-    out = capsys.readouterr().out.splitlines()
-    result = json.loads(out[-1])
+    flags = ("--budgets", 12, "--top", 4, "--trace", trace, "--save", "--results-dir", tmp_path)
+    result = printed(capsys, profile.main, *arguments(*flags))
     rows = result["rows"]
     assert result["tool"] == "profile" and all(
         (r["method"], r["budget"], r["batch"]) == ("autoprune", 12, 1) for r in rows
@@ -304,8 +297,8 @@ def test_from_flags_to_the_document(tmp_path, capsys):
 
 
 def test_batches_and_methods(capsys):
-    profile.main(arguments("--methods", "random,autoprune", "--batch-sizes", "1,2", "--rounds", 1))
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    flags = arguments("--budgets", 12, "--methods", "random,autoprune", "--batch-sizes", "1,2", "--rounds", 1)
+    rows = printed(capsys, profile.main, *flags)["rows"]
     settings = dict.fromkeys((row["method"], row["batch"]) for row in rows)
     assert list(settings) == [("random", 1), ("autoprune", 1), ("random", 2), ("autoprune", 2)]
     launches = {
@@ -325,14 +318,13 @@ def test_bad_input(tmp_path, capsys):
         (["--trace", tmp_path], ["--trace"]),
         (["--rounds", "0"], ["--rounds"]),
     ):
-        fails_with_one_line(profile.main, arguments(*flags), capsys, *parts)
+        fails_with_one_line(profile.main, arguments("--budgets", 12, *flags), capsys, *parts)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_counts_agree_with_the_kernels_of_a_gpu(capsys):
-    profile.main(arguments("--device", "cuda", "--warmup", 1))
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    rows = printed(capsys, profile.main, *arguments("--budgets", 12, "--device", "cuda", "--warmup", 1))["rows"]
     whole, parts = check_parts(rows)
     counts = {row["name"]: row for row in rows if row["what"] == "count"}
     assert "host only" in parts and parts["attention"]["dense_ms"] > 0 and parts["choice"]["pruned_ms"] > 0

@@ -1,6 +1,5 @@
 """The published way of computing AutoPrune: the same choices as ours, at the cost that it says it has."""
 
-import json
 from contextlib import contextmanager
 
 import pytest
@@ -13,10 +12,10 @@ from benchmarks.geometry import geometry, random_decoder, random_prompt
 from benchmarks.published import Published, published_prefill, run_published, with_published
 from llava.pruning import AutoPrune, get_method
 from llava.utils import UserError
+from tests.benchmarks.running import CPU, arguments, printed
 from tests.eval.helpers import fails_with_one_line
 from tests.pruning.models import random_llama
 
-CPU = torch.device("cpu")
 _COUNTS = {"visual": 200, "text": 8}
 
 
@@ -142,15 +141,9 @@ def test_what_the_published_code_cannot_do(model, prompt):
         with_published({("random", 8): None}, [1])
 
 
-def arguments(*flags):
-    tiny = ["--geometry", "tiny", "--rounds", 2, "--warmup", 0, "--device", "cpu"]
-    return [str(flag) for flag in (*tiny, *flags)]
-
-
 def test_rows_of_the_benchmarks(capsys):
     def rows(main, *flags):
-        main(arguments(*flags, "--published"))
-        return json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+        return printed(capsys, main, *arguments(*flags, "--published"))["rows"]
 
     names = [(name, budget) for budget in (8, 12) for name in ("autoprune", "autoprune published")]
     found = rows(prefill.main, "--budgets", "8,12", "--methods", "autoprune,random")

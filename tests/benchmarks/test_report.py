@@ -13,6 +13,7 @@ from benchmarks.report_plots import _PARTS, DRAWINGS, drawn_from
 from benchmarks.report_tables import PARTS, cells, head, method_name
 from benchmarks.saved import RESULTS, read_result, read_results
 from llava.pruning import list_methods
+from tests.benchmarks.running import arguments, printed
 from tests.benchmarks.synthetic import (
     GPU,
     decode_rows,
@@ -299,9 +300,8 @@ def test_the_committed_results_can_be_read():
 
 
 def test_from_a_measurement_to_the_document(place, capsys):
-    argv = ["--geometry", "tiny", "--rounds", "2", "--warmup", "0", "--device", "cpu", "--budgets", "8"]
-    prefill.main([*argv, "--save", "--results-dir", str(place / "results")])
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    flags = arguments("--budgets", "8", "--save", "--results-dir", place / "results")
+    result = printed(capsys, prefill.main, *flags)
     (table,) = tables(sections(generated(place))[report.titles(read_results(place / "results"))[0]])
     assert column(table, "method") == ["dense", "AutoPrune"]
     assert float(column(table, "over floor, ×")[1]) == pytest.approx(result["rows"][1]["over_floor"], abs=6e-4)
