@@ -18,6 +18,7 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +53,6 @@ COLUMNS = ("method", "budget", "batch", "what", "name", *(f"{run}_ms" for run in
            *(f"{run}_percent" for run in RUNS), *(f"{run}_count" for run in RUNS), "per_boundary")  # fmt: skip
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """All flags."""
-    parser = decoder_parser("Where the time of a prefill goes, and its launches: dense, floor, pruned.", rounds=3)
-    parser.set_defaults(budgets="64")
-    parser.add_argument("--top", type=int, default=10, help="operators by self time, pruned minus floor")
-    parser.add_argument(
-        "--trace", type=CHROME_TRACE, default=None, help="write the last round as a chrome trace into this file"
-    )
-    return parser
-
-
 def boundaries(traces: Sequence[Trace]) -> int:
     """How often the number of visual tokens changes, in any row of the batch: before the decoder or after a layer."""
     steps = [
@@ -81,16 +71,11 @@ def cuts_of(model: Any, method: PruningMethod | None = None) -> list[Cut]:
     engine has no place for a mark.
     """
     decoder = model.model
-    cuts = [
-        cut
-        for layer in decoder.layers
+    cuts = []
+    for layer in decoder.layers:
         # A layer without its attention and MLP is its norms and residual additions.
-        for cut in (
-            Cut(LAYER, layer, "forward"),
-            Cut(ATTENTION, layer.self_attn, "forward"),
-            Cut(MLP, layer.mlp, "forward"),
-        )
-    ]
+        for part, module in ((LAYER, layer), (ATTENTION, layer.self_attn), (MLP, layer.mlp)):
+            cuts.append(Cut(part, module, "forward"))
     # Rotary tables come from a module, masks from a function that transformers' forward and ours find by its name.
     modules = (sys.modules[type(decoder).__module__], compat)
     cuts += [Cut(MASKS, module, "create_causal_mask") for module in modules]
@@ -165,79 +150,71 @@ def measure(model: Any, method: PruningMethod, prompt: RandomPrompt, args: argpa
     counters = {name: counted(work, cuts, device) for name, (work, cuts) in runs.items()}
     passes = profiled(runs, args, device)
 
-    walls = {name: one.wall for name, one in passes.items()}
-    rows = [
-        _row("pass", "all", steps, walls, walls, {name: c.launches_of() for name, c in counters.items()}),
-        _row("pass", "without profiler", steps, {n: 1000 * summary(s)["ms"] for n, s in seconds.items()}),
-    ]
+    rows = _Rows(steps, {name: one.wall for name, one in passes.items()})
+    rows.add("pass", "all", rows.walls, {name: counter.launches_of() for name, counter in counters.items()})
+    rows.add("pass", "without profiler", {n: 1000 * summary(s)["ms"] for n, s in seconds.items()}, share=False)
     times = {name: one.times(PARTS) for name, one in passes.items()}
     for part in dict.fromkeys([*PARTS, *(part for found in times.values() for part in found)]):
-        micros = {name: found.get(part, 0.0) for name, found in times.items()}
-        launches = {name: counter.launches_of(part) for name, counter in counters.items()}
-        rows.append(_row("part", part, steps, micros, walls, launches if part in PARTS else None))
-        if any(one.busy for one in passes.values()) and part in PARTS:
-            rows[-1] |= {f"{name}_host_ms": one.host[part] / 1000 for name, one in passes.items()}
-    rows += _counts(counters, passes, steps, len(model.model.layers))
-    return rows + _operators(passes, steps, walls, args.top)
+        launches = {name: counter.launches_of(part) for name, counter in counters.items()} if part in PARTS else None
+        row = rows.add("part", part, {name: found.get(part, 0.0) for name, found in times.items()}, launches)
+        if part in PARTS and any(one.busy for one in passes.values()):
+            row |= {f"{name}_host_ms": one.host[part] / 1000 for name, one in passes.items()}
 
+    in_layers = {n: sum(map(counter.launches_of, (ATTENTION, MLP, LAYER))) for n, counter in counters.items()}
+    per_layer = {name: count / len(model.model.layers) for name, count in in_layers.items()}
+    rows.add("count", "pruning boundaries", counts={"pruned": steps})["per_boundary"] = None
+    rows.add("count", "launches per layer", counts=per_layer)["per_boundary"] = None
+    rows.add("count", "copies from the host", counts={n: counter.uploads.total() for n, counter in counters.items()})
+    rows.add("count", "waits for the device", counts={n: counter.waits.total() for n, counter in counters.items()})
+    for kind in dict.fromkeys(kind for one in passes.values() for kind in one.cuda):
+        rows.add("count", kind, counts={name: one.cuda[kind] for name, one in passes.items()})
 
-def _counts(
-    counters: Mapping[str, LaunchCounter], passes: Mapping[str, Pass], steps: int, layers: int
-) -> list[dict[str, Any]]:
-    def row(name: str, counts: Mapping[str, float]) -> dict[str, Any]:
-        return _row("count", name, steps, counts=counts)
-
-    in_layers = {n: sum(c.launches_of(part) for part in (ATTENTION, MLP, LAYER)) for n, c in counters.items()}
-    rows = [
-        row("pruning boundaries", {"pruned": steps}) | {"per_boundary": None},
-        row("launches per layer", {name: count / layers for name, count in in_layers.items()}) | {"per_boundary": None},
-        row("copies from the host", {name: counter.uploads.total() for name, counter in counters.items()}),
-        row("waits for the device", {name: counter.waits.total() for name, counter in counters.items()}),
-    ]
-    kinds = dict.fromkeys(kind for one in passes.values() for kind in one.cuda)
-    return rows + [row(kind, {name: one.cuda[kind] for name, one in passes.items()}) for kind in kinds]
-
-
-def _operators(passes: Mapping[str, Pass], steps: int, walls: Mapping[str, float], top: int) -> list[dict[str, Any]]:
-    """Those with the largest self time in the pruned pass beyond that in the floor."""
+    # Operators with the largest self time in the pruned pass beyond that in the floor.
     floor, pruned = passes["floor"].operators, passes["pruned"].operators
-    names = sorted({*floor, *pruned}, key=lambda name: (floor[name] - pruned[name], name))[:top]
-    return [
-        _row(
-            "operator",
-            name,
-            steps,
-            {run: one.operators[name] for run, one in passes.items()},
-            walls,
-            {run: one.calls[name] for run, one in passes.items()},
-        )
-        for name in names
-    ]
+    for name in sorted({*floor, *pruned}, key=lambda name: (floor[name] - pruned[name], name))[: args.top]:
+        micros = {run: one.operators[name] for run, one in passes.items()}
+        rows.add("operator", name, micros, {run: one.calls[name] for run, one in passes.items()})
+    return rows.rows
 
 
-def _row(
-    what: str,
-    name: str,
-    steps: int,
-    micros: Mapping[str, float] | None = None,
-    walls: Mapping[str, float] | None = None,
-    counts: Mapping[str, float] | None = None,
-) -> dict[str, Any]:
-    row: dict[str, Any] = {"what": what, "name": name}
-    if micros is not None:
-        row |= {f"{run}_ms": value / 1000 for run, value in micros.items()}
-        row["over_floor_ms"] = row["pruned_ms"] - row["floor_ms"]
-    if walls is not None:
-        row |= {f"{run}_percent": 100 * micros[run] / wall for run, wall in walls.items()}
-    if counts is not None:
-        row |= {f"{run}_count": value for run, value in counts.items()}
-        row["per_boundary"] = (counts["pruned"] - counts.get("floor", 0)) / steps
-    return row
+@dataclass
+class _Rows:
+    """Rows on their way. steps: pruning boundaries; walls: microseconds of the passes."""
+
+    steps: int
+    walls: Mapping[str, float]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(
+        self,
+        what: str,
+        name: str,
+        micros: Mapping[str, float] | None = None,
+        counts: Mapping[str, float] | None = None,
+        share: bool = True,
+    ) -> dict[str, Any]:
+        row: dict[str, Any] = {"what": what, "name": name}
+        if micros is not None:
+            row |= {f"{run}_ms": value / 1000 for run, value in micros.items()}
+            row["over_floor_ms"] = row["pruned_ms"] - row["floor_ms"]
+            if share:
+                row |= {f"{run}_percent": 100 * value / self.walls[run] for run, value in micros.items()}
+        if counts is not None:
+            row |= {f"{run}_count": value for run, value in counts.items()}
+            row["per_boundary"] = (counts["pruned"] - counts.get("floor", 0)) / self.steps
+        self.rows.append(row)
+        return row
 
 
 @cli_main
 def main(argv: Sequence[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
+    parser = decoder_parser("Where the time of a prefill goes, and its launches: dense, floor, pruned.", rounds=3)
+    parser.set_defaults(budgets="64")
+    parser.add_argument("--top", type=int, default=10, help="operators by self time, pruned minus floor")
+    parser.add_argument(
+        "--trace", type=CHROME_TRACE, default=None, help="write the last round as a chrome trace into this file"
+    )
+    args = parser.parse_args(argv)
     check_range("--top", args.top, 0)
     job = Job.of(args)
     if not job.settings:

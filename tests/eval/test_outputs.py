@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import socket
 import stat
@@ -96,7 +97,7 @@ NOT_PATHS = {
 def scripts():
     for folder in ("llava", "scripts", "benchmarks", "playground/tiny"):
         for path in sorted((ROOT / folder).rglob("*.py")):
-            if "Parser(" in path.read_text(encoding="utf-8") or "build_parser" in path.read_text(encoding="utf-8"):
+            if re.search(r"Parser\(|_parser\b", path.read_text(encoding="utf-8")):
                 yield path
 
 
