@@ -14,7 +14,7 @@ from llava.eval.answering.adapter import max_visual_tokens
 from llava.model.builder import load_pretrained_model
 from llava.model.configuration import LlavaConfig
 from llava.pruning import build_method, get_method, list_methods
-from llava.pruning.methods.autoprune import method as autoprune_method
+from llava.pruning.engine import notices
 from llava.pruning.types import UnsupportedError
 from llava.utils import UserError
 from tests.model.test_methods_table import OPTIONS, TARGET
@@ -152,7 +152,7 @@ def test_what_can_and_cannot(model):
 
 
 def test_autoprune_leaves_out_the_cls_term_and_says_so(model, caplog):
-    autoprune_method._say_no_cls.cache_clear()
+    notices.forget()
     with get_method("autoprune")(target_tokens=TARGET, x0=1.5).attach(model) as run:
         assert run.method.cls_weight == 0 and not run.needs_cls_attention
     assert "cls_weight=0, because the image adapter" in caplog.text
