@@ -372,6 +372,24 @@ def test_pdrop_asks_the_next_layer(model):
     assert trace.target_tokens is None and trace.budget_error is None
 
 
+@pytest.mark.parametrize("rows", [[0], [0, 3, 1]])
+def test_keys_that_were_projected_for_scores_are_the_next_layers(rows):
+    """One projection for the rows of the last token and for the layer itself; FLOPs count it once."""
+    own = random_llama()
+    projection, counted = own.model.layers[2].self_attn.k_proj, []
+    plain = projection.forward
+    projection.forward = lambda states: (counted.append(states.shape[1]), plain(states))[1]
+    batch = Batch(own)
+    method = get_method("pdrop")(layers="2", ratio=0.5)
+    prompt = batch.together(rows) if len(rows) > 1 else batch.alone(0)
+    _, _, traces = generate(own, method, prompt, new_tokens=1)
+    assert counted == [prompt["embeds"].shape[1]] and projection.forward is not plain
+    trace, width = traces[0], 64
+    left = trace.text_tokens + trace.tokens_in[2]
+    whole = trace.text_tokens + 48
+    assert trace.scoring_flops == whole * width + (whole - left) * width * width
+
+
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("states", ["queries", "keys"])
 def test_entropyprune_equals_a_naive_loop(states, kv_heads):

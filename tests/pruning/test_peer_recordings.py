@@ -15,12 +15,13 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, DynamicCache
 from llava.model.tower_merging import TowerMerger
 from llava.model.vision import encode_crops
 from llava.pruning import VisualLayout, get_method
+from llava.pruning.coverage import coverage_order
 from llava.pruning.engine.sequence import Sequences
 from llava.pruning.engine.view import LayerView, SampleIds
 from llava.pruning.methods.cdpruner import clip_relevance, normalized
 from llava.pruning.methods.flowcut import FlowCut, flow_scores, to_drop
 from llava.pruning.methods.gtp_vit import AttentionSummary, summary, token_graph, token_scores
-from llava.pruning.methods.mmtok import cover_order, text_coverage, vision_coverage
+from llava.pruning.methods.mmtok import text_coverage, vision_coverage
 from llava.pruning.methods.zooprune import sensitive_order, sensitivity, zero_to_one
 from llava.pruning.vision import CLS_ATTENTION, TowerHide, TowerKeep, VisionView
 from tests.conftest import ROOT
@@ -169,7 +170,8 @@ def test_mmtok_chooses_the_same_patches_in_the_same_order(name, case):
     method = get_method(name)(**{own: parameters[theirs] for own, theirs in names.items()})
     assert method.reduce(view).origin_NK[0].tolist() == arrays[f"{case}/out_kept"].tolist()
     both = [text_coverage(view, parameters["tv_temp"]), vision_coverage(view.tokens_NPC, parameters["vv_temp"])]
-    order = cover_order(torch.cat((both[0], both[1] * parameters["alpha"]), 1), parameters["T"], padding[None])
+    coverage = torch.cat((both[0], both[1] * parameters["alpha"]), 1).transpose(1, 2)
+    order = coverage_order(coverage, parameters["T"], last_NP=padding[None])
     assert order[0].tolist() == arrays[f"{case}/out_order"].tolist()
 
 

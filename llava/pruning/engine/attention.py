@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -100,24 +100,48 @@ _SEEN_HERE = frozenset({LayerFact.QUERIES, LayerFact.TEXT_ATTENTION})
 def next_layer_attention(
     layer: Any, sequences: Sequences, frames: LayerInputsOf, rows: tuple[int, ...]
 ) -> VisualAttention:
-    """What the last ``rows[i]`` tokens of each batch row will attend to in ``layer``, which has not run yet."""
+    """What the last ``rows[i]`` tokens of each batch row will attend to in ``layer``, which has not run yet.
+
+    The layer will want the keys of those tokens that are left: ``sequences`` keep what was projected for it.
+    """
     attention, here = layer.self_attn, sequences.hidden_BNC.device
     there = sequences.advance(sequences.hidden_BNC.to(compat.execution_device(layer.input_layernorm)))
     frame = frames.of(there)
     normed = layer.input_layernorm(there.hidden_BNC)
     # The decoders in support.NEXT_LAYER_DECODERS project this way, some with a norm over each head (Qwen3).
     most = max(rows)
-    queries = _heads(attention, "q", normed[:, -most:])
+    queries = _heads(attention, "q", attention.q_proj(normed[:, -most:]))
     queries = rotate_rows(queries, *(table[:, -most:] for table in frame.rotary))
-    keys = rotate_rows(_heads(attention, "k", normed), *frame.rotary)
+    projected_BNF: Tensor = attention.k_proj(normed)
+    if projected_BNF.device == here:
+        sequences.keys_BNF = projected_BNF
+    keys = rotate_rows(_heads(attention, "k", projected_BNF), *frame.rotary)
     probabilities = attention_rows(queries, keys, attention.scaling, frames.row_mask(there, most))
     found = visual_attention(probabilities, there, rows)
     return VisualAttention(*(values.to(here) for values in found))
 
 
-def _heads(attention: Any, name: str, normed_BNC: Tensor) -> Tensor:
+@contextmanager
+def projected_keys(layer: Any, keys_BNF: Tensor | None) -> Iterator[None]:
+    """The layer takes these as what it would project keys to; None: it projects them itself."""
+    if keys_BNF is None:
+        yield
+        return
+    module, known = layer.self_attn.k_proj, keys_BNF
+    own = vars(module).get("forward")
+    module.forward = lambda *_: known
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def _heads(attention: Any, name: str, projected_BNF: Tensor) -> Tensor:
     """Queries or keys in front of the rotary embedding, ``[B, heads, N, D]``."""
-    projected = getattr(attention, f"{name}_proj")(normed_BNC).unflatten(-1, (-1, attention.head_dim))
+    projected = projected_BNF.reshape(*projected_BNF.shape[:-1], -1, attention.head_dim)
     norm = getattr(attention, f"{name}_norm", None)
     heads: Tensor = (projected if norm is None else norm(projected)).transpose(1, 2)
     return heads

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llava import compat
-from llava.pruning.engine.attention import RowScores, VisualAttention, next_layer_attention
+from llava.pruning.engine.attention import RowScores, VisualAttention, next_layer_attention, projected_keys
 from llava.pruning.engine.cache import CacheRecord
 from llava.pruning.engine.layer_facts import BlockWatch
 from llava.pruning.engine.layer_inputs import LayerInputsOf
@@ -177,15 +177,18 @@ class Prefilling:
         wanted = self.rows_of.get(rows)
         facts: Collection[LayerFact] = () if part is None else part.facts.get(index, ())
         scores.of_next(self.sequences, wanted, facts)
-        hidden = layer(
-            self.sequences.hidden_BNC,
-            attention_mask=frame.mask,
-            position_embeddings=frame.rotary,
-            # With gaps in them, position ids would make flash attention see several packed sequences.
-            position_ids=None,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
+        known, self.sequences.keys_BNF = self.sequences.keys_BNF, None
+        self.recorder.reused_keys(self.sequences, known)
+        with projected_keys(layer, known):
+            hidden = layer(
+                self.sequences.hidden_BNC,
+                attention_mask=frame.mask,
+                position_embeddings=frame.rotary,
+                # With gaps in them, position ids would make flash attention see several packed sequences.
+                position_ids=None,
+                past_key_values=self.cache,
+                use_cache=True,
+            )
         self.sequences = self.sequences.advance(hidden).with_addition()
         said: dict[LayerFact, Any] = {LayerFact.BLOCKS: blocks.take()} if LayerFact.BLOCKS in facts else {}
         if part is None:

@@ -73,6 +73,11 @@ class Recorder:
         for row, length in enumerate(sequences.lengths):
             self.scoring[row] += length * self.shape.hidden_size * self.shape.key_value_size
 
+    def reused_keys(self, sequences: Sequences, known: Tensor | None) -> None:
+        """The layer takes keys that were projected for its rows: what was counted for them is its own work."""
+        for row, length in enumerate(sequences.lengths if known is not None else ()):
+            self.scoring[row] -= length * self.shape.hidden_size * self.shape.key_value_size
+
     def leaving(self, sequences: Sequences) -> None:
         self.counts_out.append(sequences.counts)
         self.origins.append(sequences.origins)

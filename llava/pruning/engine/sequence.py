@@ -43,6 +43,7 @@ class Sequences:
         added_BNF: what the next layers add to their outputs, side by side (deepstack features of the visual tokens,
             zero for text); it travels with the tokens.
         index_BN: number of each token in the prompt, -1 for merged ones; None if nobody asks.
+        keys_BNF: what the next layer would project keys to, if that is known.
     """
 
     hidden_BNC: Tensor
@@ -56,6 +57,7 @@ class Sequences:
     scattered_BV: Tensor | None
     added_BNF: Tensor | None = None
     index_BN: Tensor | None = None
+    keys_BNF: Tensor | None = None
 
     @classmethod
     def start(
@@ -236,7 +238,9 @@ class Sequences:
             positions = self.positions_BN[:, padding : padding + width]  # the first ones already
         else:
             positions = self._first_positions(lengths, width)
-        added, index = self.added_BNF, self.index_BN
+        added, index, keys = self.added_BNF, self.index_BN, None if new else self.keys_BNF
+        if keys is not None:
+            keys = around(keys, _gather_tokens(keys[:, block], keep_BK))
         if added is not None:
             merged_BMF = [self._merged_addition(selection)[:, :new]] if new else []
             added = around(added, _gather_tokens(added[:, block], keep_BK), *merged_BMF)
@@ -250,6 +254,7 @@ class Sequences:
             counts=counts,
             added_BNF=added,
             index_BN=index,
+            keys_BNF=keys,
         )
 
     def _merged_addition(self, selection: Selection) -> Tensor:
@@ -325,6 +330,7 @@ class Sequences:
             scattered_BV=scattered,
             added_BNF=None if added is None else _gather_tokens(added, order),
             index_BN=None if index is None else index.gather(1, order),
+            keys_BNF=None if most or self.keys_BNF is None else _gather_tokens(self.keys_BNF, order),
         )
 
 

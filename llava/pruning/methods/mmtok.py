@@ -13,7 +13,7 @@ Deviations: the published code takes the words of the question that are neither 
 instruction; a method here sees embeddings, and so takes all text tokens behind the last image. Padding patches are
 chosen last; they are those whose CLS attention is masked elsewhere in this package, a row fewer on either side of the
 picture than in the published code. On models whose projector is out of sight (a bare decoder, models of transformers)
-both terms look at projected features. A step looks at every pair of patches, as its definition wants.
+both terms look at projected features.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from llava.pruning.coverage import coverage_order
 from llava.pruning.engine.notices import say
 from llava.pruning.method import VisionReducer
 from llava.pruning.selection import counts_to_mask, on_device
@@ -44,30 +45,6 @@ def vision_coverage(tokens_NPC: Tensor, temperature: float) -> Tensor:
     """How much of each patch another one covers, ``[N, P, P]``, over the number of patches."""
     unit = normalize(tokens_NPC.float(), dim=2)
     return torch.softmax(unit @ unit.transpose(1, 2) / temperature, dim=2) / unit.shape[1]
-
-
-def cover_order(coverage_NRP: Tensor, picks: int, last_NP: Tensor | None = None) -> Tensor:
-    """Patches in the order in which they are chosen, ``[N, picks]``.
-
-    Args:
-        coverage_NRP: how much of R things each patch covers, not negative.
-        picks: how many.
-        last_NP: patches that are chosen after all others, in their order.
-    """
-    crops, things, patches = coverage_NRP.shape
-    row = torch.arange(crops, device=coverage_NRP.device)
-    covered = coverage_NRP.new_zeros(crops, things, 1)
-    taken = coverage_NRP.new_zeros(crops, patches)
-    if last_NP is not None:
-        taken = taken.masked_fill(last_NP, -1.0)
-    order = torch.empty(crops, picks, dtype=torch.long, device=coverage_NRP.device)
-    for step in range(picks):
-        added = (coverage_NRP - covered).clamp_min(0).sum(1)
-        best = torch.where(taken < 0, taken, added).argmax(1)
-        order[:, step] = best
-        taken[row, best] = -torch.inf
-        covered = torch.maximum(covered, coverage_NRP[row, :, best][:, :, None])
-    return order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,5 +77,6 @@ class MMTok(VisionReducer):
             say(self.name, "the projector is out of sight here, so both terms look at projected features")
         of_text = text_coverage(view, self.text_temperature)
         of_vision = vision_coverage(view.tokens_NPC, self.vision_temperature) * self.vision_weight
-        order = cover_order(torch.cat((of_text, of_vision), dim=1), view.target, view.padding_NP)
+        coverage = torch.cat((of_text, of_vision), dim=1).transpose(1, 2)
+        order = coverage_order(coverage, view.target, last_NP=view.padding_NP)
         return Reduction.keep(view.tokens_NPC, order.sort(dim=1).values)
