@@ -58,11 +58,12 @@ class Tally:
     """Sums over the traces of many prompts, which are not kept."""
 
     def __init__(self) -> None:
-        self.samples = 0
+        self.asked = self.samples = 0  # the latter with a picture
         self._sums = {"visual_tokens": 0.0, "tokens_nominal": 0.0, "tokens_processed": 0.0, "flops_ratio": 0.0}
 
     def take(self, run: Any) -> None:
         """Counts the traces of a run and clears them; prompts without a picture do not count."""
+        self.asked += len(run.traces)
         for trace in run.traces:
             if trace.visual_tokens:
                 self.samples += 1
@@ -110,6 +111,7 @@ def attached(method: PruningMethod, model: Any, tally: Tally) -> Iterator[None]:
             tally.take(run)
 
     with method.attach(model) as run:
+        run.samples_seen = tally.asked  # methods that draw at random draw by the number of the prompt
         hook = model.register_forward_hook(after_forward, with_kwargs=True)
         of_the_run = vars(model).get("generate")  # a family's reader has its own while it is attached
         model.generate = watched(model.generate)

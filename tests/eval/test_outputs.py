@@ -55,12 +55,13 @@ PATHS_THAT_ARE_READ = {
         "state",
         "result_path",
         "include_path",
+        "script",
     ),
 }
 # Folders that have to be empty, or not there yet.
 EMPTY_FOLDERS = {"llava/model/export_hf.py": {"output"}}
 NOT_PATHS = {
-    *("target_ratio", "minutes", "tokens", "only_for", "base", "model_args", "tasks"),
+    *("target_ratio", "minutes", "tokens", "only_for", "flags", "base", "model_args", "tasks"),
     *("device", "dtype", "attn_implementation", "mm_patch_merge_type", "conv_mode", "method", "budget", "positions"),
     *(
         "method_args",
