@@ -34,7 +34,6 @@ from playground.tiny.train import text
 from playground.tiny.train.common import train_rng
 from playground.tiny.train.export import export, load
 from playground.tiny.world import cameras as cam
-from playground.tiny.world import drive_questions as dq
 from playground.tiny.world import driving as d
 from playground.tiny.world.scenes import RGB
 from tests.eval.helpers import answer, read_json, read_jsonl, write_json, write_jsonl
@@ -181,10 +180,10 @@ def test_the_data_are_complete(name) -> None:
 
 def test_true_answers_are_right_by_every_scorer(found, tmp_path, capsys) -> None:
     said = {f"{i:04d}": street for i, street in enumerate(found)}
-    meta = [answer(token, dq.meta_question(street).answer) for token, street in said.items()]
+    meta = [answer(token, d.meta_question(street).answer) for token, street in said.items()]
     senna = evaluate_senna(load_truth(DATA_DRIVE / "senna" / "senna_truth.json"), meta)
     assert senna["senna"]["accuracy"] == senna["strict"]["accuracy"] == 100 and senna["constant_accuracy"] < 45
-    points = [answer(token, dq.points_question(street).answer) for token, street in said.items()]
+    points = [answer(token, d.points_question(street).answer) for token, street in said.items()]
     truth = load_planning(DATA_DRIVE / "nuscenes_planning" / "planning_truth.jsonl")
     some = {token: truth[token] for token in list(truth)[:40]}  # OmniDrive's grid has a million cells
     planned = evaluate_planning(some, [a for a in points if a["question_id"] in some])
@@ -199,7 +198,7 @@ def test_true_answers_are_right_by_every_scorer(found, tmp_path, capsys) -> None
     assert perfect["accuracy"] == perfect["graph_questions"] == perfect["graph_objects"] == 100
     seen = DATA_DRIVE / "perception"
     lines = read_jsonl(seen / "llava_drive_perception.jsonl")
-    flat = [asked for street in found for asked in dq.perception(street)]
+    flat = [asked for street in found for asked in d.perception(street)]
     right = write_jsonl(
         tmp_path / "a.jsonl", [answer(q["question_id"], a.answer) for q, a in zip(lines, flat, strict=True)]
     )
@@ -223,7 +222,7 @@ def test_sennas_own_format_converts_to_the_same_truth(tmp_path) -> None:
 
 def test_packed_sequences_are_what_evaluation_feeds(found) -> None:
     """Ids of a whole prompt of six pictures: head, pictures with what stands between them, tail."""
-    asked = dq.meta_question(found[0])
+    asked = d.meta_question(found[0])
     prompt = text.prompt(asked.text, asked.answer).replace("<image>\n", "<image>\n" * 6)
     tail, length = text.tail_ids(asked.text, asked.answer)
     block = [IMAGE_TOKEN_INDEX, *stage.between()] * 6

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 
-from ..world import drive_questions as dq
+from ..world import driving as dq
 from ..world.cameras import View, outline
 from ..world.driving import (
     CAMERAS,

@@ -34,7 +34,7 @@ from llava.model.builder import load_pretrained_model
 from llava.pruning import BEFORE_DECODER, DecoderMethod, Rows, Selection, get_method
 from llava.utils import UserError, cli_main
 from playground.tiny.build.driving import streets
-from playground.tiny.world import drive_questions as dq
+from playground.tiny.world import driving as dq
 from playground.tiny.world.cameras import render_view, shown
 from playground.tiny.world.driving import CAMERAS, SEEN, Street, best_accuracy, rule
 

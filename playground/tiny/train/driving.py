@@ -30,7 +30,7 @@ from playground.tiny.train.common import Log, autocast, follow, save_state, trai
 from playground.tiny.train.joint import TinyLlava
 from playground.tiny.train.language import make_optimizers
 from playground.tiny.train.vision import normalize, run_tower
-from playground.tiny.world import drive_questions as dq
+from playground.tiny.world import driving as dq
 from playground.tiny.world.cameras import shown, squares
 from playground.tiny.world.driving import CAMERAS, COMMANDS, SPEEDS, Street, asked_again, sample_street
 from playground.tiny.world.scenes import GRID
