@@ -3,8 +3,7 @@
 import pytest
 
 from llava.eval import eval_drivelm
-from llava.eval.tasks.drivelm import evaluate_drivelm, match_places, places
-from llava.eval.tasks.language import language_scores, words
+from llava.eval.tasks.drivelm import evaluate_drivelm, language_scores, match_places, places, words
 from tests.eval.helpers import answer, fails_with_one_line, read_json, read_jsonl, write_json, write_jsonl
 from tests.eval.small_data import CAMERAS
 from tests.eval.test_convert import run

@@ -1,4 +1,4 @@
-"""A street seen from a car: what stands where, what its driver should do, where the car then goes, and questions about it.
+"""A street seen from a car: what stands where, what its driver should do, where the car goes, and questions about it.
 
 One bird's-eye layout, in centimetres, x to the right and y forward, the car at the origin; three lanes of 6 m, so that
 what stands beside the car is seen by one camera alone. Every view matters: the light and the car in front are seen
