@@ -91,9 +91,13 @@ class Adapter:
             dtype: the precision the model will run in: as in LLaVA the base is rounded to it, then the update is added.
         """
         for module, target in sorted(self.targets().items()):
-            pair = self.pairs[module]
-            update = (pair["B"].float() @ pair["A"].float()) * _scale(self.settings, module, pair)
-            weights[target] = (weights[target].to(dtype).float() + update).to(dtype)
+            weights[target] = self.updated(module, weights[target], dtype)
+
+    def updated(self, module: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight of one module with its update, in `dtype`; `weight` stays as it is."""
+        pair = self.pairs[module]
+        update = (pair["B"].float() @ pair["A"].float()) * _scale(self.settings, module, pair)
+        return (weight.to(dtype).float() + update).to(dtype)
 
 
 def is_adapter(folder: Path) -> bool:

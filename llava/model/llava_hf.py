@@ -31,7 +31,7 @@ from llava.model.names import llava_hf_name, translate_name
 from llava.model.reading import Weights, look_up, read_checkpoint_weights
 from llava.model.small_files import generation_tokens, load_image_processor, wordless_tokens
 from llava.model.tokenizer import load_tokenizer
-from llava.model.weights import check_weights, read_weights
+from llava.model.weights import check_weights
 from llava.utils import UserError, describe_error
 
 SHARD_BYTES = 1 << 30
@@ -72,7 +72,13 @@ class Exported:
     rows: int
 
 
-def export(model_path: str, output: str, conv_mode: str | None = None, shard_bytes: int = SHARD_BYTES) -> Exported:
+def export(
+    model_path: str,
+    output: str,
+    conv_mode: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    model_base: str | None = None,
+) -> Exported:
     """Write a checkpoint in llava-hf's layout.
 
     Args:
@@ -80,6 +86,7 @@ def export(model_path: str, output: str, conv_mode: str | None = None, shard_byt
         output: folder to write; must be empty or not there.
         conv_mode: prompt template that becomes the chat template; default: that of the evaluation tools.
         shard_bytes: size of a weight file.
+        model_base: base model of a LoRA or projector-only checkpoint, which is merged in the precision of the base.
 
     Raises:
         UserError: anything wrong with the checkpoint, or something in it that transformers' classes do not do.
@@ -88,7 +95,7 @@ def export(model_path: str, output: str, conv_mode: str | None = None, shard_byt
     folder = Path(output).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--output {output}: is there already; name an empty or a new folder")
-    checkpoint = look_up(model_path, None, False)
+    checkpoint = look_up(model_path, model_base, False)
     config, path = checkpoint.config, checkpoint.config_path
     if is_llava_hf_config(read_checkpoint_json(path)):
         raise UserError(f"{path}: is in llava-hf's layout already")
@@ -241,14 +248,12 @@ def _write_shards(folder: Path, plan: Sequence[Sequence[str]], weights: Weights,
 
 def _read_again(weights: Weights, names: Sequence[str], rows: int) -> Iterator[tuple[str, Tensor]]:
     """These tensors, mapped for as long as they are used; new rows of the vocabulary are zeros."""
-    wanted = set(names)
-    for files, translate in weights.parts:
-        for name, tensor in read_weights(files, translate, wanted).items():
-            missing = rows - len(tensor) if name in VOCABULARY else 0
-            yield (
-                name,
-                torch.cat((tensor, tensor.new_zeros(missing, tensor.shape[1]))) if missing else tensor.contiguous(),
-            )
+    for name, tensor in weights.read_again(set(names)):
+        missing = rows - len(tensor) if name in VOCABULARY else 0
+        yield (
+            name,
+            torch.cat((tensor, tensor.new_zeros(missing, tensor.shape[1]))) if missing else tensor.contiguous(),
+        )
 
 
 # --- tokenizer, pictures, prompts ------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,22 @@ class Weights:
             keep = {*self.adapter.full, *self.adapter.targets().values()}
         if convert:
             convert_weights(self.tensors, self.parts, dtype, keep)
+
+    def read_again(self, names: set[str]) -> Iterator[tuple[str, Tensor]]:
+        """Some of the tensors, mapped anew while they are used; an adapter is merged in the base's precision."""
+        adapter = self.adapter
+        whole = {} if adapter is None else adapter.full
+        modules = {} if adapter is None else {target: module for module, target in adapter.targets().items()}
+
+        def updated(name: str, tensor: Tensor) -> Tensor:
+            merges = adapter is not None and name in modules
+            return adapter.updated(modules[name], tensor, tensor.dtype) if merges else tensor
+
+        for files, translate in self.parts:
+            for name, tensor in read_weights(files, translate, names - whole.keys()).items():
+                yield name, updated(name, tensor)
+        for name in sorted(names & whole.keys()):
+            yield name, updated(name, whole[name])
 
 
 def look_up(model_path: str, model_base: str | None, local_files_only: bool) -> Checkpoint:

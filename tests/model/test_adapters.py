@@ -9,10 +9,13 @@ import sys
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
+from llava.model import export_hf, llava_hf
 from llava.model.builder import load_pretrained_model
 from llava.utils import UserError
+from tests.eval.helpers import fails_with_one_line
 from tests.model.tiny import (
     LLAVA_FIELDS,
     TEXT_FIELDS,
@@ -234,6 +237,48 @@ def test_projector_only(tmp_path, source, form):
     write_tower(folder / "vision_tower", source)
     model = load(folder, write_vicuna(tmp_path / "vicuna", source, form))[1]
     assert_weights(model, {**original_names(source.state_dict()), **trained})
+
+
+@pytest.mark.parametrize("shards", [1 << 30, 2000])
+@pytest.mark.parametrize("kind", ["lora", "projector"])
+def test_export_merges(tmp_path, source, kind, shards):
+    """llava-hf's layout of a checkpoint that lies on a base: transformers alone gives the logits of our loader."""
+    trained = projector(source)
+    folder = tmp_path / "trained"
+    if kind == "lora":
+        write_lora(folder, source, lora(source))
+        torch.save({f"base_model.model.{k}": v for k, v in trained.items()}, folder / "non_lora_trainables.bin")
+        expected = {**merged(source, lora(source), ALPHA / 3), **trained}
+    else:
+        folder.mkdir()
+        torch.save(trained, folder / "mm_projector.bin")
+        expected = {**original_names(source.state_dict()), **trained}
+    write_tower(folder / "vision_tower", source)
+    write_config(folder)
+    base = write_vicuna(tmp_path / "vicuna", source)
+    made = llava_hf.export(str(folder), str(tmp_path / "hf"), model_base=str(base), shard_bytes=shards)
+    assert made.shards == 1 if shards > 2000 else made.shards > 5
+    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    ours = load(folder, base)[1]
+    again = load_pretrained_model(str(tmp_path / "hf"), None, "llava", device="cpu")[1]
+    words = ours.config.text_config.vocab_size
+    found = original_names(again.state_dict())
+    for name, tensor in expected.items():
+        assert torch.allclose(found[name][: len(tensor)], tensor, atol=2e-6, rtol=0), name
+    pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    image_id = theirs.config.image_token_id
+    with torch.no_grad():
+        own = ours(torch.tensor([[1, 5, -200, 9, 11]]), images=pixels, image_sizes=[(28, 28)]).logits
+        ids = torch.tensor([[1, 5, *[image_id] * (own.shape[1] - 4), 9, 11]])
+        assert torch.equal(theirs(input_ids=ids, pixel_values=pixels).logits[..., :words], own)
+
+
+def test_export_needs_the_base(tmp_path, source, capsys):
+    folder = write_lora(tmp_path / "lora", source, lora(source))
+    fails_with_one_line(
+        export_hf.main, ["--model-path", folder, "--output", tmp_path / "out"], capsys, "pass --model-base"
+    )
+    assert not (tmp_path / "out").exists()
 
 
 # --- bad input ---
