@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The main job on the embedded default: dense and AutoPrune at 192, 128 and 64 visual tokens on the four miniature benchmarks.
-# Prints one table; writes it and two pictures to results/demo (--output-dir changes that). Arguments go to llava.eval.demo.
+# Prints one table; writes it, two pictures and a report for the browser (report.html) to results/demo; --output-dir changes
+# that. Arguments go to llava.eval.demo.
 set -euo pipefail
 
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup_env.sh"

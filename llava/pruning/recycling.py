@@ -123,9 +123,11 @@ def keep_and_recycle(
         compared = step.recycled if step.merged > 1 else 0  # a single cluster is not searched for
         costs[row] += (compared + step.merged) * step.recycled * tokens.shape[2]
 
+    device = view.device  # asked later, when the hidden states of the view should be gone
+
     def weights() -> Tensor:
         # The cluster means of unit vectors.
-        members = counts_to_mask(recycled, candidates.shape[1], view.device)[:, :, None]
+        members = counts_to_mask(recycled, candidates.shape[1], device)[:, :, None]
         unit = torch.nn.functional.one_hot(candidates.clamp_max(order_BV.shape[1] - 1), order_BV.shape[1]).float()
         return merge_clusters(unit * members, assignment, max(clusters), recycled)
 

@@ -23,6 +23,7 @@ from llava.eval.tasks.registry import DEMO as BENCHMARKS
 from llava.eval.tasks.task import Score
 from llava.utils import UserError
 from tests.eval.helpers import TINY_DATA, fails_with_one_line, read_json
+from tests.eval.look_runs import data_of
 
 
 def question(index, image):
@@ -152,6 +153,16 @@ def test_demo_end_to_end(checkpoint, tmp_path, capsys):
     for name in ("survivors.png", "retention.png"):
         with Image.open(tmp_path / "out" / name) as image:
             assert image.width > 800 and len(image.convert("RGB").getcolors(1 << 24)) > 50
+    assert f"wrote {tmp_path / 'out' / 'report.html'}: " in printed
+    report = data_of(tmp_path / "out" / "report.html")
+    assert [run["name"] for run in report["runs"]] == ["dense", "AutoPrune 8", "AutoPrune 4"]
+    assert len(report["questions"]) == sum(entry["samples"] for entry in result["benchmarks"])
+    for row, own in zip(result["rows"], report["summary"], strict=True):
+        assert [s["score"] for s in own["scores"]] == [row["scores"][task.title]["score"] for task in BENCHMARKS]
+        assert own["retained"] == pytest.approx(row["retained"]) and own["flops"] == pytest.approx(row["flops_ratio"])
+    assert all(answer["r"]["k"] is not None for q in report["questions"] for answer in q["a"])
+    assert any(answer["r"]["m"] for q in report["questions"] for answer in q["a"]), "merged tokens have their members"
+    assert all(q["y"] for q in report["questions"]) and len(report["rasters"]) >= 1
 
 
 def test_demo_of_tiled_pictures(checkpoint, tmp_path, capsys):

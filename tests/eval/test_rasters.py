@@ -117,7 +117,7 @@ def test_rasters_that_do_not_make_the_prompt_are_none(clip):
     assert numbered([[Raster((2, 2))], None], 4) is None and numbered([], 0) is None
     assert numbered([[Raster((2, 2))]], 5, extra=1) == [Raster((2, 2), first=1)]
     assert as_json([Raster((2, 2))]) == [
-        {"grid": (2, 2), "box": [0.0, 0.0, 1.0, 1.0], "tiles": (1, 1), "first": 0, "image": 0}
+        {"grid": [2, 2], "box": [0.0, 0.0, 1.0, 1.0], "tiles": [1, 1], "first": 0, "image": 0}
     ]
 
 

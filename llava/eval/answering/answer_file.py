@@ -196,19 +196,7 @@ class TraceFile:
         """Writes the trace of an `Answered`."""
         if self._file is None:
             return
-        decode = max(answer.seconds - answer.encode_seconds - answer.prefill_seconds, 0.0)
-        self._file.append(
-            {
-                "question_id": answer.question.id,
-                "prompt": answer.question.text,
-                **answer.trace.to_dict(kept=self._kept),
-                **(_places(answer) if self._kept else {}),
-                "encode_seconds": answer.encode_seconds,
-                "prefill_seconds": answer.prefill_seconds,
-                "decode_seconds": decode,
-                "seconds": answer.seconds,
-            }
-        )
+        self._file.append(trace_record(answer, self._kept))
 
     def close(self, questions: Sequence[Question] = ()) -> None:
         """Ends writing; with `questions`, one line per question in their order."""
@@ -216,6 +204,17 @@ class TraceFile:
             self._file.close(question_hashes(questions) if len(questions) else None, drop_repeats=True)
 
 
-def _places(answer: Any) -> dict[str, Any]:
-    rasters = as_json(answer.rasters())
-    return {} if rasters is None else {"rasters": rasters}
+def trace_record(answer: Any, kept: bool) -> dict[str, Any]:
+    """The line of a trace file for an `Answered`. kept: see `TraceFile`."""
+    decode = max(answer.seconds - answer.encode_seconds - answer.prefill_seconds, 0.0)
+    rasters = as_json(answer.rasters()) if kept else None
+    return {
+        "question_id": answer.question.id,
+        "prompt": answer.question.text,
+        **answer.trace.to_dict(kept=kept),
+        **({} if rasters is None else {"rasters": rasters}),
+        "encode_seconds": answer.encode_seconds,
+        "prefill_seconds": answer.prefill_seconds,
+        "decode_seconds": decode,
+        "seconds": answer.seconds,
+    }

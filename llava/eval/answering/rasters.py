@@ -7,7 +7,7 @@ that a report can draw survivors without the model. Which rasters a model's pict
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 Box = tuple[float, float, float, float]
@@ -43,7 +43,16 @@ def as_json(rasters: Sequence[Raster] | None) -> list[dict[str, Any]] | None:
     """As a trace has them."""
     if rasters is None:
         return None
-    return [{**asdict(raster), "box": [round(edge, 6) for edge in raster.box]} for raster in rasters]
+    return [
+        {
+            "grid": list(raster.grid),
+            "box": [round(edge, 6) for edge in raster.box],
+            "tiles": list(raster.tiles),
+            "first": raster.first,
+            "image": raster.image,
+        }
+        for raster in rasters
+    ]
 
 
 def numbered(images: Sequence[Sequence[Raster] | None], visual_tokens: int, extra: int = 0) -> list[Raster] | None:

@@ -32,6 +32,8 @@ from llava.eval.common.outputs import PICTURE, TABLE_MARKDOWN, JsonObject, Outpu
 from llava.eval.common.questions import spread
 from llava.eval.common.tables import markdown_table as pipe_table
 from llava.eval.reports.defaults import DEFAULT_BUDGETS, MAX_NEW_TOKENS
+from llava.eval.reports.look.html import REPORT, write_report
+from llava.eval.reports.look.joined import choose, join
 from llava.eval.reports.paper_tables import retained_percent
 from llava.eval.reports.results import collect, costs
 from llava.eval.reports.settings import Variant, make_settings
@@ -47,16 +49,18 @@ OUTPUT = OutputFolder(
         "demo.md": TABLE_MARKDOWN,
         "survivors.png": PICTURE,
         "retention.png": PICTURE,
+        "report.html": REPORT,
     }
 )
 
 MARKER = "demo table"
+REPORTED = 3000  # questions in the report: all of the miniature benchmarks
 _COSTS = ("tokens_nominal", "tokens_processed", "flops_ratio")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags of the demo."""
-    parser = Parser(description="Dense and AutoPrune on the miniature benchmarks: one table, two pictures.")
+    parser = Parser(description="Dense and AutoPrune on the miniature benchmarks: one table, two pictures, a report.")
     parser.add_argument("--model-path", default=str(CHECKPOINT), help="checkpoint folder")
     parser.add_argument("--data-dir", default=str(BENCHMARKS), help="benchmark data, upstream's layout")
     parser.add_argument("--output-dir", type=OUTPUT, default=str(RESULTS / "demo"), help="where the results go")
@@ -84,6 +88,7 @@ def run(args: argparse.Namespace) -> None:
 
     from llava.eval.answering.answerer import Answerer
     from llava.eval.reports.experiment import Experiment, QuestionSet, describe_conditions
+    from llava.eval.reports.look.gathered import Gathered, answer_sets
     from llava.eval.reports.sample_plots import Example
 
     sets = []
@@ -96,10 +101,13 @@ def run(args: argparse.Namespace) -> None:
     name = Path(args.model_path).name
     experiment = Experiment(settings, sets, output / "answers", name, asdict(generation), resume=False)
     examples: list[Example] = []
+    gathered = []
     for row in experiment.cells:
-        row[-1].answered = lambda item, asked=row[-1].asked: examples.append(
-            Example(asked, item.question, item.text, item.trace)
-        )
+
+        def draw_later(item: Any, asked: QuestionSet = row[0].asked) -> None:
+            examples.append(Example(asked, item.question, item.text, item.trace))
+
+        gathered.append([Gathered(cell, draw_later if cell is row[-1] else None) for cell in row])
     started = time.perf_counter()
     adapter = load_adapter(args)
     model = adapter.model
@@ -127,8 +135,10 @@ def run(args: argparse.Namespace) -> None:
         written += draw(examples, adapter, budgets[-1], output)
     except UserError as error:  # no matplotlib: the figures are there all the same
         print(f"no pictures: {error}", file=sys.stderr)
-    for name in written:
-        print(f"wrote {output / name}")
+    for file in written:
+        print(f"wrote {output / file}")
+    runs = join(answer_sets(gathered, DEMO, data_dir))
+    write_report(output / "report.html", runs, choose(runs.entries, REPORTED), f"{name}: dense and {title}")
     print(f"took {time.perf_counter() - started:.0f} s")
 
 

@@ -54,7 +54,8 @@ class Cell:
 
     Attributes:
         batch_ms: decoder prefill per sample of each batch answered in this process, in milliseconds.
-        answered: told of every `Answered` of a batch, for what an answer file does not hold.
+        answered: told of every `Answered` of a batch while the method is attached, for what an answer file does not
+            hold; its trace says what merged tokens are made of.
     """
 
     def __init__(
@@ -254,8 +255,9 @@ def take_turns(
             batch = [samples[question.index] for question in wanted if question.index in samples]
             if batch:
                 with cell.method.attach(answerer.model) as run:
+                    run.notes_members = cell.answered is not None
                     answers = _answers(answerer, encodings, batch, run, skip)
-                cell.add([answer for answer in answers if answer.failed is None])
+                    cell.add([answer for answer in answers if answer.failed is None])
                 for answer in answers:
                     if answer.failed is not None:
                         skip(answer.question, answer.failed)

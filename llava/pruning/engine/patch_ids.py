@@ -6,6 +6,8 @@ kept: a few operations less at every one of thirty boundaries.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,9 +28,9 @@ class PatchIds:
     def __init__(self, known_BV: Tensor | None, notes_members: bool = False) -> None:
         self._known_BV = known_BV
         self._step: tuple[PatchIds, Tensor, tuple[int, ...], tuple[int, ...]] | None = None
-        # Which tokens each merged one is made of, bool [B, M, V]; only where somebody wants to know.
+        # What says which tokens each merged one is made of; only where somebody wants to know.
         self.notes_members = notes_members
-        self._members_BMV: Tensor | None = None
+        self._merging: Callable[[], Tensor] | None = None
         self._made: dict[int, list[set[int]] | None] = {}
 
     def rebuilt(self, given: list[Tensor], known: dict[int, PatchIds]) -> PatchIds:
@@ -56,12 +58,14 @@ class PatchIds:
         return later
 
     def note_members(self, selection: Selection, width: int) -> None:
-        """Which of the ``width`` tokens before the selection its merged ones are made of."""
+        """Remember what can say which of the ``width`` tokens before the selection its merged ones are made of; it is
+        asked when the trace is read, and costs the prefill nothing.
+        """
         if selection.weights is not None:
-            self._members_BMV = selection.weights() > 0
+            self._merging = selection.weights
         elif selection.source_BM is not None:
             source = selection.source_BM.clamp_max(width - 1)
-            self._members_BMV = torch.nn.functional.one_hot(source, width).bool()
+            self._merging = partial(torch.nn.functional.one_hot, source, width)
 
     def members(self, row: int, count: int) -> list[list[int]] | None:
         """Of each merged token among the ``count`` of a row the patches that it is made of, ascending; None if they
@@ -85,11 +89,11 @@ class PatchIds:
             return None if not self.notes_members or MERGED in first else [{patch} for patch in first]
         earlier, keep_BK, keep, merged = self._step
         before = earlier._made_of(row)
-        if before is None or (merged[row] and self._members_BMV is None):
+        if before is None or (merged[row] and self._merging is None):
             return None
         made = [before[place] for place in keep_BK[row, : keep[row]].tolist()]
-        if self._members_BMV is not None:
-            for own in self._members_BMV[row, : merged[row]]:
+        if merged[row] and self._merging is not None:
+            for own in self._merging()[row, : merged[row]] > 0:
                 made.append({patch for place in own.nonzero().flatten().tolist() for patch in before[place]})
         return made
 

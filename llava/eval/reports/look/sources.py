@@ -127,6 +127,17 @@ def is_answers(path: Path) -> bool:
     return {"question_id", "prompt", "text", "metadata"} <= set(first)
 
 
+def answers_of(path: Path) -> tuple[dict[int, dict[str, Any]], dict[str, Any], str]:
+    """The answers of a file by hash, the options of their run, and the name of the model."""
+    records = load_answers(str(path), keep_torn=True)
+    if not records:
+        raise UserError(f"{path}: holds no answer")
+    answers = {hash_of(record): _checked(record, str(path)) for record in records}
+    first = _object(records[0], "metadata")
+    options = {key: value for key, value in first.items() if key not in (TOKENS, FAILED)}
+    return answers, options, str(records[0].get("model_id") or "")
+
+
 class Reader:
     """Reads answer files; what several of them share, a benchmark's truth say, is read once."""
 
@@ -136,22 +147,18 @@ class Reader:
 
     def read(self, path: Path, name: str | None) -> AnswerSet:
         """One answer file."""
-        records = load_answers(str(path), keep_torn=True)
-        if not records:
-            raise UserError(f"{path}: holds no answer")
-        meta = read_metadata(path) or {}
-        arguments, first = _object(meta, "arguments"), _object(records[0], "metadata")
-        options = {key: value for key, value in first.items() if key not in (TOKENS, FAILED)}
+        answers, options, model = answers_of(path)
+        arguments = _object(read_metadata(path) or {}, "arguments")
         truth = self._truth(path, arguments, options)
         run = name or _run_name(path, options)
         return AnswerSet(
             run,
             truth.task.title if truth.task else self._benchmark(path, arguments),
             path,
-            {hash_of(record): _checked(record, str(path)) for record in records},
+            answers,
             self._looked(path, name, arguments),
             options,
-            str(records[0].get("model_id") or ""),
+            model,
             truth,
         )
 
