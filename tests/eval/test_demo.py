@@ -23,7 +23,7 @@ from llava.eval.tasks.registry import DEMO as BENCHMARKS
 from llava.eval.tasks.task import Score
 from llava.utils import UserError
 from tests.eval.helpers import TINY_DATA, fails_with_one_line, read_json
-from tests.eval.look_runs import data_of
+from tests.look.runs import data_of
 
 
 def question(index, image):

@@ -56,8 +56,10 @@ function accuracyOverSlope() {
   const low = middle(points[0]), high = middle(points[points.length - 1]);
   const sentence = "Right answers over slope: " + points.map((part, i) => `slope ${middle(part).toFixed(2)}: ${number(credit(state.to)[i], 0, "%")}`).join(", ");
   const [figure, svg] = frame(`Right answers (%) over slope, ${points.length} groups of equal size`, sentence);
-  const x = scale(low, high, LEFT + 8, WIDTH - RIGHT - 8), y = scale(0, 100, HEIGHT - BOTTOM, TOP);
-  for (const tick of [0, 50, 100]) label(svg, LEFT - 4, y(tick) + 4, String(tick), "end");
+  const shown = [state.from, state.to].flatMap(credit).filter((value) => value !== null);
+  const floor = Math.max(0, Math.floor(Math.min(...shown) / 10 - 0.5) * 10); // from the ten below, as the axis says
+  const x = scale(low, high, LEFT + 8, WIDTH - RIGHT - 8), y = scale(floor, 100, HEIGHT - BOTTOM, TOP);
+  for (const tick of [floor, (floor + 100) / 2, 100]) label(svg, LEFT - 4, y(tick) + 4, String(tick), "end");
   for (const run of new Set([state.from, state.to])) {
     const values = credit(run), path = values.map((v, i) => v === null ? "" : `${x(middle(points[i]))},${y(v)}`).filter(Boolean);
     svg.append(drawing("polyline", { points: path.join(" "), fill: "none", stroke: COLORS[run % 8], "stroke-width": 2, "stroke-dasharray": DASHES[run % 8] }));

@@ -11,7 +11,8 @@ function matches(question, wanted) {
 
 const ORDERS = { mi: information, slope, tokens, time };
 
-function filter() {
+// keep: stay at the question that is shown, if it still is among the others.
+function filter(keep) {
   const wanted = { benchmark: byId("benchmark").value, change: byId("change").value, search: byId("search").value.trim().toLowerCase() };
   state.shown = DATA.questions.map((_, index) => index).filter((index) => matches(DATA.questions[index], wanted));
   const order = ORDERS[byId("sort").value], sign = byId("descending").checked ? -1 : 1;
@@ -24,16 +25,15 @@ function filter() {
       return sign * (a - b) || one - other;
     });
   } else if (sign < 0) state.shown.reverse();
-  showList();
+  showList(keep);
 }
 
-function showList() {
+function showList(keep) {
   const rows = document.createDocumentFragment();
   for (const index of state.shown) rows.append(row(index));
   byId("list").replaceChildren(rows);
   byId("count").textContent = `${state.shown.length} of ${DATA.questions.length} questions`;
-  const still = state.shown.includes(state.question);
-  if (state.shown.length) select(still ? state.question : state.shown[0], false);
+  if (state.shown.length) select(keep && state.shown.includes(state.question) ? state.question : state.shown[0]);
 }
 
 function row(index) {
@@ -46,7 +46,7 @@ function row(index) {
     element("span", { class: "sub" }, facts.join(" · ")));
 }
 
-function select(index, scroll = true) {
+function select(index) {
   const list = byId("list");
   for (const old of list.querySelectorAll('[aria-selected="true"]')) old.setAttribute("aria-selected", "false");
   const chosen = byId(`row-${index}`);
@@ -55,9 +55,10 @@ function select(index, scroll = true) {
     list.setAttribute("aria-activedescendant", chosen.id);
     // Not scrollIntoView: it would move the page as well.
     const above = chosen.offsetTop - list.offsetTop - list.scrollTop, below = above + chosen.offsetHeight - list.clientHeight;
-    if (scroll && (above < 0 || below > 0)) list.scrollTop += above < 0 ? above : below;
+    if (above < 0 || below > 0) list.scrollTop += above < 0 ? above : below;
   }
   if (state.question !== index || !byId("cards").childElementCount) showQuestion(index);
+  else showPlace();
 }
 
 function step(by) {

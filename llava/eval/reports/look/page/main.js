@@ -4,7 +4,7 @@ let redraws = [];
 function showQuestion(index) {
   state.question = index;
   const question = DATA.questions[index], lines = question.q.split("\n");
-  byId("where").textContent = `${DATA.benchmarks[question.b]} · question ${question.id} · ${state.shown.indexOf(index) + 1} of ${state.shown.length}`;
+  showPlace();
   byId("question").textContent = lines[0] || "(no text)";
   byId("prompt").textContent = lines.slice(1).join("\n");
   byId("truth").textContent = question.y === null ? "" : `Truth: ${question.y}`;
@@ -16,6 +16,11 @@ function showQuestion(index) {
   showCurve(question);
   setLayer(Math.min(state.layer, layers - 1));
   history.replaceState(null, "", `#${index}`);
+}
+
+function showPlace() {
+  const question = DATA.questions[state.question], place = state.shown.indexOf(state.question) + 1;
+  byId("where").textContent = `${DATA.benchmarks[question.b]} · question ${question.id} · ${place} of ${state.shown.length}`;
 }
 
 function heading(run) {
@@ -99,11 +104,11 @@ function start() {
     state.to = Number(byId("to").value);
     showChanges();
     showCharts();
-    filter();
+    filter(true);
   };
   for (const id of ["from", "to"]) byId(id).addEventListener("change", rechosen);
-  for (const id of ["benchmark", "change", "sort", "descending"]) byId(id).addEventListener("change", filter);
-  byId("search").addEventListener("input", filter);
+  for (const id of ["benchmark", "change", "sort", "descending"]) byId(id).addEventListener("change", () => filter(false));
+  byId("search").addEventListener("input", () => filter(false));
   byId("filters").addEventListener("submit", (event) => event.preventDefault());
   byId("layer").addEventListener("input", (event) => setLayer(Number(event.target.value)));
   byId("previous").addEventListener("click", () => step(-1));

@@ -14,7 +14,7 @@ from llava.eval.reports.look.html import script_safe
 from llava.eval.tasks.registry import TASKS
 from llava.utils import UserError
 from tests.eval.helpers import TINY_DATA, fails_with_one_line, read_json, read_jsonl, write_json, write_jsonl
-from tests.eval.look_runs import HOSTILE, KEPT, RASTER, data_of, trace, write_run, write_runs
+from tests.look.runs import HOSTILE, KEPT, RASTER, data_of, trace, write_run, write_runs
 
 
 def make(tmp_path, *arguments):
