@@ -119,6 +119,7 @@ def test_pictures_of_too_many_pixels_are_refused(tiny, star, monkeypatch):
 
 
 def test_what_the_page_gets(tiny, star):
+    pytest.importorskip("pandas", reason="pandas, which comes with Gradio, is not installed")
     steps = list(web.answers(tiny, str(star), QUESTION, "autoprune", "64", "", 3))
     problem, dense, pruned, _, costs, first, second, curve, state = steps[-1]
     assert problem == "" and dense and pruned and state is not None
