@@ -80,7 +80,8 @@ NOT_PATHS = {
     *("geometry", "allocator", "name", "visual_tokens", "batch_sizes", "workers", "what", "stage", "merge", "options"),
     *(
         "title",
-        "host", "ablations",
+        "host",
+        "ablations",
         "kind",
         "parts_of",
         "batch_size",

@@ -25,7 +25,7 @@ def opened(page, file):
 
 
 def rows(page):
-    return page.locator("#list .row .text").all_inner_texts()
+    return page.locator("#list .row .text").all_text_contents()  # rows outside of the window are not laid out
 
 
 def card(page, name):
