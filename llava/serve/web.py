@@ -112,7 +112,7 @@ def launch(gradio: Any, side_by_side: SideBySide, args: argparse.Namespace, fold
         _, address, _ = page.launch(
             server_name=args.host, server_port=args.port or _free_port(args.host), share=False, inbrowser=False,
             prevent_thread_lock=True, quiet=True, show_error=False, footer_links=[], ssr_mode=False, pwa=False,
-            enable_monitoring=False, max_file_size=args.max_upload_mb * 1024 * 1024,
+            enable_monitoring=False, state_session_capacity=64, max_file_size=args.max_upload_mb * 1024 * 1024,
             theme=gradio.themes.Default(font=_FONTS, font_mono=["monospace"]), css=_CSS,
         )  # fmt: skip
     except OSError as error:
