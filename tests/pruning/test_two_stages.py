@@ -1,5 +1,5 @@
-"""CATP and VFlowOpt, which choose in front of the decoder and go on in it, against loops over their formulas, one number
-at a time, on transformers' own states and attention.
+"""CATP and VFlowOpt, which choose in front of the decoder and go on in it, against loops over their formulas, one at a
+time, on transformers' own states and attention.
 """
 
 from __future__ import annotations
