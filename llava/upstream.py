@@ -35,18 +35,18 @@ MOVED: dict[str, dict[str, str]] = {
     },
 }
 _REPOSITORY = "https://github.com/haotian-liu/LLaVA"
-_CHAT = "python -m llava.serve.cli chats in the terminal"
+_CHAT = "python -m llava.serve.cli chats in the terminal, llava.serve.gradio_app in the browser, without a server"
 _TRAINING = f"train with {_REPOSITORY}, then load the checkpoint here, LoRA or projector alone included"
 _GPT = f"reviews by GPT are made with {_REPOSITORY}; llava.eval.summarize_gpt_review reads them here"
 # Module, or package with all below it -> what to do.
 ABSENT: dict[str, str] = {
     "llava.train": _TRAINING,
-    "llava.serve.controller": f"there is no server; {_CHAT}",
-    "llava.serve.model_worker": f"there is no server; {_CHAT}",
-    "llava.serve.sglang_worker": f"there is no server; {_CHAT}",
-    "llava.serve.register_worker": f"there is no server; {_CHAT}",
-    "llava.serve.test_message": f"there is no server; {_CHAT}",
-    "llava.serve.gradio_web_server": f"there is no server; {_CHAT}",
+    "llava.serve.controller": _CHAT,
+    "llava.serve.model_worker": _CHAT,
+    "llava.serve.sglang_worker": _CHAT,
+    "llava.serve.register_worker": _CHAT,
+    "llava.serve.test_message": _CHAT,
+    "llava.serve.gradio_web_server": _CHAT,
     "llava.model.language_model.llava_mpt": "decoders are Llama and Mistral",
     "llava.model.apply_delta": f"apply the delta of a checkpoint before v1.1 with {_REPOSITORY}",
     "llava.model.make_delta": f"deltas are made with {_REPOSITORY}",

@@ -51,6 +51,14 @@ def test_what_is_installed(installed):
     assert not list(installed.rglob("test_*.py")) and not list(installed.rglob("PNG"))
 
 
+def test_what_moves_into_the_package_does_not_name_its_place():
+    """The generator is `playground.tiny` in a checkout and `llava.tiny` in an installation."""
+    for folder in ("build", "world"):
+        for path in (ROOT / "playground" / "tiny" / folder).glob("*.py"):
+            text = path.read_text(encoding="utf-8")
+            assert not re.findall(r"^\s*(?:from|import) playground", text, re.M), f"{path}: import relatively"
+
+
 def test_what_an_index_shows(installed):
     shown = metadata(installed)
     assert (shown["Name"], shown["Version"]) == ("autoprune-llava", llava.__version__)
