@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from llava.eval.common.arguments import Parser
 from llava.eval.common.outputs import SCORES
 from llava.eval.tasks.join import conclude
-from llava.eval.tasks.planning import CONVENTIONS, flat_result, print_scores, score_files
+from llava.eval.tasks.planning import CONVENTIONS, flat_result, print_scores
 from llava.utils import cli_main
 
 
@@ -27,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=SCORES, metavar="PATH", help="write the result as JSON (metres, percent)")
     args = parser.parse_args(argv)
     wanted = {"both": CONVENTIONS[:2], "all": CONVENTIONS}.get(args.convention, (args.convention,))
+    from llava.eval.tasks.planning_scores import score_files  # needs numpy and Pillow
+
     result = score_files(args.truth, args.result_file, wanted)
     print_scores(result)
     conclude(result["coverage"], flat_result(result), args.json)

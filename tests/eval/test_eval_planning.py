@@ -8,7 +8,8 @@ import pytest
 
 from llava.eval import eval_planning
 from llava.eval.tasks.collision import Grid, Obstacle, center_hits, hits, occupancy, turned_hits
-from llava.eval.tasks.planning import evaluate_planning, load_truth, read_points
+from llava.eval.tasks.planning import load_truth
+from llava.eval.tasks.planning_scores import evaluate_planning, read_points
 from tests.eval.helpers import answer, fails_with_one_line, read_json, read_jsonl, write_jsonl
 from tests.eval.test_convert import script
 

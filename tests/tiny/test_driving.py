@@ -18,8 +18,8 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.eval import eval_gqa, model_vqa_loader
 from llava.eval.tasks.data_check import check_benchmark
 from llava.eval.tasks.drivelm import evaluate_drivelm, frames
-from llava.eval.tasks.planning import evaluate_planning
 from llava.eval.tasks.planning import load_truth as load_planning
+from llava.eval.tasks.planning_scores import evaluate_planning
 from llava.eval.tasks.registry import get_task
 from llava.eval.tasks.senna import evaluate_senna, load_truth, meta_action
 from llava.mm_utils import tokenizer_image_token
