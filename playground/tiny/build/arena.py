@@ -78,7 +78,7 @@ def build_textvqa(pictures: int = 130, name_of_stream: str = "textvqa", draw: Dr
 def recombinations(scene: Scene) -> int:
     """How many absent objects have a color and a shape that are both in the scene."""
     colors, shapes = {t.color for t in scene.things}, {t.shape for t in scene.things}
-    return len(colors) * len(shapes) - len(scene.things)
+    return len(colors) * len(shapes) - len({(t.color, t.shape) for t in scene.things})
 
 
 def build_pope(pictures: int = 34) -> Build:

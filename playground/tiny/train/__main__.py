@@ -16,6 +16,9 @@
     python -m playground.tiny.train.export --state drive-adapter.pt
 
 The two stages of driving have not been run to their end: no such checkpoint is in the repository.
+    python -m playground.tiny.train --stage sight --minutes 26 --threads 1
+    python -m playground.tiny.train --stage deep --minutes 12 --device cuda --workers 15 --batch 48 --compile
+    python -m playground.tiny.train.export --state deep.pt
 
 Every stage saves its weights to `playground/tiny/runs/` as it goes, so a run can be stopped at any time; `--resume`
 continues from there (with scenes not drawn before and fresh optimizers).
@@ -24,6 +27,7 @@ continues from there (with scenes not drawn before and fresh optimizers).
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 
@@ -31,11 +35,13 @@ from llava.utils import UserError, cli_main
 from playground.tiny.train import text
 from playground.tiny.train.anyres import train_anyres
 from playground.tiny.train.common import RUNS
+from playground.tiny.train.deep import STATE, start, train_deep
 from playground.tiny.train.driving import train_drive
 from playground.tiny.train.export import load
 from playground.tiny.train.extend import train_extend
 from playground.tiny.train.joint import align, train_joint
 from playground.tiny.train.language import train_language
+from playground.tiny.train.sight import train_sight
 from playground.tiny.train.vision import train_vision
 
 STAGES = {
@@ -48,6 +54,8 @@ STAGES = {
     "anyres": (),
     "drive": (),
     "drive-adapter": ("drive.pt",),
+    "sight": (),
+    "deep": ("sight.pt",),
 }
 
 
@@ -78,11 +86,25 @@ def main() -> None:
         type=float,
         help="last part of the run with all visual tokens: joint (0.2), anyres (0.1), drive (0.08)",
     )
+    parser.add_argument("--folder", type=Path, default=RUNS, help="sight, deep: where states and logs lie")
+    deep = parser.add_argument_group("stage deep", "goes on by itself where the last run stopped")
+    deep.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train")
+    deep.add_argument("--precise", action="store_true", help="fp32 instead of bf16")
+    deep.add_argument("--compile", action="store_true", help="compile the layers, for a GPU")
+    deep.add_argument("--batch", type=int, default=4, help="pictures in a step")
+    deep.add_argument("--workers", type=int, default=0, help="processes that draw pictures and questions; 0: none")
+    deep.add_argument("--stop-after", type=float, default=float("inf"), help="end this run after so many seconds")
+    deep.add_argument("--snapshot", type=Path, help="file that gets the weights alone, in fp16, as often as the state")
     args = parser.parse_args()
+    folder = args.folder if args.stage in ("sight", "deep") else RUNS
     needed = STAGES[args.stage] + ((f"{args.stage}.pt",) if args.resume else ())
+    if args.stage == "deep" and (folder / STATE).is_file():
+        needed = ()
     for name in needed:
-        if not (RUNS / name).is_file():
-            raise UserError(f"{RUNS / name}: no such file; train the earlier stages first")
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name}: no such file; train the earlier stages first")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine or this torch has no CUDA")
     if args.minutes <= 0:
         raise UserError(f"--minutes {args.minutes}: must be above 0")
     torch.set_num_threads(args.threads)
@@ -97,6 +119,24 @@ def main() -> None:
     elif args.stage == "extend":
         train_extend(
             load(), RUNS, args.minutes, rate=args.rate or 0.3, run=args.run, resume=args.resume, copying=args.copying
+        )
+    elif args.stage == "sight":
+        train_sight(load(), folder, args.minutes, run=args.run, resume=args.resume)
+    elif args.stage == "deep":
+        sight = None if (folder / STATE).is_file() else torch.load(folder / "sight.pt", map_location="cpu")
+        train_deep(
+            start(load(), sight),
+            folder,
+            args.minutes,
+            args.batch,
+            rate=args.rate or 0.5,
+            device=args.device,
+            workers=args.workers,
+            compiled=args.compile,
+            stop_after=args.stop_after,
+            snapshot=args.snapshot,
+            run=args.run,
+            precise=args.precise,
         )
     elif args.stage == "anyres":
         share = 0.1 if args.full_share is None else args.full_share

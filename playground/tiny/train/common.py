@@ -39,12 +39,13 @@ def cosine(progress: float, step: int, peak: float, warmup: int, floor: float = 
 
 
 class Log:
-    """One JSON object per line in `runs/log_STAGE.jsonl`, echoed to standard output."""
+    """One JSON object per line in `log_STAGE.jsonl` of a folder (`runs`), echoed to standard output."""
 
-    def __init__(self, stage: str) -> None:
+    def __init__(self, stage: str, folder: Path | None = None) -> None:
         self.stage = stage
-        RUNS.mkdir(exist_ok=True)
-        self.path = RUNS / f"log_{stage}.jsonl"
+        folder = folder or RUNS
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"log_{stage}.jsonl"
 
     def write(self, **values: object) -> None:
         line = json.dumps({"stage": self.stage, "time": round(time.time()), **values})
@@ -64,6 +65,6 @@ def follow(scores: dict[str, float], kinds: Sequence[str], right: Sequence[bool]
 
 def save_state(path: Path, **values: object) -> None:
     """Write atomically, so that stopping a run never leaves half a file."""
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(values, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)

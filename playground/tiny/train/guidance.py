@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from playground.tiny.train import text
-from playground.tiny.train.packing import Pack, embed, object_patches
+from playground.tiny.train.packing import Pack, embed, named_patches, object_patches
 from playground.tiny.world import chinese
 from playground.tiny.world.questions import NUMBERS, Question
 from playground.tiny.world.scenes import Scene
@@ -73,7 +73,7 @@ def guide(
 ) -> Pack:
     """Fill in where phrases name objects, which visual places those are, and all else that the losses below need."""
     length = batch.ids.shape[1]
-    names, named, pairs, sides, counted, centers = [], [], [], [], [], []
+    names, named, whole, pairs, sides, counted, centers = [], [], [], [], [], [], []
     letters, lettered, chosen_options, meanings = [], [], [], []
     answering = iter(batch.rows.tolist())
 
@@ -84,14 +84,15 @@ def guide(
         return out
 
     for b, (chosen, row) in enumerate(zip(patches, questions, strict=True)):
-        start = len(text.head_ids(row[0].picture)) + len(chosen)
+        start = batch.prefix or len(text.head_ids(row[0].picture)) + len(chosen)
         for question in row:
             ends = text.token_ends(question.text, question.picture)
             base, row_index = b * length + start, next(answering)
             offset = len(question.lead) + 1 if question.lead else 0
             for name, index in question.names:
                 names.append(base + ends[offset + question.question.index(name) + len(name)])
-                named.append(mark(b, object_patches(scenes[b], tables[b], (index,)), chosen))
+                named.append(mark(b, named_patches(scenes[b], tables[b], name, index), chosen))
+                whole.append(mark(b, object_patches(scenes[b], tables[b], (index,)), chosen))
             if len(question.names) == 2:
                 pairs.append([row_index, *names[-2:]])
             known = known_token(question)
@@ -112,6 +113,7 @@ def guide(
             meanings += [[base + ends[end], first_token(english)] for end, english in words_of(question)]
             start += len(text.tail_ids(question.text, question.answer, question.picture)[0])
     batch.names, batch.named = torch.tensor(names), torch.from_numpy(np.stack(named))
+    batch.whole = torch.from_numpy(np.stack(whole))
     batch.pairs = torch.tensor(pairs).view(-1, 3)
     batch.sides = torch.tensor(sides).view(-1, 2)
     batch.letters = torch.tensor(letters).view(-1, 2)
@@ -167,15 +169,31 @@ def forward(
     ).last_hidden_state
     for handle in handles:
         handle.remove()
+    return losses(decoder, batch, hidden, watched, outputs, watch, weight, options)
+
+
+def losses(
+    decoder,
+    batch: Pack,
+    hidden: torch.Tensor,
+    watched: dict[int, dict],
+    outputs: dict[int, torch.Tensor],
+    watch: tuple[int, ...] | None,
+    weight: float,
+    options: tuple[int, int, int] | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `forward` returns, from what the decoder made: its normed output [B, L, D], what attention was given in the
+    watched layers (`hidden_states`, `position_embeddings`) and what layers put out."""
+    layers = decoder.model.layers
     logits = decoder.lm_head(hidden.flatten(0, 1)[batch.where]).float()
     right = logits.detach().argmax(-1) == batch.targets
-    wrong = torch.zeros(len(batch.kinds)).index_add(0, batch.owner, (~right).float())
+    wrong = torch.zeros(len(batch.kinds), device=hidden.device).index_add(0, batch.owner, (~right).float())
     loss = F.cross_entropy(logits, batch.targets)
     if watch is not None:
         first, second = (layers[i].self_attn for i in watch[:2])
         loss = loss + weight * looking_loss(first, watched[watch[0]], batch, batch.names, batch.named)
         loss = loss + weight * looking_loss(second, watched[watch[1]], batch, batch.rows, batch.asked)
-        loss = loss + weight * looking_loss(second, watched[watch[1]], batch, batch.names, batch.named)
+        loss = loss + weight * looking_loss(second, watched[watch[1]], batch, batch.names, batch.whole)
         if len(watch) > 3 and len(batch.sides):
             loss = loss + 3 * weight * saying_loss(decoder, outputs[watch[3]], batch.sides)
         if batch.counted is not None:
@@ -240,7 +258,7 @@ def head_scores(attention: torch.nn.Module, given: dict, batch: Pack, rows: torc
     query = rotate(query, cos.flatten(0, 1)[rows][:, None], sin.flatten(0, 1)[rows][:, None])
     key = rotate(key, cos[:, :, None], sin[:, :, None])
     scores = torch.einsum("qhd,qlhd->qhl", query, key[sample]) * attention.scaling
-    return scores.masked_fill(~batch.mask[sample, 0, rows % length][:, None], -1e9)
+    return scores.masked_fill(~batch.visible(rows)[:, None], -1e9)
 
 
 def counting_loss(attention: torch.nn.Module, given: dict, batch: Pack) -> torch.Tensor:

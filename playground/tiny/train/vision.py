@@ -18,11 +18,14 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from playground.tiny.train.common import Log, autocast, cosine, save_state, train_rng
 from playground.tiny.world import scenes
+from playground.tiny.world.crowded import Crowd
 from playground.tiny.world.scenes import GRID, ON_OBJECT, PATCH
 
 SELECTED = 2
 """Index of the encoder layer that feeds the projector: `mm_vision_select_layer` -2 of 4 layers."""
-HEADS = {"color": 9, "shape": 7, "word": 13, "row": 7, "col": 7, "center": 2}
+HEADS = {"color": 9, "shape": 7, "word": 23, "row": 7, "col": 7, "center": 2}
+"""Temporary heads and their classes: the first of color, shape and word is none; words are followed by digits."""
+SEVERAL = sum(HEADS[name] - 1 for name in ("color", "shape", "word"))
 
 
 def build_tower() -> CLIPVisionModel:
@@ -47,10 +50,11 @@ def vision_body(tower: CLIPVisionModel) -> nn.Module:
     return getattr(tower, "vision_model", tower)
 
 
-def normalize(images: np.ndarray) -> torch.Tensor:
+def normalize(images: np.ndarray | torch.Tensor) -> torch.Tensor:
     """uint8 [B, H, W, 3] -> float [B, 3, H, W] as the checkpoint's image processor makes it."""
-    mean, std = torch.tensor(scenes.PIXEL_MEAN), torch.tensor(scenes.PIXEL_STD)
-    return ((torch.from_numpy(images).float() / 255 - mean) / std).permute(0, 3, 1, 2)
+    pixels = torch.as_tensor(images)
+    mean, std = (torch.tensor(x, device=pixels.device) for x in (scenes.PIXEL_MEAN, scenes.PIXEL_STD))
+    return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
 def run_tower(
@@ -114,7 +118,12 @@ def attention_loss(attention: torch.Tensor, on_object: torch.Tensor) -> torch.Te
 
 
 def patch_labels(scene: scenes.Scene) -> dict[str, np.ndarray]:
-    """Class of every patch for every head, int64 [24, 24]; -100 where nothing should be said."""
+    """Class of every patch for every head, int64 [24, 24]; -100 where nothing should be said.
+
+    In a crowd a patch says what it shows itself: color and shape where the shape is, word or digit on the label.
+    """
+    if isinstance(scene, Crowd):
+        return _crowd_labels(scene)
     cover = scenes.coverage(scene)
     owner, share = cover.argmax(0), cover.max(0)
     labels = {name: np.zeros((GRID, GRID), dtype=np.int64) for name in HEADS}
@@ -139,6 +148,30 @@ def patch_labels(scene: scenes.Scene) -> dict[str, np.ndarray]:
     return labels
 
 
+def _crowd_labels(scene: Crowd) -> dict[str, np.ndarray]:
+    labels = {name: np.zeros(GRID * GRID, dtype=np.int64) for name in HEADS}
+    shares, things = scene.shares(), scene.things
+    owner, most = shares.argmax(0), shares.max(0)  # [2, 576]: of shapes, of labels
+    on, unclear = most >= ON_OBJECT, (most > 0.04) & (most < ON_OBJECT)
+    place = np.array([scene.coarse(t) for t in things])
+    for name, part, values in (
+        ("color", 0, [t.color + 1 for t in things]),
+        ("shape", 0, [t.shape + 1 for t in things]),
+        ("word", 1, [t.label + 1 for t in things]),
+    ):
+        labels[name][on[part]] = np.array(values)[owner[part]][on[part]]
+        labels[name][unclear[part]] = -100
+    for name, column in (("row", 0), ("col", 1)):
+        labels[name][:] = -100
+        for part in (1, 0):
+            labels[name][on[part]] = place[owner[part], column][on[part]]
+    for i, thing in enumerate(things):
+        row, col = scene.center(thing)
+        middle = GRID * row + col
+        labels["center"][middle if shares[i, 0, middle] >= ON_OBJECT else shares[i, 0].argmax()] = 1
+    return {name: value.reshape(GRID, GRID) for name, value in labels.items()}
+
+
 def window_batch(rng: np.random.Generator, count: int, side: int) -> tuple:
     """Random windows of `side` x `side` patches, four per scene (one per scene when whole): pixels, corners, labels."""
     images, corners, labels = [], [], {name: [] for name in HEADS}
@@ -157,7 +190,7 @@ def window_batch(rng: np.random.Generator, count: int, side: int) -> tuple:
 
 
 def multi_label(labels: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Which colors, shapes and words occur: float [B, 26]."""
+    """Which colors, shapes and words occur: float [B, SEVERAL]."""
     return torch.cat(
         [torch.stack([(labels[n] == k).any(1) for k in range(1, HEADS[n])], 1) for n in ("color", "shape", "word")], 1
     ).float()
@@ -170,7 +203,7 @@ def train_vision(
     torch.manual_seed(1)
     tower = build_tower()
     heads = nn.ModuleDict({name: nn.Linear(96, size) for name, size in HEADS.items()})
-    several = nn.Linear(96, 26)
+    several = nn.Linear(96, SEVERAL)
     modules = nn.ModuleList([tower, heads, several])
     optimizer = torch.optim.AdamW(modules.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     rng, log = train_rng("vision"), Log("vision")

@@ -12,7 +12,7 @@ from functools import cache
 import numpy as np
 
 from .driving import CAMERAS, LANE, Street, Thing
-from .scenes import GRID, PATCH, RGB, _background, pad_square
+from .scenes import GRID, PATCH, RGB, background, pad_square
 
 WIDTH, HEIGHT = 192, 108
 FOCAL = 137
@@ -91,7 +91,7 @@ def _ground(camera: str) -> np.ndarray:
 def render_view(street: Street, camera: str) -> np.ndarray:
     """The picture of one camera: uint8 [108, 192, 3]."""
     image = np.empty((HEIGHT, WIDTH, 3), dtype=np.uint8)
-    image[:HORIZON] = _background(street.texture + CAMERAS.index(camera), HORIZON, WIDTH)
+    image[:HORIZON] = background(street.texture + CAMERAS.index(camera), HORIZON, WIDTH)
     image[HORIZON:] = _ground(camera)
     for thing in _far_first(street, camera):
         left, top, right, bottom = _seen(thing, camera)

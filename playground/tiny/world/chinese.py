@@ -28,7 +28,10 @@ HINTS = ("图中有彩色的图形。", "有些物体上有单词。", "每个�
 
 
 def name_of(phrase: str) -> str:
-    """`red star`, `star` or `red object` in Chinese."""
+    """`red star`, `star`, `red object` or `object with the word CAT` in Chinese."""
+    if " with the " in phrase:
+        kind, label = phrase.split()[-2:]
+        return f"有{'单词' if kind == 'word' else '数字'}{label}的物体"
     first, *rest = phrase.split()
     if not rest:
         return SHAPE[first]

@@ -171,11 +171,11 @@ def unanswerable(scene: Scene, rng: np.random.Generator) -> Question | None:
         absent = [c for i, c in enumerate(COLORS) if i not in present]
         text = f"What shape is the {pick(rng, absent)} object?" if absent else ""
     else:
-        bare = [i for i, t in enumerate(scene.things) if t.word < 0]
+        bare = [i for i, t in enumerate(scene.things) if t.label < 0 and scene.names(i, "word")]
         if not bare:
             return None
         index = pick(rng, bare)
-        name = q.refer(scene, index, rng)
+        name = q.refer(scene, index, rng, "word")
         return Question(
             "vizwiz_no",
             f"What word is on the {name}?",
@@ -260,7 +260,7 @@ def open_sum(scene: Scene, rng: np.random.Generator) -> Question | None:
         return None
     a, b = (colors[int(i)] for i in rng.permutation(len(colors))[:2])
     members = tuple(i for i, t in enumerate(scene.things) if t.color in (a, b))
-    if len(members) > 4:
+    if len(members) > 4 or not scene.fits(members):
         return None
     return Question(
         "open_sum_count",
@@ -288,8 +288,10 @@ def open_animal(scene: Scene, rng: np.random.Generator) -> Question | None:
     )
 
 
-def describe(scene: Scene, rng: np.random.Generator) -> Question:
-    """`Describe the image.`: all objects in reading order."""
+def describe(scene: Scene, rng: np.random.Generator) -> Question | None:
+    """`Describe the image.`: all objects in reading order; not asked about a crowd."""
+    if scene.crowded:
+        return None
     order = sorted(range(len(scene.things)), key=lambda i: (scene.things[i].row, scene.things[i].col))
     names = [q.article(q.full_name(scene.things[i])) for i in order]
     return Question(

@@ -6,13 +6,13 @@ Prompts differ only in the lines after the question (`Question.text`).
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .scenes import COLORS, SHAPES, WORDS, Scene, Thing
+from .crowded import DIGITS, counts
+from .scenes import COLORS, SHAPES, WORDS, Scene, full_name
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -77,30 +77,29 @@ def article(word: str) -> str:
     return f"an {word}" if word[0] in "aeiou" else f"a {word}"
 
 
-def full_name(thing: Thing) -> str:
-    """`red star`."""
-    return f"{COLORS[thing.color]} {SHAPES[thing.shape]}"
-
-
 def yes_no(answer: bool) -> str:
     return "Yes" if answer else "No"
 
 
-def refer(scene: Scene, index: int, rng: np.random.Generator) -> str:
-    """A phrase that names one object: `red star`, or `star` or `red object` where that is enough."""
-    thing = scene.things[index]
-    names = [full_name(thing)] * 2
-    if sum(t.shape == thing.shape for t in scene.things) == 1:
-        names.append(SHAPES[thing.shape])
-    if sum(t.color == thing.color for t in scene.things) == 1:
-        names.append(f"{COLORS[thing.color]} object")
-    return pick(rng, names)
+def refer(scene: Scene, index: int, rng: np.random.Generator, hide: str = "") -> str:
+    """A phrase that names one object: `red star`, or `star` or `red object` where that is enough. `hide`: what it must
+    not tell."""
+    return pick(rng, scene.names(index, hide))
 
 
-def _referable(scene: Scene, hide: str) -> list[int]:
+def _referable(scene: Scene, hide: str = "") -> list[int]:
     """Objects that can be named without the attribute `hide`."""
-    by = Counter(t.shape if hide == "color" else t.color for t in scene.things)
-    return [i for i, t in enumerate(scene.things) if by[t.shape if hide == "color" else t.color] == 1]
+    return [i for i in range(len(scene.things)) if scene.names(i, hide)]
+
+
+def _near(scene: Scene, color: int, shape: int) -> tuple[int, ...]:
+    """Objects to look at before one says that there is none of this color and shape: all that have either; in a crowd
+    the fewer of those that have the color and those that have the shape."""
+    by_color = tuple(i for i, t in enumerate(scene.things) if t.color == color)
+    by_shape = tuple(i for i, t in enumerate(scene.things) if t.shape == shape)
+    if scene.crowded:
+        return min(by_color, by_shape, key=len)
+    return tuple(sorted({*by_color, *by_shape}))
 
 
 def exists(scene: Scene, rng: np.random.Generator, category: str = "", want: bool | None = None) -> Question | None:
@@ -119,12 +118,12 @@ def exists(scene: Scene, rng: np.random.Generator, category: str = "", want: boo
         (c, s)
         for c in range(len(COLORS))
         for s in range(len(SHAPES))
-        if (c, s) not in present and (c in colors) + (s in shapes) in level
+        if (c, s) not in present and (c in colors) + (s in shapes) in level and scene.fits(_near(scene, c, s))
     ]
     if not absent:
         return None
     color, shape = pick(rng, absent)
-    near = tuple(i for i, t in enumerate(scene.things) if t.color == color or t.shape == shape)
+    near = _near(scene, color, shape)
     name = f"{COLORS[color]} {SHAPES[shape]}"
     return Question("exists", f"Is there {article(name)} in the image?", "No", near, category=category)
 
@@ -136,7 +135,7 @@ def color_of(scene: Scene, rng: np.random.Generator) -> Question | None:
         return None
     index = pick(rng, able)
     thing = scene.things[index]
-    name = SHAPES[thing.shape]
+    name = scene.names(index, "color")[0]
     return Question("color", f"What color is the {name}?", COLORS[thing.color], (index,), names=((name, index),))
 
 
@@ -147,7 +146,7 @@ def shape_of(scene: Scene, rng: np.random.Generator) -> Question | None:
         return None
     index = pick(rng, able)
     thing = scene.things[index]
-    name = f"{COLORS[thing.color]} object"
+    name = scene.names(index, "shape")[0]
     return Question("shape", f"What shape is the {name}?", SHAPES[thing.shape], (index,), names=((name, index),))
 
 
@@ -161,7 +160,7 @@ def verify_color(scene: Scene, rng: np.random.Generator, want: bool | None = Non
     thing = scene.things[index]
     others = [t.color for t in scene.things if t.color != thing.color] or [(thing.color + 1) % len(COLORS)]
     color = thing.color if want else pick(rng, others)
-    name = SHAPES[thing.shape]
+    name = scene.names(index, "color")[0]
     text = f"Is the {name} {COLORS[color]}?"
     return Question("verify_color", text, yes_no(want), (index,), names=((name, index),))
 
@@ -176,7 +175,7 @@ def verify_shape(scene: Scene, rng: np.random.Generator, want: bool | None = Non
     thing = scene.things[index]
     others = [t.shape for t in scene.things if t.shape != thing.shape] or [(thing.shape + 1) % len(SHAPES)]
     shape = thing.shape if want else pick(rng, others)
-    name = f"{COLORS[thing.color]} object"
+    name = scene.names(index, "shape")[0]
     text = f"Is the {name} {article(SHAPES[shape])}?"
     return Question("verify_shape", text, yes_no(want), (index,), names=((name, index),))
 
@@ -192,7 +191,7 @@ def choose_color(scene: Scene, rng: np.random.Generator) -> Question | None:
     pair = [COLORS[thing.color], COLORS[pick(rng, others)]]
     if rng.integers(2):
         pair.reverse()
-    name = SHAPES[thing.shape]
+    name = scene.names(index, "color")[0]
     text = f"Is the {name} {pair[0]} or {pair[1]}?"
     return Question("choose_color", text, COLORS[thing.color], (index,), names=((name, index),))
 
@@ -207,7 +206,7 @@ def relation(scene: Scene, rng: np.random.Generator, want: bool | None = None) -
         side = int(rng.integers(4))
         a, b = scene.things[i], scene.things[j]
         delta = (a.col - b.col, b.col - a.col, a.row - b.row, b.row - a.row)[side]
-        if delta != 0 and (delta < 0) == want:
+        if delta != 0 and (delta < 0) == want and scene.names(i) and scene.names(j):
             first, second = refer(scene, i, rng), refer(scene, j, rng)
             return Question(
                 "relation",
@@ -241,6 +240,8 @@ def choose_relation(scene: Scene, rng: np.random.Generator) -> Question | None:
 def where(scene: Scene, rng: np.random.Generator) -> Question | None:
     """`Is the red star on the left or on the right of the image?` (or top / bottom), never asked of the middle."""
     index = int(rng.integers(len(scene.things)))
+    if not scene.names(index):
+        return None
     row, col = scene.bins(scene.things[index])
     vertical = bool(rng.integers(2))
     place = row if vertical else col
@@ -261,7 +262,9 @@ def where(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 
 def count_target(scene: Scene, rng: np.random.Generator) -> tuple[str, str, list[int]]:
-    """Something to count: singular, plural and the objects."""
+    """Something to count: singular, plural and the objects. In a crowd one kind of object, of one color and shape."""
+    if scene.crowded:
+        return _crowd_target(scene, rng)
     if rng.integers(2):
         color = int(rng.integers(len(COLORS))) if rng.random() < 0.1 else pick(rng, scene.things).color
         return (
@@ -272,6 +275,21 @@ def count_target(scene: Scene, rng: np.random.Generator) -> tuple[str, str, list
     shape = int(rng.integers(len(SHAPES))) if rng.random() < 0.1 else pick(rng, scene.things).shape
     plural = "crosses" if SHAPES[shape] == "cross" else SHAPES[shape] + "s"
     return SHAPES[shape], plural, [i for i, t in enumerate(scene.things) if t.shape == shape]
+
+
+def _crowd_target(scene: Scene, rng: np.random.Generator) -> tuple[str, str, list[int]]:
+    """Up to four objects alike; now and then (one in ten) none."""
+    there = counts(scene)
+    while True:
+        if rng.random() < 0.1:
+            color, shape = int(rng.integers(len(COLORS))), int(rng.integers(len(SHAPES)))
+        else:
+            many = int(rng.integers(1, 5))  # every number is asked for about equally often
+            color, shape = pick(rng, sorted(k for k, n in there.items() if n == many) or sorted(there))
+        members = [i for i, t in enumerate(scene.things) if (t.color, t.shape) == (color, shape)]
+        if scene.fits(members):
+            name = f"{COLORS[color]} {SHAPES[shape]}"
+            return name, name + ("es" if SHAPES[shape] == "cross" else "s"), members
 
 
 def count(scene: Scene, rng: np.random.Generator) -> Question | None:
@@ -298,12 +316,13 @@ def verify_count(
 def word_on(scene: Scene, rng: np.random.Generator, ocr: bool | None = None) -> Question | None:
     """`What word is on the red star?`, with or without the OCR line that holds all words of the scene, shuffled."""
     able = [i for i, t in enumerate(scene.things) if t.word >= 0]
-    if not able:
+    named = [i for i in able if scene.names(i, "word")]
+    if not named:
         return None
-    index = pick(rng, able)
+    index = pick(rng, named)
     ocr = rng.random() < 0.7 if ocr is None else ocr
     words = tuple(WORDS[scene.things[i].word] for i in rng.permutation(able)) if ocr else None
-    name = refer(scene, index, rng)
+    name = refer(scene, index, rng, "word")
     return Question(
         "word",
         f"What word is on the {name}?",
@@ -317,14 +336,15 @@ def word_on(scene: Scene, rng: np.random.Generator, ocr: bool | None = None) -> 
 def verify_word(scene: Scene, rng: np.random.Generator, want: bool | None = None) -> Question | None:
     """`Is the word on the red star "CAT"?`"""
     able = [i for i, t in enumerate(scene.things) if t.word >= 0]
-    if not able:
+    named = [i for i in able if scene.names(i, "word")]
+    if not named:
         return None
     want = bool(rng.integers(2)) if want is None else want
-    index = pick(rng, able)
+    index = pick(rng, named)
     word = scene.things[index].word
     others = [scene.things[i].word for i in able if i != index] or [(word + 1) % len(WORDS)]
     shown = word if want else pick(rng, others)
-    name = refer(scene, index, rng)
+    name = refer(scene, index, rng, "word")
     holder = tuple((f'"{WORDS[shown]}', i) for i in able if scene.things[i].word == shown)
     return Question(
         "verify_word",
@@ -333,6 +353,17 @@ def verify_word(scene: Scene, rng: np.random.Generator, want: bool | None = None
         (index,),
         names=((name, index), *holder),
     )
+
+
+def digit_on(scene: Scene, rng: np.random.Generator) -> Question | None:
+    """`What digit is on the red star?`, in crowded scenes."""
+    able = [i for i in _referable(scene, "word") if scene.things[i].label >= len(WORDS)]
+    if not able:
+        return None
+    index = pick(rng, able)
+    name = refer(scene, index, rng, "word")
+    answer = DIGITS[scene.things[index].label - len(WORDS)]
+    return Question("digit", f"What digit is on the {name}?", answer, (index,), names=((name, index),))
 
 
 def multiple_choice(scene: Scene, rng: np.random.Generator) -> Question | None:

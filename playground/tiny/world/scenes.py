@@ -41,7 +41,7 @@ ON_OBJECT = 0.2
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
-_GLYPHS = {  # 5 x 7 pixels, one 5-bit number per row
+GLYPHS = {  # 5 x 7 pixels, one 5-bit number per row
     "A": (14, 17, 17, 31, 17, 17, 17),
     "B": (30, 17, 17, 30, 17, 17, 30),
     "C": (14, 17, 16, 16, 16, 17, 14),
@@ -79,6 +79,16 @@ class Thing:
     size: int = 16
     shade: int = 0
 
+    @property
+    def label(self) -> int:
+        """What is written on it: index into WORDS, -1: nothing."""
+        return self.word
+
+
+def full_name(thing: Thing) -> str:
+    """`red star`."""
+    return f"{COLORS[thing.color]} {SHAPES[thing.shape]}"
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -110,6 +120,44 @@ class Scene:
     def bins(self, thing: Thing) -> tuple[int, int]:
         """Row and column of the object on the padded square in half cells, 0..6 for a square of 4 cells."""
         return 2 * thing.row + self.side - self.rows, 2 * thing.col + self.side - self.cols
+
+    def coarse(self, thing: Thing) -> tuple[int, int]:
+        """`bins` in steps of 24 pixels, whatever the size of the cells."""
+        return self.bins(thing)
+
+    @property
+    def crowded(self) -> bool:
+        """Many small objects of which a question may ask about a few only (`crowded.Crowd`)."""
+        return False
+
+    def names(self, index: int, hide: str = "") -> list[str]:
+        """Phrases that name exactly this object without its `hide` (color, shape, word); the likely ones first."""
+        thing = self.things[index]
+        names = [] if hide in ("color", "shape") else [full_name(thing)] * 2
+        if hide != "shape" and sum(t.shape == thing.shape for t in self.things) == 1:
+            names.append(SHAPES[thing.shape])
+        if hide != "color" and sum(t.color == thing.color for t in self.things) == 1:
+            names.append(f"{COLORS[thing.color]} object")
+        return names
+
+    def fits(self, members: tuple[int, ...] | list[int]) -> bool:
+        """True if a question may ask about these objects together."""
+        return True
+
+    def parts(self) -> np.ndarray:
+        """Patches that show each object and those that show its label: bool [objects, 2, 576]."""
+        seen = (coverage(self) >= ON_OBJECT).reshape(len(self.things), 1, GRID * GRID)
+        return seen.repeat(2, axis=1)
+
+    def cover(self) -> np.ndarray:
+        return _coverage(self)
+
+    def center(self, thing: Thing) -> tuple[int, int]:
+        (top, left), (row, col) = self.offset, center_cell(thing)
+        return top + row, left + col
+
+    def draw(self) -> np.ndarray:
+        return _render(self)
 
 
 def sample_scene(
@@ -186,7 +234,7 @@ def word_bitmap(word: int) -> np.ndarray:
     """Black letters on a white band: bool [9, 19], True where black."""
     band = np.zeros((9, 19), dtype=bool)
     for i, letter in enumerate(WORDS[word]):
-        for j, bits in enumerate(_GLYPHS[letter]):
+        for j, bits in enumerate(GLYPHS[letter]):
             band[1 + j, 1 + 6 * i : 6 + 6 * i] = [bits >> (4 - k) & 1 for k in range(5)]
     return band
 
@@ -202,6 +250,10 @@ def _cell_cover(shape: int, size: int, dy: int, dx: int, word: bool) -> np.ndarr
 
 def coverage(scene: Scene) -> np.ndarray:
     """Share of each patch of the padded square that each object covers: float [objects, 24, 24]."""
+    return scene.cover()
+
+
+def _coverage(scene: Scene) -> np.ndarray:
     out = np.zeros((len(scene.things), GRID, GRID))
     top, left = scene.offset
     for i, t in enumerate(scene.things):
@@ -217,11 +269,10 @@ def center_cell(thing: Thing) -> tuple[int, int]:
 
 def center_patch(scene: Scene, thing: Thing) -> tuple[int, int]:
     """The patch of the padded square that holds the center of the object: (row, column)."""
-    (top, left), (row, col) = scene.offset, center_cell(thing)
-    return top + row, left + col
+    return scene.center(thing)
 
 
-def _background(texture: int, height: int, width: int) -> np.ndarray:
+def background(texture: int, height: int, width: int) -> np.ndarray:
     """A structured texture of a few muted tones: uint8 [height, width, 3]."""
     rng = np.random.default_rng(texture)
     y, x = np.mgrid[0:height, 0:width]
@@ -244,8 +295,12 @@ def _background(texture: int, height: int, width: int) -> np.ndarray:
 
 
 def render(scene: Scene) -> np.ndarray:
-    """The picture: uint8 [48 rows, 48 cols, 3]."""
-    image = _background(scene.texture, CELL * scene.rows, CELL * scene.cols)
+    """The picture: uint8 [48 rows, 48 cols, 3], or as its family has it."""
+    return scene.draw()
+
+
+def _render(scene: Scene) -> np.ndarray:
+    image = background(scene.texture, CELL * scene.rows, CELL * scene.cols)
     for t in scene.things:
         cell = image[CELL * t.row : CELL * (t.row + 1), CELL * t.col : CELL * (t.col + 1)]
         cell[shape_mask(t.shape, t.size, t.dy, t.dx)] = np.clip(RGB[t.color] + t.shade, 0, 255)
