@@ -86,7 +86,7 @@ def draw_batch(rng: np.random.Generator, size: int, kinds: tuple[list, list], cr
         kind = rng.random()  # of row: whole pictures, without some background, without some objects
         blank = rng.random() < 1 / 40
         budget = TAIL if kind < 0.75 else int(rng.integers(60, 160))
-        own = without_picture(rng, 5) if blank else sample(scene, rng, budget, kinds[scene.crowded])
+        own = without_picture(rng, 3) if blank else sample(scene, rng, budget, kinds[scene.crowded])
         if not own:
             continue
         if blank:
@@ -123,7 +123,6 @@ class Feed(IterableDataset):
 
 def feed(size: int, run: int, workers: int, crowded: float = CROWDED) -> Iterator[Batch]:
     """Batches from `workers` processes (0: from this one)."""
-    loader = DataLoader(
-        Feed(size, run, crowded), batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None
-    )
-    return iter(loader)
+    torch.multiprocessing.set_sharing_strategy("file_system")  # a batch has many tensors, a process few open files
+    ahead = 3 if workers else None
+    return iter(DataLoader(Feed(size, run, crowded), batch_size=None, num_workers=workers, prefetch_factor=ahead))

@@ -9,7 +9,6 @@ Runs on a GPU with the layers compiled, or on the CPU; everything it needs to go
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
@@ -185,7 +184,7 @@ def train_deep(
         precise: fp32 instead of bf16.
     """
     torch.manual_seed(90 + run)
-    path, log = folder / STATE, Log("deep", folder)
+    path, log, batches = folder / STATE, Log("deep", folder), crowd.feed(batch, run, workers)
     model.to(device).train()
     optimizers = make_optimizers(model)
     peaks = [o.param_groups[0]["lr"] for o in optimizers]
@@ -197,7 +196,7 @@ def train_deep(
             optimizer.load_state_dict(saved)
         spent, step = state["spent"], state["step"]
     kind = torch.float32 if precise else torch.bfloat16
-    runner, batches = Runner(kind, compiled), crowd.feed(batch, run, workers)
+    runner = Runner(kind, compiled)
     scores: dict[str, float] = {}
     began, since, saved_at, mean = time.time(), 0, time.time(), 0.0
 
@@ -205,9 +204,9 @@ def train_deep(
         seconds = spent + time.time() - began
         save(path, model, optimizers, spent=seconds, step=step)
         if snapshot is not None:
-            torch.save({k: v.half() for k, v in model.state_dict().items()}, snapshot.with_suffix(".part"))
-            os.replace(snapshot.with_suffix(".part"), snapshot)
+            save_state(snapshot, model={k: v.half().cpu() for k, v in model.state_dict().items()}, layers=LAYERS)
 
+    said = (1, 5, 10, 20)
     while (progress := (spent + time.time() - began) / (60 * minutes)) < 1 and time.time() - began < stop_after:
         pixels, labels, data = next(batches)
         data = data.to(device)
@@ -218,7 +217,8 @@ def train_deep(
             with torch.set_grad_enabled(sees):
                 features, attention, _ = run_tower(model.tower, normalize(pixels.to(device)))
                 shown = dict(zip(HEADS, labels.to(device).long().unbind(1), strict=True))
-                dense, seen = seeing_losses(model.heads, features, shown)
+                saying = since + 1 in said or (since + 1) % 50 == 0
+                dense, seen = seeing_losses(model.heads, features, shown, saying)
                 dense = dense + 0.3 * attention_loss(attention, on_object(shown))
             loss, right = runner(model.decoder, data, model.projector(features.detach()))
         for optimizer in optimizers:
@@ -233,7 +233,7 @@ def train_deep(
         if since % 5 == 1:
             follow(scores, data.kinds, right.tolist())
             mean = right.float().mean().item() if since == 1 else 0.9 * mean + 0.1 * right.float().mean().item()
-        if since % 50 == 0 or since in (1, 5, 10, 20):
+        if saying:
             log.write(
                 step=step,
                 seconds=round(spent + time.time() - began),

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from llava.utils import UserError, cli_main
 from playground.tiny.train import text
 from playground.tiny.train.common import RUNS
+from playground.tiny.train.deep import LAYERS
 from playground.tiny.train.joint import TinyLlava
 from playground.tiny.train.wide import PINPOINTS
 from playground.tiny.world import scenes
@@ -173,14 +174,17 @@ def load_newline(folder: Path) -> torch.Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--state", default="joint.pt", help="what a stage left in playground/tiny/runs (%(default)s)")
+    parser.add_argument("--folder", type=Path, default=RUNS, help="where it lies, if elsewhere")
     args = parser.parse_args()
-    path = RUNS / args.state
+    path = args.folder / args.state
     if not path.is_file():
         raise UserError(f"{path}: no such file; train first")
-    state = torch.load(path)
+    state = torch.load(path, map_location="cpu")
     model = TinyLlava(state["layers"])
     model.load_state_dict(state["model"])
-    if "newline" in state:
+    if state["layers"] == LAYERS:
+        export(model, text.CHECKPOINT_DEEP)
+    elif "newline" in state:
         export(model, text.CHECKPOINT_16, state["newline"]["embedding"])
     elif "adapter" in state:
         export(model, text.CHECKPOINT_SENNA, adapter=state["adapter"])

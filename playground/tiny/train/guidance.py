@@ -91,8 +91,9 @@ def guide(
             offset = len(question.lead) + 1 if question.lead else 0
             for name, index in question.names:
                 names.append(base + ends[offset + question.question.index(name) + len(name)])
-                named.append(mark(b, named_patches(scenes[b], tables[b], name, index), chosen))
-                whole.append(mark(b, object_patches(scenes[b], tables[b], (index,)), chosen))
+                part, both = named_patches(scenes[b], tables[b], name, index)
+                named.append(mark(b, part, chosen))
+                whole.append(mark(b, both, chosen))
             if len(question.names) == 2:
                 pairs.append([row_index, *names[-2:]])
             known = known_token(question)

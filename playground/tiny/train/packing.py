@@ -128,11 +128,16 @@ def object_patches(scene: Scene, table: np.ndarray, objects: tuple[int, ...]) ->
     return out
 
 
-def named_patches(scene: Scene, table: np.ndarray, phrase: str, index: int) -> np.ndarray:
-    """Patches of the part of an object that a phrase speaks of: bool [576]."""
+def named_patches(scene: Scene, table: np.ndarray, phrase: str, index: int) -> tuple[np.ndarray, np.ndarray]:
+    """Patches of the part of an object that a phrase speaks of, and of the whole object: bool [576] each. A name by
+    color and shape means every object of a crowd that has both."""
     if not isinstance(scene, Crowd):
-        return object_patches(scene, table, (index,))
-    return scene.parts()[index, int(any(word in phrase for word in OF_LABEL))]
+        patches = object_patches(scene, table, (index,))
+        return patches, patches
+    by_label, thing = any(word in phrase for word in OF_LABEL), scene.things[index]
+    alike = [i for i, t in enumerate(scene.things) if (t.color, t.shape) == (thing.color, thing.shape)]
+    parts = scene.parts()[[index] if by_label else alike].any(0)
+    return parts[int(by_label)], parts.any(0)
 
 
 def asked_patches(scene: Scene, table: np.ndarray, question: Question) -> np.ndarray:

@@ -20,6 +20,7 @@ HERE = Path(__file__).resolve().parents[1]
 CHECKPOINT = HERE / "models" / "tiny-llava-v1.5"
 CHECKPOINT_16 = HERE / "models" / "tiny-llava-v1.6"
 CHECKPOINT_DRIVE, CHECKPOINT_SENNA = HERE / "models" / "tiny-drive", HERE / "models" / "tiny-senna"
+CHECKPOINT_DEEP = HERE / "models" / "tiny-llava-deep"
 TEMPLATE = "vicuna_v1"
 VOCABULARY = 640
 

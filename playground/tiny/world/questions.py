@@ -110,7 +110,8 @@ def exists(scene: Scene, rng: np.random.Generator, category: str = "", want: boo
         index = int(rng.integers(len(scene.things)))
         name = full_name(scene.things[index])
         text = f"Is there {article(name)} in the image?"
-        return Question("exists", text, "Yes", (index,), category=category, names=((name, index),))
+        alike = tuple(i for i, t in enumerate(scene.things) if full_name(t) == name)
+        return Question("exists", text, "Yes", alike, category=category, names=((name, index),))
     present = {(t.color, t.shape) for t in scene.things}
     colors, shapes = {c for c, _ in present}, {s for _, s in present}
     level = {"random": (0, 1, 2), "popular": (1,), "adversarial": (2,)}[category]
