@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 # Package -> folder, files beside its modules. The small model, the generator of its benchmarks and the scripts are
 # outside of `llava` in the repository and inside of it in an installation.
 ELSEWHERE = {
-    "llava.tiny.build": ("playground/tiny/build", ["checksums.txt"]),
+    "llava.tiny.build": ("playground/tiny/build", ["checksums.txt", "checksums_crowded.txt"]),
     "llava.tiny.world": ("playground/tiny/world", []),
     "llava.tiny.models": ("playground/tiny/models", ["tiny-llava-v1.5/*.*", "tiny-llava-v1.5/vision_tower/*"]),
     "llava.scripts": ("scripts", ["common.sh", "v1_5/eval/*.sh", "v1_6/eval/*.sh"]),

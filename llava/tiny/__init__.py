@@ -21,9 +21,13 @@ DATA = cache_folder() / "tiny" if CHECKOUT is None else FOLDER / "data"
 """Where the miniature benchmarks are made."""
 BENCHMARKS = DATA / "eval"
 """Those for LLaVA-1.5, in upstream's layout."""
+CROWDED = DATA / "eval_crowded"
+"""The same on crowded scenes; made only where somebody asks for them."""
 
 
 def make_benchmarks(folder: str | Path = BENCHMARKS) -> None:
     """Makes what is missing of the miniature benchmarks if `folder` is where they belong; `UserError` if that fails."""
     if Path(folder).resolve() == BENCHMARKS.resolve():
         importlib.import_module("llava.tiny.build.ensure").ensure(DATA)
+    elif Path(folder).resolve() == CROWDED.resolve():
+        importlib.import_module("llava.tiny.build.ensure").ensure_crowded(DATA)

@@ -219,7 +219,7 @@ def test_killed_in_the_middle_and_started_twice_at_once(tmp_path) -> None:
 def test_the_command_compares_and_writes_nothing(small, monkeypatch, capsys) -> None:
     root, checksums = small
     monkeypatch.setattr(command, "makers", making.makers)
-    monkeypatch.setattr(command, "read_checksums", lambda: files.read_checksums(checksums))
+    monkeypatch.setattr(command, "CHECKSUMS", checksums)
     making.ensure(root, checksums=checksums)
     assert command.check(root) == 5
     capsys.readouterr()

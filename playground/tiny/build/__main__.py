@@ -4,6 +4,7 @@
     python -m playground.tiny.build --check        # makes every file in memory and compares; writes nothing
     python -m playground.tiny.build --overwrite    # also replaces files that were altered
     python -m playground.tiny.build --record       # after a change of the generator: writes the new checksums
+    python -m playground.tiny.build --crowded ...  # any of these for the benchmarks on crowded scenes
 
 Scripts and tests call it before they need the data.
 """
@@ -17,25 +18,26 @@ from pathlib import Path
 from llava.utils import UserError, cli_main
 
 from .benchmarks import ROOT
-from .ensure import COMMAND, ensure, makers
-from .files import CHECKSUMS, Unreadable, checksum, read_checksums, write_checksums
+from .ensure import COMMAND, crowded_makers, ensure, ensure_crowded, makers
+from .files import CHECKSUMS, CHECKSUMS_CROWDED, Unreadable, checksum, read_checksums, write_checksums
 
 
-def check(root: Path) -> int:
+def check(root: Path, crowded: bool = False) -> int:
     """Compare files and generator with the committed checksums; returns the number of files."""
-    wanted = read_checksums()
-    make = makers()
+    checksums = CHECKSUMS_CROWDED if crowded else CHECKSUMS
+    wanted = read_checksums(checksums)
+    make = crowded_makers() if crowded else makers()
     if make.keys() != wanted.keys():
-        raise UserError(f"{CHECKSUMS}: has not the files that the generator makes; `{COMMAND} --record` writes it anew")
+        raise UserError(f"{checksums}: has not the files that the generator makes; `{COMMAND} --record` writes it anew")
     for path, digits in wanted.items():
         if checksum(path, make[path]()) != digits:
-            raise UserError(f"{path}: the generator makes something else than {CHECKSUMS.name} names")
+            raise UserError(f"{path}: the generator makes something else than {checksums.name} names")
         try:
             same = checksum(path, (root / path).read_bytes()) == digits
         except Unreadable as error:
             raise UserError(f"{root / path}: {error}") from error
         if not same:
-            raise UserError(f"{root / path}: not the content that {CHECKSUMS.name} names")
+            raise UserError(f"{root / path}: not the content that {checksums.name} names")
     return len(wanted)
 
 
@@ -48,17 +50,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     what.add_argument("--overwrite", action="store_true", help="also replace files that were altered")
     what.add_argument("--record", action="store_true", help="write the checksums of what the generator makes now")
     parser.add_argument("--quiet", action="store_true", help="say nothing where nothing is missing")
+    parser.add_argument("--crowded", action="store_true", help="the benchmarks on crowded scenes")
     args = parser.parse_args(argv)
+    checksums = CHECKSUMS_CROWDED if args.crowded else CHECKSUMS
     if args.record:
-        make = makers()
-        write_checksums((path, checksum(path, make[path]())) for path in make)
-        print(f"{len(make)} checksums in {CHECKSUMS}")
+        make = crowded_makers() if args.crowded else makers()
+        write_checksums(((path, checksum(path, make[path]())) for path in make), checksums)
+        print(f"{len(make)} checksums in {checksums}")
     elif args.check:
-        print(f"{check(args.root)} files as the generator makes them in {args.root}")
+        print(f"{check(args.root, args.crowded)} files as the generator makes them in {args.root}")
     else:
-        made = ensure(args.root, overwrite=args.overwrite)
+        made = (ensure_crowded if args.crowded else ensure)(args.root, overwrite=args.overwrite)
         if made or not args.quiet:
-            print(f"{len(read_checksums())} files in {args.root}, {made} of them made now")
+            print(f"{len(read_checksums(checksums))} files in {args.root}, {made} of them made now")
 
 
 if __name__ == "__main__":

@@ -9,9 +9,8 @@ import numpy as np
 
 from ..world import questions as q
 from ..world.scenes import WORDS, Scene
-from .items import Build, Item, distinct, dumps_lines, eval_scene, stream
+from .items import PLAIN, Build, Family, Item, distinct, dumps_lines
 
-Draw = Callable[..., Scene]
 YES_NO = "Please answer yes or no."
 GQA_KINDS: dict[str, tuple[Callable, str, str, str]] = {  # generator, structural, semantic, detailed
     "color": (q.color_of, "query", "attr", "categoryAttr"),
@@ -39,13 +38,12 @@ GQA_ORDER = (
 )
 
 
-def build_textvqa(pictures: int = 130, name_of_stream: str = "textvqa", draw: Draw = eval_scene) -> Build:
-    """Which word is on which object; ten answers per question, of which at least eight agree. `draw`: where scenes
-    come from."""
+def build_textvqa(pictures: int = 130, family: Family = PLAIN) -> Build:
+    """Which word is on which object; ten answers per question, of which at least eight agree."""
     build, lines, data = Build(), [], []
     for index in range(pictures):
-        rng = stream(name_of_stream, index)
-        scene = draw(rng, word_share=0.9)
+        rng = family.stream("textvqa", index)
+        scene = family.draw(rng, word_share=0.9)
         name = f"{int(rng.integers(1 << 62)):016x}"
         seen: set[str] = set()
         for _ in range(4):
@@ -81,14 +79,14 @@ def recombinations(scene: Scene) -> int:
     return len(colors) * len(shapes) - len({(t.color, t.shape) for t in scene.things})
 
 
-def build_pope(pictures: int = 34) -> Build:
+def build_pope(pictures: int = 34, family: Family = PLAIN) -> Build:
     """Existence: three present and three absent objects per picture and category."""
     build, lines, scenes = Build(), [], []
     for index in range(pictures):
-        rng = stream("pope", index)
-        scene = eval_scene(rng)
+        rng = family.stream("pope", index)
+        scene = family.draw(rng)
         while recombinations(scene) < 3:
-            scene = eval_scene(rng)
+            scene = family.draw(rng)
         scenes.append((f"COCO_val2014_{int(rng.integers(10**6)):012d}.png", scene, rng))
     for number, category in enumerate(("adversarial", "random", "popular")):
         labels = []
@@ -149,12 +147,12 @@ def gqa_entry(identity: str, image: str, asked: q.Question, scene: Scene) -> dic
     }
 
 
-def build_gqa(pictures: int = 90, name_of_stream: str = "gqa", draw: Draw = eval_scene) -> Build:
+def build_gqa(pictures: int = 90, family: Family = PLAIN) -> Build:
     """Six questions per picture: attributes, categories, relations, places, existence; open and binary."""
     build, lines, entries = Build(), [], {}
     for index in range(pictures):
-        rng = stream(name_of_stream, index)
-        scene, name, seen = draw(rng), f"n{100000 + 7 * index}", set()
+        rng = family.stream("gqa", index)
+        scene, name, seen = family.draw(rng), f"n{100000 + 7 * index}", set()
         for place in range(6):
             kinds = [GQA_ORDER[(6 * index + place) % len(GQA_ORDER)], "relation"]
             for kind in kinds:
@@ -203,15 +201,15 @@ def mme_pair(category: str, scene: Scene, rng: np.random.Generator) -> tuple[q.Q
     return (yes, no) if yes else None
 
 
-def build_mme(pictures: int = 52) -> Build:
+def build_mme(pictures: int = 52, family: Family = PLAIN) -> Build:
     """Five perception subtasks; two questions per picture, one Yes and one No."""
     build, lines = Build(), []
     for category in ("existence", "count", "position", "color", "OCR"):
         for index in range(pictures):
-            rng = stream("mme" + category, index)
+            rng = family.stream("mme" + category, index)
             pair = None
             while pair is None:
-                scene = eval_scene(rng)
+                scene = family.draw(rng)
                 pair = mme_pair(category, scene, rng)
             name = f"{index + 1:04d}"
             text = ""

@@ -9,20 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-
 from llava.tiny import DATA as ROOT
 
-from ..world.scenes import Scene, sample_wide
 from .arena import build_gqa, build_mme, build_pope, build_textvqa
 from .choice import build_mmbench, build_mmbench_cn, build_scienceqa, build_seed
-from .items import Build
+from .items import CROWDED, PLAIN, WIDE, Build, Family
 from .open_ended import build_llava_bench, build_mmvet
 from .short import build_vizwiz, build_vqav2
 
 DATA, DATA_WIDE, DATA_DRIVE = ROOT / "eval", ROOT / "eval_wide", ROOT / "eval_drive"
+DATA_CROWDED = ROOT / "eval_crowded"
 ARENA = ("textvqa", "pope", "gqa", "mme")
-BUILDERS: dict[str, Callable[[], Build]] = {
+BUILDERS: dict[str, Callable[..., Build]] = {
     "textvqa": build_textvqa,
     "pope": build_pope,
     "gqa": build_gqa,
@@ -38,21 +36,21 @@ BUILDERS: dict[str, Callable[[], Build]] = {
 }
 
 
-def build_all(names: tuple[str, ...] = tuple(BUILDERS)) -> Build:
-    """Several benchmarks in one."""
+def build_all(names: tuple[str, ...] = tuple(BUILDERS), family: Family = PLAIN) -> Build:
+    """Several benchmarks in one, on one family of scenes."""
     total = Build()
     for name in names:
-        total.add(BUILDERS[name]())
+        total.add(BUILDERS[name](family=family))
     return total
 
 
 def build_wide() -> Build:
     """TextVQA and GQA on wide, tall and large pictures, for the tiny LLaVA-1.6."""
-    total = build_textvqa(30, "wide-textvqa", wide_scene)
-    total.add(build_gqa(30, "wide-gqa", wide_scene))
+    total = build_textvqa(30, WIDE)
+    total.add(build_gqa(30, WIDE))
     return total
 
 
-def wide_scene(rng: np.random.Generator, word_share: float = 0.6) -> Scene:
-    """Five to eight objects, from the evaluation half."""
-    return sample_wide(rng, 5, 8, held_out=True, word_share=word_share)
+def build_crowded(names: tuple[str, ...] = tuple(BUILDERS)) -> Build:
+    """The same benchmarks on crowded scenes."""
+    return build_all(names, CROWDED)

@@ -11,7 +11,7 @@ import numpy as np
 from ..world import chinese, formats
 from ..world import questions as q
 from ..world.scenes import Scene
-from .items import Build, Item, distinct, dumps_lines, eval_scene, stream
+from .items import PLAIN, Build, Family, Item, distinct, dumps_lines
 
 LETTERS = "ABCD"
 ROTATION = 1_000_000
@@ -72,7 +72,7 @@ def draw(
     raise AssertionError("no lettered question fits this scene")
 
 
-def build_scienceqa(pictures: int = 60, texts: int = 60) -> Build:
+def build_scienceqa(pictures: int = 60, texts: int = 60, family: Family = PLAIN) -> Build:
     """Two questions per picture and some without one; a third of them has a context."""
     build, problems, lines = Build(), {}, []
     numbers = np.random.default_rng([1701, 4]).permutation(20_000)
@@ -112,8 +112,8 @@ def build_scienceqa(pictures: int = 60, texts: int = 60) -> Build:
 
     seen_texts: set[str] = set()
     for index in range(pictures):
-        rng = stream("scienceqa", index)
-        scene, seen = eval_scene(rng), set()
+        rng = family.stream("scienceqa", index)
+        scene, seen = family.draw(rng), set()
         for place in range(2):
             add(draw(formats.CHOICES, KINDS[(2 * index + place) % len(KINDS)], scene, rng, seen), scene, rng)
         if index < texts:
@@ -129,7 +129,12 @@ def build_scienceqa(pictures: int = 60, texts: int = 60) -> Build:
 
 
 def _mmbench(
-    name: str, path: str, pictures: int, choices: dict[str, Callable], hinted: Callable[..., q.Question]
+    name: str,
+    path: str,
+    pictures: int,
+    choices: dict[str, Callable],
+    hinted: Callable[..., q.Question],
+    family: Family,
 ) -> Build:
     """Two questions per picture; every question once more per further rotation of its options, as in the dev file.
 
@@ -137,8 +142,8 @@ def _mmbench(
     """
     build, rows, rotated = Build(), [], []
     for index in range(pictures):
-        rng = stream(name, index)
-        scene, seen = eval_scene(rng), set()
+        rng = family.stream(name, index)
+        scene, seen = family.draw(rng), set()
         for place in range(2):
             asked = draw(choices, KINDS[(2 * index + place) % len(KINDS)], scene, rng, seen)
             if rng.random() < 0.25:
@@ -170,24 +175,24 @@ def _mmbench(
     return build
 
 
-def build_mmbench() -> Build:
+def build_mmbench(family: Family = PLAIN) -> Build:
     """80 questions on 40 pictures."""
-    return _mmbench("mmbench", "mmbench/mmbench_dev_20230712.tsv", 40, formats.CHOICES, formats.hinted)
+    return _mmbench("mmbench", "mmbench/mmbench_dev_20230712.tsv", 40, formats.CHOICES, formats.hinted, family)
 
 
-def build_mmbench_cn() -> Build:
+def build_mmbench_cn(family: Family = PLAIN) -> Build:
     """60 questions in Chinese on 30 pictures."""
-    return _mmbench("mmbench_cn", "mmbench_cn/mmbench_dev_cn_20231003.tsv", 30, chinese.CHOICES, chinese.hinted)
+    return _mmbench("mmbench_cn", "mmbench_cn/mmbench_dev_cn_20231003.tsv", 30, chinese.CHOICES, chinese.hinted, family)
 
 
-def build_seed(pictures: int = 40) -> Build:
+def build_seed(pictures: int = 40, family: Family = PLAIN) -> Build:
     """Four questions with four options each per picture; the picture part only. As in the real one, image files have
     no suffix."""
     build, lines, entries = Build(), [], []
     choices = {kind: formats.CHOICES[kind] for kind in SEED_KINDS}
     for index in range(pictures):
-        rng = stream("seed_bench", index)
-        scene, seen = eval_scene(rng), set()
+        rng = family.stream("seed_bench", index)
+        scene, seen = family.draw(rng), set()
         data_id = f"{1_000_000 + 37 * index}_{int(rng.integers(10**9)):09d}"
         for place in range(4):
             kind = tuple(SEED_KINDS)[(4 * index + place) % len(SEED_KINDS)]

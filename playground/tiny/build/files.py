@@ -21,6 +21,7 @@ from ..world.scenes import Scene, render
 from .items import Build
 
 CHECKSUMS = Path(__file__).resolve().parent / "checksums.txt"
+CHECKSUMS_CROWDED = CHECKSUMS.with_name("checksums_crowded.txt")
 DIGITS = 16
 """Hexadecimal digits of a SHA-256 that are kept: 64 bits, enough against accidents."""
 HEADER = f"# {DIGITS} digits of SHA-256 of text or pixels, path; written by python -m playground.tiny.build --record\n"

@@ -14,7 +14,8 @@ import numpy as np
 
 from ..world import questions as q
 from ..world.cameras import View
-from ..world.scenes import Scene, sample_scene
+from ..world.crowded import sample_crowd
+from ..world.scenes import Scene, sample_scene, sample_wide
 
 
 @dataclass
@@ -26,6 +27,10 @@ class Item:
     line: dict
     scene: Scene | None
     question: q.Question
+
+    def __post_init__(self) -> None:
+        if self.scene is not None and not self.scene.fits(self.question.asked):
+            raise AssertionError(f"{self.benchmark}, {self.image}: {self.question.question!r} needs too many patches")
 
 
 @dataclass
@@ -44,6 +49,18 @@ class Build:
         self.items += other.items
 
 
+@dataclass(frozen=True)
+class Family:
+    """A family of scenes: what draws one of the evaluation half, and how the names of its random streams begin."""
+
+    draw: Callable[..., Scene]
+    prefix: str = ""
+
+    def stream(self, name: str, index: int) -> np.random.Generator:
+        """The random stream of one evaluation picture."""
+        return stream(self.prefix + name, index)
+
+
 def stream(name: str, index: int) -> np.random.Generator:
     """The random stream of one evaluation picture (training streams start with another number)."""
     return np.random.default_rng([1701, zlib.crc32(name.encode()), index])
@@ -52,6 +69,21 @@ def stream(name: str, index: int) -> np.random.Generator:
 def eval_scene(rng: np.random.Generator, word_share: float = 0.6) -> Scene:
     """Five or six objects, from the evaluation half."""
     return sample_scene(rng, 5, 6, held_out=True, word_share=word_share)
+
+
+def crowd_scene(rng: np.random.Generator, word_share: float = 0.6) -> Scene:
+    """A crowded scene, from the evaluation half."""
+    return sample_crowd(rng, held_out=True, word_share=word_share)
+
+
+def wide_scene(rng: np.random.Generator, word_share: float = 0.6) -> Scene:
+    """Five to eight objects on a large picture, from the evaluation half."""
+    return sample_wide(rng, 5, 8, held_out=True, word_share=word_share)
+
+
+PLAIN = Family(eval_scene)
+CROWDED = Family(crowd_scene, "crowded-")
+WIDE = Family(wide_scene, "wide-")
 
 
 def distinct(make: Callable[[], q.Question | None], seen: set[str], tries: int = 60) -> q.Question | None:

@@ -13,7 +13,7 @@ import numpy as np
 from ..world import formats
 from ..world import questions as q
 from ..world.scenes import Scene
-from .items import Build, Item, distinct, dumps_lines, eval_scene, stream
+from .items import PLAIN, Build, Family, Item, distinct, dumps_lines
 
 ORDER = ("color", "word", "relation", "word_color", "count", "sum", "animal", "shape", "color", "describe")
 BENCH_KINDS = {"conv": ("word_color", "relation", "count"), "detail": ("describe",), "complex": ("sum", "animal")}
@@ -37,12 +37,12 @@ def draw(kinds: tuple[str, ...], scene: Scene, rng: np.random.Generator, seen: s
     raise AssertionError("no open question fits this scene")
 
 
-def build_mmvet(pictures: int = 60) -> Build:
+def build_mmvet(pictures: int = 60, family: Family = PLAIN) -> Build:
     """Two questions per picture, every question with a picture file of its own."""
     build, lines, truth = Build(), [], {}
     for index in range(pictures):
-        rng = stream("mm-vet", index)
-        scene, seen = eval_scene(rng), set()
+        rng = family.stream("mm-vet", index)
+        scene, seen = family.draw(rng), set()
         for place in range(2):
             kind, asked = draw((ORDER[(2 * index + place) % len(ORDER)], "color", "word"), scene, rng, seen)
             number = len(lines)
@@ -63,15 +63,15 @@ def build_mmvet(pictures: int = 60) -> Build:
     return build
 
 
-def build_llava_bench(pictures: int = 12) -> Build:
+def build_llava_bench(pictures: int = 12, family: Family = PLAIN) -> Build:
     """A short, a describing and a reasoning question per picture, with captions and reference answers."""
     build, lines, context, reference = Build(), [], [], []
     folder = "llava-bench-in-the-wild"
     for index in range(pictures):
-        rng = stream("llava-bench", index)
-        scene, seen = eval_scene(rng), set()
+        rng = family.stream("llava-bench", index)
+        scene, seen = family.draw(rng), set()
         name = f"{index + 1:03d}.png"
-        caption = formats.describe(scene, rng).answer
+        caption = formats.caption(scene, rng)
         context.append({"id": f"{index + 1:03d}", "image": name, "caption": caption})
         for category, kinds in BENCH_KINDS.items():
             start = index % len(kinds)

@@ -7,12 +7,13 @@ The servers of the real ones keep theirs; here it lies beside the questions, in 
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import numpy as np
 
 from ..world import formats
 from ..world import questions as q
-from .items import Build, Item, distinct, dumps_lines, eval_scene, stream
+from .items import CROWDED, PLAIN, Build, Family, Item, distinct, dumps_lines
 
 VQA_KINDS = {  # generator, answer type, how VQA names the kind of question: its first words
     "exists": (q.exists, "yes/no", "is there a"),
@@ -23,6 +24,9 @@ VQA_KINDS = {  # generator, answer type, how VQA names the kind of question: its
     "choose_color": (q.choose_color, "other", "is the"),
     "where": (q.where, "other", "is the"),
 }
+
+IN_CROWDS = {"digit": (q.digit_on, "other", "what"), "word": (partial(q.word_on, ocr=False), "other", "what")}
+"""Kinds that VQAv2 has in crowds beside those."""
 
 
 def ten_answers(answer: str, kind: str, rng: np.random.Generator) -> list[str]:
@@ -38,17 +42,18 @@ def confidence(answer: str, right: str, rng: np.random.Generator) -> str:
     return "yes" if answer == right.lower() or rng.integers(2) else "maybe"
 
 
-def build_vqav2(pictures: int = 40, others: int = 20) -> Build:
+def build_vqav2(pictures: int = 40, others: int = 20, family: Family = PLAIN) -> Build:
     """Five questions per picture of test-dev; test2015 has more questions, which nobody answers (as on the server)."""
     build, dev, whole, asked_of, truth = Build(), [], [], [], []
-    kinds = list(VQA_KINDS)
+    able = VQA_KINDS | (IN_CROWDS if family is CROWDED else {})
+    kinds = list(able)
     for index in range(pictures + others):
-        rng = stream("vqav2", index)
-        scene, seen = eval_scene(rng), set()
+        rng = family.stream("vqav2", index)
+        scene, seen = family.draw(rng), set()
         image_id = 100 + 13 * index
         name = f"COCO_test2015_{image_id:012d}.png"
         for place in range(5):
-            make, answer_type, question_type = VQA_KINDS[kinds[(5 * index + place) % len(kinds)]]
+            make, answer_type, question_type = able[kinds[(5 * index + place) % len(kinds)]]
             asked = distinct(lambda: make(scene, rng), seen)  # noqa: B023
             if asked is None:
                 continue
@@ -91,12 +96,12 @@ def build_vqav2(pictures: int = 40, others: int = 20) -> Build:
     return build
 
 
-def build_vizwiz(pictures: int = 50) -> Build:
+def build_vizwiz(pictures: int = 50, family: Family = PLAIN) -> Build:
     """Three questions per picture, about two fifths of them unanswerable."""
     build, lines, truth = Build(), [], []
     for index in range(pictures):
-        rng = stream("vizwiz", index)
-        scene, seen = eval_scene(rng), set()
+        rng = family.stream("vizwiz", index)
+        scene, seen = family.draw(rng), set()
         for place in range(3):
             able = rng.random() >= 0.4
             asked = distinct(lambda: (formats.vizwiz if able else formats.unanswerable)(scene, rng), seen)  # noqa: B023

@@ -303,6 +303,15 @@ def describe(scene: Scene, rng: np.random.Generator) -> Question | None:
     )
 
 
+def caption(scene: Scene, rng: np.random.Generator) -> str:
+    """What a reader of answers is told about the picture: all objects, of a crowd their number."""
+    described = describe(scene, rng)
+    if described is not None:
+        return described.answer
+    words = sum(thing.word >= 0 for thing in scene.things)
+    return f"There are {len(scene.things)} objects, {words} of them with a word."
+
+
 OPEN: dict[str, tuple[Callable[..., Question | None], tuple[str, ...]]] = {  # generator, MM-Vet's capabilities
     "color": (open_color, ("rec",)),
     "word": (open_word, ("ocr",)),
