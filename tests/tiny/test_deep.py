@@ -104,9 +104,8 @@ def test_a_run_goes_on_where_it_stopped(shallow: TinyLlava, tmp_path, monkeypatc
     monkeypatch.setattr(deep, "WATCH", (2, 4, 6, 8))
     monkeypatch.setattr(deep, "OPTIONS", (1, 6, 9))
     model = TinyLlava(12)
-    snapshot = tmp_path / "weights.pt"
     kwargs = {"minutes": 1000.0, "batch": 1, "stop_after": 1e-9, "precise": True}
-    deep.train_deep(model, tmp_path, **{**kwargs, "stop_after": 0.5}, snapshot=snapshot)
+    deep.train_deep(model, tmp_path, **{**kwargs, "stop_after": 0.5})
     state = torch.load(tmp_path / deep.STATE)
     assert state["step"] >= 1 and state["spent"] > 0
     other = TinyLlava(12)
@@ -117,5 +116,5 @@ def test_a_run_goes_on_where_it_stopped(shallow: TinyLlava, tmp_path, monkeypatc
         assert torch.equal(again["model"][name], value), name
     for old, new in zip(state["optimizers"][0]["buffers"], again["optimizers"][0]["buffers"], strict=True):
         assert torch.equal(old, new) and old.abs().max() > 0
-    taken = torch.load(snapshot)["model"]
+    taken = torch.load(tmp_path / deep.WEIGHTS)["model"]
     assert all(torch.equal(taken[k].float(), v.half().float()) for k, v in state["model"].items())

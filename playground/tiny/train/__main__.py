@@ -94,7 +94,6 @@ def main() -> None:
     deep.add_argument("--batch", type=int, default=4, help="pictures in a step")
     deep.add_argument("--workers", type=int, default=0, help="processes that draw pictures and questions; 0: none")
     deep.add_argument("--stop-after", type=float, default=float("inf"), help="end this run after so many seconds")
-    deep.add_argument("--snapshot", type=Path, help="file that gets the weights alone, in fp16, as often as the state")
     args = parser.parse_args()
     folder = args.folder if args.stage in ("sight", "deep") else RUNS
     needed = STAGES[args.stage] + ((f"{args.stage}.pt",) if args.resume else ())
@@ -134,7 +133,6 @@ def main() -> None:
             workers=args.workers,
             compiled=args.compile,
             stop_after=args.stop_after,
-            snapshot=args.snapshot,
             run=args.run,
             precise=args.precise,
         )

@@ -31,7 +31,7 @@ PLACES = (0, 5, 10, 12, 14, 16, 18, 20, 22, 25, 28, 31)
 WATCH, OPTIONS = (10, 14, 18, 22), (5, 18, 25)
 """Guided layers (`guidance.forward`): the places of layers 2, 4, 6, 8 and 1, 6, 9, which are guided in the shallow
 decoder."""
-STATE = "deep.pt"
+STATE, WEIGHTS = "deep.pt", "deep_weights.pt"
 
 
 def deepen(decoder: LlamaForCausalLM, layers: int = LAYERS, places: tuple[int, ...] = PLACES) -> LlamaForCausalLM:
@@ -168,17 +168,15 @@ def train_deep(
     workers: int = 0,
     compiled: bool = False,
     stop_after: float = 1e9,
-    snapshot: Path | None = None,
     seeing: float = 0.5,
     run: int = 0,
     precise: bool = False,
 ) -> None:
     """Train for `minutes` in all, however many runs they are spread over; `folder/deep.pt` has all that a run needs to
-    go on, and is written every two minutes.
+    go on, `folder/deep_weights.pt` the weights alone in fp16, and both are written every two minutes.
 
     Args:
         stop_after: seconds after which this run ends; the next goes on from there.
-        snapshot: file that gets the weights alone, in fp16, as often.
         seeing: share of the time during which the tower learns too (by the losses of the heads only).
         run: number of the run; chooses the random stream.
         precise: fp32 instead of bf16.
@@ -203,8 +201,8 @@ def train_deep(
     def keep() -> None:
         seconds = spent + time.time() - began
         save(path, model, optimizers, spent=seconds, step=step)
-        if snapshot is not None:
-            save_state(snapshot, model={k: v.half().cpu() for k, v in model.state_dict().items()}, layers=LAYERS)
+        half = {name: value.half().cpu() for name, value in model.state_dict().items()}
+        save_state(folder / WEIGHTS, model=half, layers=LAYERS)
 
     said = (1, 5, 10, 20)
     while (progress := (spent + time.time() - began) / (60 * minutes)) < 1 and time.time() - began < stop_after:
