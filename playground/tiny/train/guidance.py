@@ -113,8 +113,9 @@ def guide(
                 chosen_options.append([row_index, places["ABCD".index(question.answer)][0]])
             meanings += [[base + ends[end], first_token(english)] for end, english in words_of(question)]
             start += len(text.tail_ids(question.text, question.answer, question.picture)[0])
-    batch.names, batch.named = torch.tensor(names), torch.from_numpy(np.stack(named))
-    batch.whole = torch.from_numpy(np.stack(whole))
+    none = np.zeros((0, length), dtype=bool)
+    batch.names = torch.tensor(names, dtype=torch.long)
+    batch.named, batch.whole = (torch.from_numpy(np.stack(marks) if marks else none) for marks in (named, whole))
     batch.pairs = torch.tensor(pairs).view(-1, 3)
     batch.sides = torch.tensor(sides).view(-1, 2)
     batch.letters = torch.tensor(letters).view(-1, 2)
@@ -192,9 +193,10 @@ def losses(
     loss = F.cross_entropy(logits, batch.targets)
     if watch is not None:
         first, second = (layers[i].self_attn for i in watch[:2])
+        whole = batch.named if batch.whole is None else batch.whole
         loss = loss + weight * looking_loss(first, watched[watch[0]], batch, batch.names, batch.named)
         loss = loss + weight * looking_loss(second, watched[watch[1]], batch, batch.rows, batch.asked)
-        loss = loss + weight * looking_loss(second, watched[watch[1]], batch, batch.names, batch.whole)
+        loss = loss + weight * looking_loss(second, watched[watch[1]], batch, batch.names, whole)
         if len(watch) > 3 and len(batch.sides):
             loss = loss + 3 * weight * saying_loss(decoder, outputs[watch[3]], batch.sides)
         if batch.counted is not None:
@@ -244,7 +246,8 @@ def looking_loss(
     visual = (batch.visual >= 0)[sample][:, None]
     every = scores.masked_fill(~visual, -1e9).logsumexp(-1)
     there = scores.masked_fill(~asked[:, None], -1e9).logsumexp(-1)
-    return (every - there).mean()
+    missing = every - there
+    return missing.sum() / max(1, missing.numel())  # a small batch may name nothing
 
 
 def head_scores(attention: torch.nn.Module, given: dict, batch: Pack, rows: torch.Tensor, heads: slice) -> torch.Tensor:

@@ -42,7 +42,7 @@ class Pack:
         counted: for questions about a number, the flat index of the answering place [n] and bool [n, L]: the centers of
             the objects to count, and BOS. Their true number is in sides.
         names, named: like rows and asked for the last token of every phrase that names an object; in a crowd the part
-            of the object that the phrase speaks of. whole: the whole object.
+            of the object that the phrase speaks of. whole: the whole object, if that is more.
         prefix: where questions begin if all rows have room for a whole picture before them, else 0.
         letters: [n, 2], for every option of a lettered question the flat indices of its last token and of its letter.
         lettered: [n, 2], the last token of every option and the token that answers with its letter.
