@@ -38,6 +38,7 @@ FOREIGN = {
 # Options that name what is read, or no path at all; whoever adds an option to a parser says here that it writes
 # nothing, or gives it a kind. (--results-dir of the benchmarks: they replace a file only by a repetition of itself.)
 PATHS_THAT_ARE_READ = {
+    "draw",
     "take",
     *("truth", "gpt_scores", "qa", "image_root", "scenes_file", "gt_dir", "infos", "view_budget"),
     *("model_path", "model_base", "image_folder", "image_file", "question_file", "annotation_file", "annotation_dir"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from playground.tiny.build.benchmarks import build_gqa
 from playground.tiny.build.items import CROWDED, PLAIN, Item
@@ -73,8 +74,19 @@ def test_selectors_keep_what_they_say(items: list[Item]) -> None:
         (["--budgets", "64,none"], "--budgets"),
         (["--budgets", "0"], "--budgets"),
         (["--questions", "0"], "--questions"),
+        (["--draw", "record.json"], "--figure"),
         (["--model-path", "/nowhere"], "/nowhere"),
     ],
 )
 def test_wrong_input_is_one_line(arguments: list[str], named: str, capsys) -> None:
     fails_with_one_line(oracles.main, arguments, capsys, named)
+
+
+def test_the_picture_is_drawn_from_a_record(tmp_path, capsys) -> None:
+    record, picture = tmp_path / "record.json", tmp_path / "layers.png"
+    record.write_text('{"layers": [[0.1, 0.2], [0.6, 0.3]]}')
+    oracles.main(["--draw", str(record), "--figure", str(picture)])
+    with Image.open(picture) as drawn:
+        assert drawn.width > drawn.height > 100 and len(drawn.convert("RGB").getcolors(1 << 20)) > 10
+    record.write_text("{}")
+    fails_with_one_line(oracles.main, ["--draw", record, "--figure", tmp_path / "b.png"], capsys, record, "--layers")

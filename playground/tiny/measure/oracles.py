@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from llava.eval.common.arguments import Parser
-from llava.eval.common.jsonio import write_json
-from llava.eval.common.outputs import JsonObject
+from llava.eval.common.jsonio import read_json, write_json
+from llava.eval.common.outputs import PICTURE, JsonObject
 from llava.utils import UserError, cli_main
 from playground.tiny.build.benchmarks import ARENA, build_all
 from playground.tiny.build.items import CROWDED, PLAIN, Item
@@ -182,8 +182,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--budgets", default="64,32,16", help="tokens into the decoder, by commas (%(default)s)")
     parser.add_argument("--questions", type=int, help="about so many questions of every benchmark (default: all)")
     parser.add_argument("--layers", action="store_true", help="also where text looks in every layer")
+    parser.add_argument("--draw", type=Path, help="measure nothing: draw `layers` of such a record as --figure")
+    parser.add_argument("--figure", type=PICTURE, help="picture of where text looks in every layer")
     parser.add_argument("--output", type=RECORD, help="JSON file for the figures (default: only printed)")
     args = parser.parse_args(argv)
+    if args.figure:
+        PICTURE.check(Path(args.figure))
+    if args.draw:
+        if not args.figure:
+            raise UserError("--draw: needs --figure, the picture to draw")
+        draw_layers(read_json(args.draw, "figures of the oracles").get("layers"), Path(args.figure), str(args.draw))
+        return
     try:
         budgets = [int(budget) for budget in args.budgets.split(",")]
     except ValueError:
@@ -199,12 +208,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, start = load(args.model_path), time.time()
     groups = pictures_of(build_all(ARENA, CROWDED if args.crowded else PLAIN).items, args.questions)
     record = measure(model, groups, budgets, lambda line: print(line, flush=True))
-    if args.layers:
+    if args.layers or args.figure:
         record["layers"] = looking(model, groups[:: max(1, len(groups) // 40)])
     record["measured"] = {"seconds": round(time.time() - start), "threads": torch.get_num_threads()}
     if args.output:
         write_json(Path(args.output), record)
+    if args.figure:
+        draw_layers(record["layers"], Path(args.figure), "this run")
     print(table(record, budgets))
+
+
+def draw_layers(layers: list[list[float]] | None, path: Path, source: str) -> None:
+    """The picture of `looking`: bars per layer, for the answering place and for names."""
+    if not layers:
+        raise UserError(f"{source}: has no `layers`; measure with --layers")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.subplots()
+    place = np.arange(len(layers))
+    for column, (label, color) in enumerate(
+        (("answering place, on what is asked about", "tab:blue"), ("names, on what they name", "tab:orange"))
+    ):
+        axes.bar(place + 0.4 * column - 0.2, [100 * row[column] for row in layers], 0.4, label=label, color=color)
+    axes.set(xlabel="decoder layer", ylabel="% of attention to the picture", xlim=(-1, len(layers)), ylim=(0, 100))
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=110)
 
 
 def table(record: dict, budgets: Sequence[int]) -> str:
