@@ -19,7 +19,7 @@ def shallow() -> TinyLlava:
 
 @pytest.fixture(scope="module")
 def batch() -> crowd.Batch:
-    return crowd.draw_batch(np.random.default_rng(5), 3, (extend.mixture(), crowd.crowd_mixture()), crowded=0.6)
+    return crowd.draw_batch(np.random.default_rng(5), 2, (extend.mixture(), crowd.crowd_mixture()), crowded=0.6)
 
 
 @torch.no_grad()
@@ -84,8 +84,8 @@ def test_batched_muon_is_that_of_torch() -> None:
 def test_a_batch_has_one_shape_and_points_at_what_it_asks_about(batch: crowd.Batch) -> None:
     pixels, labels, data = batch
     prefix, tail = crowd.room()
-    assert data.ids.shape == (3, prefix + tail) and data.prefix == prefix
-    assert pixels.dtype == torch.uint8 and labels.shape == (3, 6, 576)
+    assert data.ids.shape == (2, prefix + tail) and data.prefix == prefix
+    assert pixels.dtype == torch.uint8 and labels.shape == (2, 6, 576)
     assert (data.rows % (prefix + tail) >= prefix).all()
     assert (data.visual[:, prefix:] == -1).all()
     shown = (labels[:, 0] > 0) | (labels[:, 2] > 0)
