@@ -34,8 +34,8 @@ TABLES = outputs.Text("tables of benchmark results", r"# Results")
 PLOTS = outputs.OutputFolder({"*--*.png": outputs.Picture("a plot of a saved result", SOURCE.encode())})
 _TARGETS = (
     "Figures of AutoPrune by budget (target tokens), computed from the results below, on every hardware that they were "
-    "measured on. CPU targets: geometry cpu-1024x24, float32, sdpa, fixed allocator unless said otherwise; GPU: "
-    "bfloat16, sdpa."
+    "measured on. CPU targets: geometry cpu-1024x24 or cpu-qwen-1024x24, float32, sdpa, fixed allocator unless said "
+    "otherwise; GPU: bfloat16, sdpa."
 )
 
 
