@@ -185,6 +185,10 @@ def new_cache() -> DynamicCache:
     return DynamicCache()
 
 
+DYNAMIC_CACHES = (None, "dynamic", "dynamic_full")
+"""Values of ``cache_implementation`` that give every layer a length of its own."""
+
+
 def check_cache(cache: Cache) -> None:
     """Refuse caches whose layers cannot hold different lengths.
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, LlavaForConditionalGeneration
 
-from llava.compat import execution_device
+from llava.compat import DYNAMIC_CACHES, execution_device
 from llava.mm_utils import padding_mask, padding_share
 from llava.model.assemble import MERGE_TYPES, arrangement_of
 from llava.model.configuration import LlavaConfig
@@ -44,8 +44,6 @@ from llava.model.visual_tokens import encode_images
 from llava.pruning.engine.layout import VisualLayout
 from llava.pruning.engine.notices import say
 from llava.utils import UserError
-
-DYNAMIC_CACHES = (None, "dynamic", "dynamic_full")
 
 
 class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):

@@ -276,7 +276,6 @@ class PruningRun:
                 last, states = decode(self.decoder, embeds, past_key_values, self._keeps_states(kwargs))
                 return self._output(last, past_key_values, states, kwargs)
 
-            added = deepstack_features(self.decoder, kwargs, given) if self._prunes else None
             told = self._take_told()
             if told.width is not None and told.width < width and self._prunes:
                 self._told.prompts = replace(told, width=None)
@@ -284,6 +283,7 @@ class PruningRun:
                                  inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs)  # fmt: skip
                 cache = compat.new_cache() if past_key_values is None else past_key_values
                 return prompt_then_guesses(self._forward, told.width, cache, given_all)
+            added = deepstack_features(self.decoder, kwargs, given) if self._prunes else None
             layout, repeats = repeated(told.layout, batch)
             prunes = self._prunes and any(layout.counts)
             if self._prunes:

@@ -159,7 +159,7 @@ def check_generation(given: Mapping[str, Any], configs: Iterable[Any]) -> None:
     if option("prefill_chunk_size"):
         raise UnsupportedError("prefill_chunk_size: a prompt that comes in chunks cannot be pruned")
     implementation = option("cache_implementation")
-    if implementation not in (None, "dynamic", "dynamic_full"):
+    if implementation not in compat.DYNAMIC_CACHES:
         raise UnsupportedError(
             f"cache_implementation={implementation!r} cannot be used with pruning: layers keep different numbers of "
             "tokens, which needs the plain dynamic cache; leave it unset"
