@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from llava.eval.answering.sums import TokenTotals, token_counts
 from llava.utils import UserError
 
 if TYPE_CHECKING:
@@ -58,25 +59,28 @@ class Tally:
     """Sums over the traces of many prompts, which are not kept."""
 
     def __init__(self) -> None:
-        self.asked = self.samples = 0  # the latter with a picture
-        self._sums = {"visual_tokens": 0.0, "tokens_nominal": 0.0, "tokens_processed": 0.0, "flops_ratio": 0.0}
+        self.asked, self.totals = 0, TokenTotals()
+
+    @property
+    def samples(self) -> int:
+        """How many prompts had a picture."""
+        return self.totals.with_image
 
     def take(self, run: Any) -> None:
-        """Counts the traces of a run and clears them; prompts without a picture do not count."""
+        """Counts the traces of a run and clears them."""
         self.asked += len(run.traces)
         for trace in run.traces:
-            if trace.visual_tokens:
-                self.samples += 1
-                self._sums["visual_tokens"] += trace.visual_tokens
-                self._sums["tokens_nominal"] += trace.mean_tokens("nominal")
-                self._sums["tokens_processed"] += trace.mean_tokens("processed")
-                self._sums["flops_ratio"] += trace.flops() / trace.dense_flops()
+            self.totals.add(token_counts(trace))
         run.traces.clear()
         run.prefill_seconds.clear()
 
     def means(self) -> dict[str, float]:
-        """Means per prompt with a picture; empty if there was none."""
-        return {name: total / self.samples for name, total in self._sums.items()} if self.samples else {}
+        """Means per prompt with a picture, and FLOPs of all prompts relative to dense; empty without a picture."""
+        means = self.totals.means()
+        if means is None:
+            return {}
+        tokens = {"visual_tokens": means["visual"], **{f"tokens_{k}": means[k] for k in ("nominal", "processed")}}
+        return {**tokens, "flops_ratio": self.totals.flops_ratio() or 1.0}
 
 
 @contextmanager

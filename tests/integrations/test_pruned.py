@@ -52,7 +52,7 @@ def test_answers_are_those_of_the_method_and_are_counted(model, inputs):
     with attached(method, model, tally):
         assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), expected)
         model.generate(**inputs, max_new_tokens=1, do_sample=False)
-    assert tally.samples == 2 * len(traces)
+    assert tally.asked == tally.samples == 2 * len(traces)
     means = tally.means()
     assert means["tokens_nominal"] == means["tokens_processed"] == 3
     assert means["visual_tokens"] == sum(trace.visual_tokens for trace in traces) / len(traces)

@@ -12,12 +12,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from llava.eval.answering.answer_file import AnswerFile, TraceFile
 from llava.eval.answering.metadata import RunMetadata, describe_run, make_room, read_metadata
 from llava.eval.answering.progress import Progress
+from llava.eval.answering.sums import TokenTotals, token_counts
 from llava.eval.common.questions import Question
 from llava.utils import INCOMPLETE_STATUS, UserError, visible
 
@@ -81,43 +82,17 @@ class Interrupts:
 
 @dataclass
 class Statistics:
-    """Running sums over answered samples. Token means are over samples with an image."""
+    """What this process has answered so far."""
 
     samples: int = 0
-    with_image: int = 0
-    nominal: float = 0.0
-    processed: float = 0.0
-    visual: int = 0
-    flops: float = 0.0
-    dense_flops: float = 0.0
     prefill_seconds: float = 0.0
-    seconds: float = 0.0
+    tokens: TokenTotals = field(default_factory=TokenTotals)
 
-    def add(self, answer: Any) -> None:
+    def add(self, answer: Any, counts: Mapping[str, Any]) -> None:
+        """Counts an answer and the tokens of its sample."""
         self.samples += 1
         self.prefill_seconds += answer.prefill_seconds
-        self.seconds += answer.seconds
-        self.flops += answer.trace.flops()
-        self.dense_flops += answer.trace.dense_flops()
-        if answer.trace.visual_tokens:
-            self.with_image += 1
-            self.visual += answer.trace.visual_tokens
-            self.nominal += answer.trace.mean_tokens("nominal")
-            self.processed += answer.trace.mean_tokens("processed")
-
-    def means(self) -> dict[str, float]:
-        """Means per sample: tokens (nominal, processed, visual: before pruning), flops_ratio (0 to 1, decoder
-        prefill), prefill_ms, seconds.
-        """
-        images, samples = max(self.with_image, 1), max(self.samples, 1)
-        return {
-            "nominal": self.nominal / images,
-            "processed": self.processed / images,
-            "visual": self.visual / images,
-            "flops_ratio": self.flops / self.dense_flops if self.dense_flops else 1.0,
-            "prefill_ms": 1000 * self.prefill_seconds / samples,
-            "seconds": self.seconds / samples,
-        }
+        self.tokens.add(counts)
 
 
 class Evaluation:
@@ -232,9 +207,10 @@ class Evaluation:
                 for answer in stream:
                     with interrupts.held():
                         self.traces.append(answer)
-                        self.answers.append(answer.question, answer.text, token_summary(answer.trace))
-                        self.statistics.add(answer)
-                    progress.advance(self.statistics.means()["nominal"] if self.statistics.with_image else None)
+                        counts = token_counts(answer.trace)
+                        self.answers.append(answer.question, answer.text, counts)
+                        self.statistics.add(answer, counts)
+                    progress.advance((self.statistics.tokens.means() or {}).get("nominal"))
                     if time.perf_counter() - self._saved > METADATA_INTERVAL:
                         self.save_metadata()
 
@@ -312,17 +288,6 @@ def other_chunk(answers_file: Any, others: int) -> str:
     )
 
 
-def token_summary(trace: Any) -> dict[str, Any]:
-    """What an answer's metadata says about the tokens of its sample."""
-    return {
-        "visual": trace.visual_tokens,
-        "nominal": round(trace.mean_tokens("nominal"), 3),
-        "processed": round(trace.mean_tokens("processed"), 3),
-        "flops": trace.flops(),
-        "dense_flops": trace.dense_flops(),
-    }
-
-
 def describe_device(device: Any) -> str:
     """The name of the GPU, or the kind of device."""
     import torch
@@ -330,18 +295,19 @@ def describe_device(device: Any) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def summary_lines(statistics: Any, total: int, seconds: float, batch_size: int) -> list[str]:
+def summary_lines(statistics: Statistics, total: int, seconds: float, batch_size: int) -> list[str]:
     """Counts, time and tokens of the answers of this process."""
     lines = [
         f"answered {statistics.samples} of {total} questions in {seconds:.1f} s"
         f" ({statistics.samples / max(seconds, 1e-9):.2f} questions/s, batch size {batch_size})"
     ]
     if statistics.samples:
-        means = statistics.means()
-        lines.append(f"prefill: {means['prefill_ms']:.1f} ms per sample (decoder, with selection)")
-        if statistics.with_image:
+        prefill = 1000 * statistics.prefill_seconds / statistics.samples
+        lines.append(f"prefill: {prefill:.1f} ms per sample (decoder, with selection)")
+        if means := statistics.tokens.means():
+            ratio = statistics.tokens.flops_ratio() or 1.0
             lines.append(
                 f"visual tokens per layer: nominal {means['nominal']:.1f}, processed {means['processed']:.1f}"
-                f" of {means['visual']:.0f}; decoder prefill FLOPs {100 * means['flops_ratio']:.1f}% of dense"
+                f" of {means['visual']:.0f}; decoder prefill FLOPs {100 * ratio:.1f}% of dense"
             )
     return lines

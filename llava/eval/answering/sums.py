@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava.schema import NUMBER, Fields, at_least, check
 from llava.utils import UserError
+
+if TYPE_CHECKING:
+    from llava.pruning.engine.trace import Trace
 
 TOKENS = "tokens"  # key in the metadata for what differs from sample to sample
 REMEDY = "give another --answers-file, or --overwrite to start over"
@@ -18,9 +21,22 @@ _COUNTS = Fields({f"{name}?": _COUNT for name in ("visual", "nominal", "processe
 _IMAGE_COUNTS = Fields({"nominal": _COUNT, "processed": _COUNT})
 
 
+def token_counts(trace: Trace) -> dict[str, Any]:
+    """What the metadata of an answer says about the tokens of its sample: visual tokens before pruning, their means per
+    decoder layer, multiply-adds of the decoder's prefill and of a dense one.
+    """
+    return {
+        "visual": trace.visual_tokens,
+        "nominal": round(trace.mean_tokens("nominal"), 3),
+        "processed": round(trace.mean_tokens("processed"), 3),
+        "flops": trace.flops(),
+        "dense_flops": trace.dense_flops(),
+    }
+
+
 @dataclass
 class TokenTotals:
-    """Sums over answers, from the `tokens` in their metadata. Means of tokens are over samples with an image."""
+    """Sums over answers, from their `token_counts`. Means of tokens are over samples with an image, FLOPs over all."""
 
     with_image: int = 0
     visual: int = 0

@@ -16,8 +16,8 @@ from typing import Any
 from llava.eval.answering.adapter import Answered, Encoded, Sample, SampleError
 from llava.eval.answering.answer_file import AnswerFile
 from llava.eval.answering.answerer import Answerer
-from llava.eval.answering.loop import token_summary
 from llava.eval.answering.progress import Progress
+from llava.eval.answering.sums import token_counts
 from llava.eval.common.questions import Question
 from llava.eval.reports.memory import PeakMemory
 from llava.eval.reports.settings import Setting
@@ -99,7 +99,7 @@ class Cell:
             self.batch_ms.append(1000 * answers[0].prefill_seconds)
         for answer in answers:
             costs = {
-                **token_summary(answer.trace),
+                **token_counts(answer.trace),
                 "selection_flops": answer.trace.selection_flops(),
                 "kv_bytes": answer.trace.kv_bytes(),
                 "prefill_ms": round(1000 * answer.prefill_seconds, 4),
