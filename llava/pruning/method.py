@@ -25,11 +25,12 @@ from llava.pruning.budget import BUDGETS, share_of
 from llava.pruning.engine.protocol import Replays
 from llava.pruning.engine.run import PruningRun
 from llava.pruning.engine.view import LayerView
-from llava.pruning.types import LayerFact, OptionError, OwnDefault, Rows, Selection, UnsupportedError
+from llava.pruning.types import BEFORE_DECODER, LayerFact, OptionError, OwnDefault, Rows, Selection, UnsupportedError
 from llava.pruning.views import JOINT, read_view_budget
 from llava.pruning.vision import Reduction, TowerHide, TowerKeep, TowerMerge, TowerView, VisionFact, VisionView
 
 _ANY_DEPTH = 24  # whether there are facts does not depend on the tower
+_DEEP = 1000  # layers of a decoder that has every layer that an option names
 MethodT = typing.TypeVar("MethodT", bound="PruningMethod")
 
 __all__ = ["DecoderMethod", "LayerView", "PruningMethod", "TowerMerger", "VisionReducer"]
@@ -166,6 +167,13 @@ class PruningMethod:
     def budget_kind(self) -> str:
         """Which mean is to meet ``target_tokens``: ``nominal`` or ``processed``."""
         return "processed" if self.budget == "processed" else self.published_budget
+
+    @property
+    def counts_alike(self) -> bool:
+        """Whether ``budget`` changes nothing: the mean to meet is that of processed tokens anyway, or all tokens are
+        dropped in front of the decoder, where the two means are one.
+        """
+        return self.budget_kind == "processed" or set(self.stages(_DEEP)) <= {BEFORE_DECODER}
 
     def without_patches(self) -> PruningMethod:
         """The method for visual tokens that are no patches of a picture, but mixtures of all of them.

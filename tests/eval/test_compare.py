@@ -198,7 +198,7 @@ def test_rows_from_answers(tmp_path):
         path.write_text("".join(json.dumps(r) + "\n" for r in records))
     answers = results.collect("b", questions, files, lambda r: float(truth[r["prompt"]] == r["text"]))
     settings = [
-        SimpleNamespace(label=name, budget=None, variant=variants.Variant(name, name), method=method)
+        SimpleNamespace(label=name, budget=None, counted=None, variant=variants.Variant(name, name), method=method)
         for name, method in (("dense", _method("dense")), ("half", _method("random", target_tokens=8)))
     ]
     rows = results.make_rows(settings, [answers], 200, 0)
@@ -406,6 +406,41 @@ def test_shares_as_budgets(argv, data, capsys):
     assert header == "|  | budget 4 | budget 1 | budget 1.0 of all | budget 0.25 of all |"
     versus = [data / "out/compare.json", "--versus", "uniform 1"]
     fails_with_one_line(compare_report.main, versus, capsys, "no other setting has the budget")
+
+
+def test_budgets_counted_both_ways(argv, data, capsys):
+    """AutoPrune's two means are two settings; what drops in front of the decoder is asked once and stands in both."""
+    assert compare.main(argv("--methods", "uniform,autoprune", "--budgets", "8,4", "--budget", "both")) == 0
+    out = capsys.readouterr().out
+    path = data / "out/compare.json"
+    rows = {row["label"]: row for row in read_json(path)["rows"]}
+    twice = ["autoprune 8", "autoprune 8 processed", "autoprune 4", "autoprune 4 processed"]
+    assert list(rows) == ["dense", "uniform 8", "uniform 4", *twice]
+    assert [rows[name]["counted"] for name in twice[:2]] == ["nominal", "processed"]
+    assert rows["uniform 8"]["counted"] == "both" and rows["uniform 8"]["tokens_processed"] == 8
+    assert rows["autoprune 8"]["tokens_processed"] > 8.5 > rows["autoprune 8 processed"]["tokens_processed"]
+    assert rows["autoprune 8 processed"]["options"]["budget"] == "processed"
+    assert "| autoprune | 8 processed |" in out and "where it says so" in out
+    with open(data / "out/compare.csv", newline="") as file:
+        assert [row["counted"] for row in csv.DictReader(file)][:4] == ["", "both", "both", "nominal"]
+    compare_report.main([str(path), "--matrix"])
+    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[:5]]
+    assert lines[0] == ["budget 8", "budget 8 processed", "budget 4", "budget 4 processed"]
+    (uniform,) = (line for line in lines if line[0] == "uniform")
+    (autoprune,) = (line for line in lines if line[0] == "autoprune")
+    assert uniform[1] == uniform[2] and uniform[3] == uniform[4] and autoprune[1] != autoprune[2]
+    for reference, others in (
+        ("autoprune 4", {"uniform 4"}),
+        ("autoprune 4 processed", {"uniform 4"}),
+        ("uniform 4", {"autoprune 4", "autoprune 4 processed"}),
+    ):
+        compare_report.main([str(path), "--versus", reference])
+        table = [line.split(" | ")[0].strip("| ") for line in capsys.readouterr().out.splitlines() if "(" in line]
+        assert {name for name in table if name in rows} == others
+    # A run of nominal budgets goes on as one of both: its answers stay.
+    kept = answer_files(data)
+    assert compare.main(argv("--methods", "uniform,autoprune", "--budgets", "8,4", "--no-plot")) == 0
+    assert "already there" in capsys.readouterr().err and answer_files(data) == kept
 
 
 def test_answers_of_another_run_are_refused(argv, capsys):

@@ -127,6 +127,20 @@ def test_batches(models, name, kernel, positions):
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_budgets_counted_alike(models, name):
+    """Where a method says that the way of counting changes nothing, it does not, and elsewhere it does."""
+    if name.startswith("0:"):
+        return  # a schedule has no budget
+    found = []
+    for budget in ("nominal", "processed"):
+        pruning = method(name, budget=budget)
+        with pruning.attach(models["sdpa"]) as run:
+            models["sdpa"].generate(**PLAIN.call([0, 2]), max_new_tokens=1, **GREEDY)
+        found.append([trace.tokens_out for trace in run.traces])
+    assert (found[0] == found[1]) == method(name).counts_alike
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_beams(models, name):
     check(models["sdpa"], method(name), PLAIN, num_beams=2)
 

@@ -72,8 +72,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--target-ratio", default=None, metavar="R,...", help="shares as budgets, by commas, instead of --budgets"
     )
     group.add_argument(
-        "--budget", choices=("nominal", "processed"), default="nominal", help="which mean of tokens meets the budget"
-    )
+        "--budget", choices=("nominal", "processed", "both"), default="nominal",
+        help="which mean of tokens meets the budget; both: one after the other where a method can tell them apart",
+    )  # fmt: skip
     group = parser.add_argument_group("questions")
     names = ", ".join(task.key for task in COMPARED)
     group.add_argument("--data-dir", default=str(BENCHMARKS), help="benchmark data, upstream's layout")

@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava.eval.common.budgets import budget_text
-from llava.eval.reports.comparison_tables import sorted_budgets
+from llava.eval.reports.comparison_tables import columns
 from llava.eval.reports.plots import FAINT, INK, MUTED, pyplot, save
 
 # Colors that stay apart for most color-blind eyes; markers tell apart what lies close.
@@ -30,12 +29,13 @@ def _unit(rows: Sequence[Mapping[str, Any]]) -> str:
     return "mean accuracy, percent" if graded else "same answer as dense, percent"
 
 
-def variants_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """Variant -> its rows by rising processed tokens, without dense."""
-    lines: dict[str, list[Mapping[str, Any]]] = {}
+def lines_of(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, bool], list[Mapping[str, Any]]]:
+    """Variant, and whether its budget is the processed one of two -> its rows by rising processed tokens, without
+    dense."""
+    lines: dict[tuple[str, bool], list[Mapping[str, Any]]] = {}
     for row in rows:
         if row["budget"] is not None:
-            lines.setdefault(row["variant"], []).append(row)
+            lines.setdefault((row["variant"], row.get("counted") == "processed"), []).append(row)
     return {name: sorted(line, key=lambda row: row["tokens_processed"]) for name, line in lines.items()}
 
 
@@ -47,14 +47,18 @@ def plot_accuracy(result: Mapping[str, Any], path: Path) -> None:
     dense = _figure_of(rows[0])
     axis.axhspan(dense["low"], dense["high"], color=FAINT, alpha=0.6, linewidth=0)
     axis.axhline(dense["value"], color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="dense")
-    for number, (name, line) in enumerate(variants_of(rows).items()):
+    lines = lines_of(rows)
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(name for name, _ in lines))}
+    for (name, processed), line in lines.items():
+        number = numbers[name]
         values = [_figure_of(row) for row in line]
         spread = [[v["value"] - v["low"] for v in values], [v["high"] - v["value"] for v in values]]
         axis.errorbar(
             [row["tokens_processed"] for row in line],
             [v["value"] for v in values],
             yerr=spread,
-            label=name,
+            label=f"{name}, processed" if processed else name,
+            linestyle="--" if processed else "-",
             color=_COLORS[number % len(_COLORS)],
             marker=_MARKERS[number % len(_MARKERS)],
             markersize=4.5,
@@ -87,15 +91,15 @@ def _thin(ticks: Sequence[int], ratio: float = 1.18) -> list[int]:
 def plot_variants(result: Mapping[str, Any], path: Path) -> None:
     """Every variant on a line of its own, one panel per budget, the first variant's interval as a band."""
     rows = [row for row in result["rows"] if row["budget"] is not None]
-    budgets = [budget_text(budget) for budget in sorted_budgets(rows)]
-    names = list(variants_of(rows))
+    found = columns(rows, result["run"]["budget"])
+    names = list(dict.fromkeys(row["variant"] for row in rows))
     plot = pyplot()
     figure, axes = plot.subplots(
-        1, len(budgets), figsize=(3.2 + 2.6 * len(budgets), 1.4 + 0.27 * len(names)), sharey=True, squeeze=False,
+        1, len(found), figsize=(3.2 + 2.6 * len(found), 1.4 + 0.27 * len(names)), sharey=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
-    for axis, budget in zip(axes[0], budgets, strict=True):
-        by_name = {row["variant"]: _figure_of(row) for row in rows if budget_text(row["budget"]) == budget}
+    for axis, (title, column) in zip(axes[0], found.items(), strict=True):
+        by_name = {name: _figure_of(row) for name, row in column.items()}
         reference = by_name.get(names[0])
         if reference:
             axis.axvspan(reference["low"], reference["high"], color=FAINT, alpha=0.6, linewidth=0)
@@ -107,7 +111,7 @@ def plot_variants(result: Mapping[str, Any], path: Path) -> None:
             color = INK if place == 0 else _COLORS[0]
             axis.plot([value["low"], value["high"]], [place, place], color=color, linewidth=1.2)
             axis.plot(value["value"], place, "o", color=color, markersize=4)
-        axis.set_title(f"budget {budget}", fontsize=10, loc="left", color=INK)
+        axis.set_title(title, fontsize=10, loc="left", color=INK)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_yticks(range(len(names)), names)

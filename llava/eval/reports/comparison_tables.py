@@ -10,7 +10,21 @@ from llava.eval.common.budgets import Budget, budget_text, falling
 from llava.eval.common.jsonio import read_json
 from llava.eval.reports.bootstrap import MAX_RESAMPLES
 from llava.eval.reports.differences import Difference, credits_path, differences, read_credits
-from llava.schema import FLAG, NUMBER, SCALAR, TEXT, WHOLE, Fields, ListOf, MapOf, at_least, between, check, optional
+from llava.schema import (
+    FLAG,
+    NUMBER,
+    SCALAR,
+    TEXT,
+    WHOLE,
+    Fields,
+    ListOf,
+    MapOf,
+    at_least,
+    between,
+    check,
+    one_of,
+    optional,
+)
 from llava.utils import UserError
 
 MIB = 2**20
@@ -21,6 +35,7 @@ _ROW = Fields(
     {
         **dict.fromkeys(("label", "variant"), TEXT),
         "budget": optional(NUMBER),
+        "counted?": optional(one_of("nominal", "processed", "both")),
         "accuracy": MapOf(_ESTIMATE),
         **dict.fromkeys(("mean_accuracy", "retained"), optional(_ESTIMATE)),
         "agreement": _ESTIMATE,
@@ -60,6 +75,7 @@ def markdown_table(result: Mapping[str, Any]) -> str:
     rows = []
     for row in result["rows"]:
         cells = [row["variant"], budget_text(row["budget"])]
+        cells[1] += " processed" if row.get("counted") == "processed" else ""
         cells += [f"{row['accuracy'][name]['value']:.1f}" for name in names]
         cells += [_interval(row["mean_accuracy"]), _interval(row["retained"])] if names else []
         cells += [_interval(row["agreement"]), f"{row['tokens_nominal']:.1f}", f"{row['tokens_processed']:.1f}"]
@@ -76,10 +92,25 @@ def sorted_budgets(rows: Sequence[Mapping[str, Any]]) -> list[Budget]:
     return sorted(found.values(), key=falling)
 
 
+def columns(rows: Sequence[Mapping[str, Any]], counted: str) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """Title -> rows by variant, a column for each budget; two where they are `counted` in `both` ways."""
+    found: dict[str, dict[str, Mapping[str, Any]]] = {}
+    kinds = ("nominal", "processed") if counted == "both" else (counted,)
+    # By name: 1 and 1.0 are a token and all tokens.
+    for budget in map(budget_text, sorted_budgets(rows)):
+        own = [row for row in rows if budget_text(row["budget"]) == budget]
+        for kind in kinds:
+            title = f"budget {budget} processed" if kind == "processed" else f"budget {budget}"
+            found[title] = {row["variant"]: row for row in own if row.get("counted", kind) in (kind, "both")}
+    return found
+
+
 def markdown_notes(result: Mapping[str, Any]) -> str:
     """What was measured, on what, and how the figures are meant."""
     run = result["run"]
     budget = "of processed tokens" if run["budget"] == "processed" else "as each method's paper counts them"
+    if run["budget"] == "both":
+        budget += ", and of processed tokens where it says so; figures that stand in both columns are one measurement"
     if any(isinstance(row["budget"], float) for row in result["rows"]):
         budget += '; "of all": a share of each prompt\'s visual tokens'
     counts = ", ".join(f"{b['name']} {b['answered']} of {b['available']}" for b in result["benchmarks"])
@@ -100,20 +131,16 @@ def markdown_notes(result: Mapping[str, Any]) -> str:
 
 
 def markdown_matrix(result: Mapping[str, Any], figure: str = "mean_accuracy") -> str:
-    """One line per variant, one column per budget: the figure with its interval and the processed tokens."""
+    """One line per variant, the `columns`: the figure with its interval and the processed tokens."""
     rows = result["rows"]
-    # By name: 1 and 1.0 are a token and all tokens.
-    budgets = [budget_text(budget) for budget in sorted_budgets(rows)]
-    cells = {(row["variant"], budget_text(row["budget"])): row for row in rows}
-    counted = " processed" if result["run"]["budget"] == "processed" else ""
-    header = ["", *(f"budget {budget}{counted}" for budget in budgets)]
+    found = columns(rows, result["run"]["budget"])
     dense = rows[0]
     lines = [[f"dense ({dense['tokens_visual']:.0f} tokens): {_interval(dense[figure])}"]]
     for name in dict.fromkeys(row["variant"] for row in rows[1:]):
-        found = [cells.get((name, budget)) for budget in budgets]
-        shown = ["–" if row is None else f"{_interval(row[figure])} @ {row['tokens_processed']:.0f}" for row in found]
+        own = [column.get(name) for column in found.values()]
+        shown = ["–" if row is None else f"{_interval(row[figure])} @ {row['tokens_processed']:.0f}" for row in own]
         lines.append([name, *shown])
-    return tables.markdown_table(header, lines)
+    return tables.markdown_table(["", *found], lines)
 
 
 def markdown_report(result: Mapping[str, Any]) -> str:
@@ -126,6 +153,8 @@ def csv_table(result: Mapping[str, Any]) -> str:
     flat = []
     for row in result["rows"]:
         line: dict[str, Any] = {key: row[key] for key in ("variant", "group", "budget", "method")}
+        if result["run"]["budget"] == "both":
+            line["counted"] = row.get("counted")
         estimate_columns = {**{f"accuracy_{k}": v for k, v in row["accuracy"].items()}}
         estimate_columns |= {key: row[key] for key in ("mean_accuracy", "retained", "agreement") if row[key]}
         for key, estimate in estimate_columns.items():

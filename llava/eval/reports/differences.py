@@ -90,7 +90,8 @@ def differences(
 ) -> list[Difference]:
     """Each setting minus the first of ``labels``, with the resamples of the result's own intervals.
 
-    The first label alone stands for all other settings of its budget; dense alone for all settings.
+    The first label alone stands for all other settings of its budget, counted in its way where it is counted in both;
+    dense alone for all settings.
     """
     rows, run = result["rows"], result["run"]
     known = [row["label"] for row in rows]
@@ -103,6 +104,9 @@ def differences(
     if not chosen:
         # As text: 1 and 1.0 are a token and all tokens.
         chosen = [i for i, row in enumerate(rows) if i != reference and str(budget) in ("None", str(row["budget"]))]
+        counted = rows[reference].get("counted")
+        if counted in ("nominal", "processed"):
+            chosen = [i for i in chosen if rows[i].get("counted") in (counted, "both", None)]
     if not chosen:
         raise UserError(f"--versus: no other setting has the budget of {labels[0]!r}; name the others behind it")
     relative = {name: values[:, chosen] - values[:, [reference]] for name, values in credits.items()}

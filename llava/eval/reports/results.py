@@ -114,6 +114,7 @@ def make_rows(
                 "variant": setting.variant.label,
                 "group": setting.variant.group,
                 "budget": setting.budget,
+                **({"counted": setting.counted} if setting.counted else {}),
                 "method": setting.method.name,
                 "options": setting.method.settings(),
                 "accuracy": {name: asdict(values[i]) for name, values in accuracy.items()},

@@ -31,16 +31,19 @@ class Variant:
 @dataclass(frozen=True)
 class Setting:
     """A variant at a budget (a float: a share of each prompt's visual tokens; None for dense), and the pruning method
-    that it makes.
+    that it makes. counted: where budgets are counted both ways, the one that is met: `nominal` or `processed`, or
+    `both` where they are one; None elsewhere.
     """
 
     variant: Variant
     budget: Budget | None
     method: Any
+    counted: str | None = None
 
     @property
     def label(self) -> str:
-        return self.variant.label if self.budget is None else f"{self.variant.label} {self.budget}"
+        label = self.variant.label if self.budget is None else f"{self.variant.label} {self.budget}"
+        return f"{label} processed" if self.counted == "processed" else label
 
 
 def _autoprune(group: str, label: str, **options: Any) -> Variant:
@@ -119,9 +122,11 @@ def make_settings(
 ) -> list[Setting]:
     """Dense first, then every variant at every budget.
 
-    accounting: `processed` makes all methods meet the budget as a mean of processed tokens, where they can. flag: the
-    option that named the methods, for messages.
+    accounting: `processed` makes all methods meet the budget as a mean of processed tokens, where they can; `both`
+    makes two settings of a variant where that is another mean than the paper's. flag: the option that named the
+    methods, for messages.
     """
+    processed = {"budget": "processed"}
     settings = [Setting(Variant(DENSE, DENSE), None, find_method(DENSE, flag).from_options({}))]
     for variant in variants:
         if variant.method == DENSE:
@@ -129,10 +134,16 @@ def make_settings(
         for budget in budgets:
             options = {k: v for k, v in variant.options.items() if k not in ("target_tokens", "target_ratio")}
             options["target_ratio" if isinstance(budget, float) else "target_tokens"] = budget
-            if accounting != "nominal":
-                options["budget"] = accounting
-            method = with_options(find_method(variant.method, flag), options, variant.label)
-            settings.append(Setting(variant, budget, method))
+            if accounting == "processed":
+                options |= processed
+            kind = find_method(variant.method, flag)
+            method = with_options(kind, options, variant.label)
+            if accounting != "both" or method.counts_alike:
+                settings.append(Setting(variant, budget, method, "both" if accounting == "both" else None))
+            else:
+                settings.append(Setting(variant, budget, method, "nominal"))
+                method = with_options(kind, options | processed, variant.label)
+                settings.append(Setting(variant, budget, method, "processed"))
     labels = [setting.label for setting in settings]
     twice = next((label for label in labels if labels.count(label) > 1), None)
     if twice is not None:

@@ -64,6 +64,10 @@ class Composition(PruningMethod):
     def budget_kind(self) -> str:
         return self.members[-1].budget_kind
 
+    @property
+    def counts_alike(self) -> bool:
+        return all(member.counts_alike for member in self.members)
+
     def stages(self, num_layers: int) -> Mapping[int, Rows]:
         """All stages; at one layer a single method may look at attention, which is that of the tokens before it."""
         stages: dict[int, Rows] = {}

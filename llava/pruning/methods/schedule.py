@@ -51,6 +51,10 @@ class Schedule(DecoderMethod):
         return None
 
     @property
+    def counts_alike(self) -> bool:
+        return True  # there is no budget
+
+    @property
     def shares_views(self) -> bool:  # type: ignore[override]
         return all(stage.method.shares_views for stage in self.entries)
 
