@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_BLOCK = 256
-"""Rows of a distance matrix that exist at one time."""
+from llava.pruning.isolation import isolation, most_isolated
+
 _SHRINK = 1e-6
 """What the published code adds to the number of members of a cluster."""
 
@@ -66,7 +66,9 @@ def max_min_order(
     """Indices ``[B, picks]`` of the most diverse tokens, in the order in which they are picked.
 
     First the token whose nearest neighbor is farthest, then always the token farthest from those already picked, by
-    cosine distance. One running minimum per token: O(picks x V) after the distances to the first pick are known.
+    cosine distance. One running minimum per token, O(picks x V), after the first pick: see
+    :func:`~llava.pruning.isolation.most_isolated`. Devices other than the CPU, which would have to wait for what that
+    finds, look at all pairs in one product.
 
     Args:
         tokens_BVC: ``[B, V, C]``, row i valid up to ``counts[i]``.
@@ -79,37 +81,38 @@ def max_min_order(
     batch, width = unit.shape[:2]
     # Where no row is padded the mask is not needed, nor the copy from the host that it takes.
     padding = None if min(counts) == width else ~counts_to_mask(counts, width, unit.device)
-    # Every distance is needed once, for the nearest neighbors, but never all of them together.
-    nearest = []
-    for start in range(0, width, _BLOCK):
-        distance = 1 - unit[:, start : start + _BLOCK] @ unit.transpose(1, 2)
-        # Invalid tokens are infinitely far as neighbors, so they are nobody's nearest, and never picked themselves.
-        if padding is not None:
-            distance.masked_fill_(padding[:, None, :], torch.inf)
-        distance.diagonal(start, 1, 2).fill_(torch.inf)
-        nearest.append(distance.amin(2))
-    isolation, closest = torch.cat(nearest, 1), unit.new_full((batch, width), torch.inf)
+    closest = unit.new_full((batch, width), torch.inf)
     if padding is not None:
-        isolation, closest = (values.masked_fill(padding, -torch.inf) for values in (isolation, closest))
+        closest = closest.masked_fill(padding, -torch.inf)
     left_BG = None if room is None else room[1].clone()
 
-    def best_of(values_BV: Tensor) -> Tensor:
-        """The best token that there is room for; of equals the first."""
+    def having_room(values_BV: Tensor) -> Tensor | None:
+        """Which tokens there is room for; None: for all."""
         if room is None or left_BG is None:
-            return values_BV.argmax(1)
+            return None
         open_BV = (left_BG.gather(1, room[0]) > 0) & (values_BV > -torch.inf)
-        open_BV |= ~open_BV.any(1, keepdim=True)
-        best_B = values_BV.masked_fill(~open_BV, -torch.inf).argmax(1)
-        left_BG.scatter_add_(1, room[0].gather(1, best_B[:, None]), left_BG.new_full((batch, 1), -1))
-        return best_B
+        return open_BV | ~open_BV.any(1, keepdim=True)
 
-    picked = [best_of(isolation)]
-    for _ in range(picks - 1):
-        last = picked[-1][:, None]
+    def best_of(values_BV: Tensor) -> Tensor:
+        """The best of these tokens; of equals the first."""
+        open_BV = having_room(values_BV)
+        return (values_BV if open_BV is None else values_BV.masked_fill(~open_BV, -torch.inf)).argmax(1)
+
+    if unit.device.type == "cpu":
+        best_B = most_isolated(unit, counts, picks, having_room(closest))
+    else:  # one product, without waiting for what it says
+        best_B = best_of(isolation(unit, padding))
+    picked = []
+    while True:
+        picked.append(best_B)
+        if len(picked) == picks:
+            return torch.stack(picked, 1)
+        last = best_B[:, None]
+        if room is not None and left_BG is not None:
+            left_BG.scatter_add_(1, room[0].gather(1, last), left_BG.new_full((batch, 1), -1))
         from_last = 1 - (unit @ unit.gather(1, last[:, :, None].expand(-1, -1, unit.shape[2])).transpose(1, 2))[:, :, 0]
         closest = torch.minimum(closest, from_last).scatter(1, last, -torch.inf)
-        picked.append(best_of(closest))
-    return torch.stack(picked, 1)
+        best_B = best_of(closest)
 
 
 class DensityPeaks(NamedTuple):

@@ -6,9 +6,11 @@ import math
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from llava.pruning import coverage, dpc_knn_merge
 from llava.pruning.coverage import coverage_order
+from llava.pruning.isolation import isolation, most_isolated
 from llava.pruning.selection import density_peaks, max_min_order, top_k
 
 
@@ -119,7 +121,7 @@ def naive_diversity(tokens: torch.Tensor, picks: int) -> list[int]:
 
 @pytest.mark.parametrize("block", [256, 5])
 def test_max_min_order_equals_a_naive_loop_in_every_row(monkeypatch, block):
-    monkeypatch.setattr("llava.pruning.selection._BLOCK", block)  # rows of the distance matrix at one time
+    monkeypatch.setattr("llava.pruning.isolation._BLOCK", block)  # rows of the distance matrix at one time
     generator = torch.Generator().manual_seed(4)
     counts = [23, 9, 14]
     tokens = torch.zeros(3, 23, 8)
@@ -128,6 +130,56 @@ def test_max_min_order_equals_a_naive_loop_in_every_row(monkeypatch, block):
     order = max_min_order(tokens, counts, 9)
     for row, count in enumerate(counts):
         assert order[row].tolist() == naive_diversity(tokens[row, :count], 9)
+
+
+def unit(tokens: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.normalize(tokens, dim=-1)
+
+
+@pytest.mark.parametrize("sample", [1, 7, 64, 500])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_most_isolated_token_is_that_of_all_pairs(seed, sample):
+    """Clusters and strangers in rows of different length, of which a part may be chosen."""
+    generator = torch.Generator().manual_seed(seed)
+    centers = torch.randn(30, 16, generator=generator)
+    members = centers[torch.randint(30, (4, 300), generator=generator)]
+    tokens = unit(
+        members + 0.3 * torch.rand(4, 300, 1, generator=generator) * torch.randn(4, 300, 16, generator=generator)
+    )
+    counts = [300, 299, 2, 1]
+    padding = torch.arange(300) >= torch.tensor(counts)[:, None]
+    far = isolation(tokens, padding)
+    assert most_isolated(tokens, counts, sample).tolist() == far.argmax(1).tolist()
+    able = (torch.rand(4, 300, generator=generator) < 0.4) & ~padding
+    able[2:, 0] = True
+    found = most_isolated(tokens, counts, sample, able)
+    assert found.tolist() == far.masked_fill(~able, -torch.inf).argmax(1).tolist()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_of_equally_isolated_tokens_the_first_is_chosen(seed):
+    """Tokens are axes: those that no other repeats are all equally far, 1, from their neighbors, the others 0."""
+    axes = torch.randint(60, (1, 200), generator=torch.Generator().manual_seed(seed))
+    axes[0, 150:152] = torch.tensor([60, 61])
+    tokens = torch.eye(62)[axes[0]][None]
+    alone = [place for place, axis in enumerate(axes[0].tolist()) if (axes == axis).sum() == 1]
+    assert most_isolated(tokens, [200], 8).tolist() == [min(alone)]
+
+
+def test_few_pairs_are_looked_at_where_tokens_resemble_others():
+    """A picture of 25 things of 40 tokens each and one of which there is but one: few distances are needed. Where no
+    token resembles another, each pair is needed once at most.
+    """
+    generator = torch.Generator().manual_seed(0)
+    things = torch.randn(25, 32, generator=generator).repeat_interleave(40, 0)
+    picture = unit(things + 0.05 * torch.randn(1000, 32, generator=generator))
+    picture[611] = unit(torch.randn(32, generator=generator))
+    strangers = unit(torch.randn(1000, 512, generator=generator))
+    for tokens, pairs, best in ((picture, 1000 * 130, 611), (strangers, 1000**2 * 0.65, None)):
+        with FlopCounterMode(display=False) as counter:
+            found = int(most_isolated(tokens[None], [1000], 64))
+        assert found == int(isolation(tokens[None], None).argmax()) and best in (None, found)
+        assert counter.get_total_flops() <= 2 * tokens.shape[1] * pairs
 
 
 # --- greedy coverage: looking again only where a gain may be the largest chooses what looking at all does ---
