@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from llava.pruning.engine.protocol import Method
-from llava.pruning.vision import TowerHide, TowerKeep, TowerMerge, TowerView, merge_tokens, take
+from llava.pruning.selection import take
+from llava.pruning.vision import TowerHide, TowerKeep, TowerMerge, TowerView, merge_tokens
 from llava.utils import UserError
 
 
@@ -101,12 +102,13 @@ class TowerMerger:
             self.place_NT = self.place_NT.gather(1, step.keep_NK)
             hidden_NTC = take(hidden_NTC, step.keep_NK) if step.hidden_NKC is None else step.hidden_NKC
         while isinstance(step, TowerMerge):
-            keys = merge_tokens(view.keys_NTC, self.sizes_NT, step)[0]
-            hidden_NTC, self.sizes_NT = merge_tokens(hidden_NTC, self.sizes_NT, step)
+            before_NT = self.sizes_NT
+            hidden_NTC, self.sizes_NT = merge_tokens(hidden_NTC, before_NT, step)
             self.place_NT = self.place_NT.gather(1, step.leader_NK)
             # What one merge per layer cannot reach is left to the last layer.
             if view.layer < view.layers - 1:
                 break
+            keys = merge_tokens(view.keys_NTC, before_NT, step)[0]
             view = replace(view, key_NHTD=keys[:, None], hidden_NTC=hidden_NTC, sizes_NT=self.sizes_NT)
             step = self.method.merge(view)
         return hidden_NTC

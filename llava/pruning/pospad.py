@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from llava.pruning.engine.patch_ids import MERGED, PatchIds
-from llava.pruning.selection import counts_to_mask, top_k
+from llava.pruning.selection import counts_to_mask, take, top_k
 from llava.pruning.types import Selection
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def _with_ends(selection: Selection, counts: tuple[int, ...], slots_BV: Tensor) 
     # Runs end in their order: the mean of the i-th belongs to the i-th end.
     place = (ends.long().cumsum(1) - 1).clamp_min(0)
     if shares.shape[1]:
-        made = shares.gather(1, place[:, :, None].expand(-1, -1, width))
+        made = take(shares, place)
     else:
         made = torch.zeros(rows, width, width, device=slots_BV.device)
     return replace(selection, keep_BK=top_k((kept | ends).float(), counts, keep), keep=keep), ends, made
@@ -98,7 +98,7 @@ def _remade(sequences: Sequences, which_BV: Tensor, weights_BVV: Tensor) -> Sequ
     rows, places = which_BV.nonzero(as_tuple=True)
 
     def write(values: Tensor) -> None:
-        own = values.gather(1, slots[:, :, None].expand(-1, -1, values.shape[2]))
+        own = take(values, slots)
         made = weights_BVV @ own.float()
         values[rows, slots[rows, places]] = made[rows, places].to(values.dtype)
 

@@ -29,6 +29,14 @@ def on_device(values: Sequence[Any], device: torch.device) -> Tensor:
     return torch.tensor(values, pin_memory=True).to(device, non_blocking=True)
 
 
+def take(tokens_NPC: Tensor, index_NK: Tensor) -> Tensor:
+    """``[N, K, C]`` of ``[N, P, C]``. Whole rows are copied: ``gather``, with an index per number, takes far longer."""
+    crops, patches, width = tokens_NPC.shape
+    if crops > 1:
+        index_NK = index_NK + torch.arange(0, crops * patches, patches, device=index_NK.device)[:, None]
+    return tokens_NPC.flatten(0, 1).index_select(0, index_NK.flatten()).view(crops, -1, width)
+
+
 def counts_to_mask(counts: Sequence[int], width: int, device: torch.device) -> Tensor:
     """Bool ``[B, width]``: True in the first ``counts[i]`` columns of row i."""
     return torch.arange(width, device=device) < on_device(counts, device)[:, None]
@@ -110,7 +118,7 @@ def max_min_order(
         last = best_B[:, None]
         if room is not None and left_BG is not None:
             left_BG.scatter_add_(1, room[0].gather(1, last), left_BG.new_full((batch, 1), -1))
-        from_last = 1 - (unit @ unit.gather(1, last[:, :, None].expand(-1, -1, unit.shape[2])).transpose(1, 2))[:, :, 0]
+        from_last = 1 - (unit @ take(unit, last).transpose(1, 2))[:, :, 0]
         closest = torch.minimum(closest, from_last).scatter(1, last, -torch.inf)
         best_B = best_of(closest)
 
@@ -181,7 +189,7 @@ def density_peaks(
 
     score = density * parent
     centers = descending_order(score, counts)[:, :most]
-    to_center = distance.gather(1, centers[:, :, None].expand(-1, -1, width))
+    to_center = take(distance, centers)
     # A center belongs to its own cluster even if it coincides with an earlier one.
     to_center.scatter_(2, centers[:, :, None], -1.0)
     if min(clusters) < most:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from llava.pruning.engine.notices import say
+from llava.pruning.selection import take
 from llava.pruning.types import UnsupportedError
 
 
@@ -249,11 +250,6 @@ class ReducedRow:
     positions: Tensor
 
 
-def take(tokens_NPC: Tensor, index_NK: Tensor) -> Tensor:
-    """``[N, K, C]`` of ``[N, P, C]``."""
-    return tokens_NPC.gather(1, index_NK[:, :, None].expand(-1, -1, tokens_NPC.shape[2]))
-
-
 def unit_rows(index_NK: Tensor, patches: int) -> Tensor:
     """Weights ``[N, K, P]`` of tokens that are one patch each."""
     return torch.nn.functional.one_hot(index_NK, patches).float()
@@ -261,9 +257,18 @@ def unit_rows(index_NK: Tensor, patches: int) -> Tensor:
 
 def merge_tokens(tokens_NTC: Tensor, sizes_NT: Tensor, merge: TowerMerge) -> tuple[Tensor, Tensor]:
     """Means of the tokens of each new place, weighted by size, ``[N, K, C]``, and the new sizes, ``[N, K]``."""
-    new = torch.arange(merge.leader_NK.shape[1], device=tokens_NTC.device)
+    slot_NT, leader_NK = merge.slot_NT, merge.leader_NK
+    crops, new, device = *leader_NK.shape, tokens_NTC.device
+    if device.type == "cpu":  # one after another: what joins a leader is added to it, and nothing else is computed
+        joining = rest_of(slot_NT.shape[1], leader_NK)
+        place, own, added = slot_NT.gather(1, joining), sizes_NT.gather(1, leader_NK), sizes_NT.gather(1, joining)
+        sizes = own.scatter_add(1, place, added)
+        sums = take(tokens_NTC, leader_NK).float().mul_(own[:, :, None]).flatten(0, 1)
+        rows = (place + torch.arange(crops)[:, None] * new).flatten()
+        sums.index_add_(0, rows, (take(tokens_NTC, joining) * added[:, :, None]).flatten(0, 1))
+        return sums.view(crops, new, -1).div_(sizes[:, :, None]).to(tokens_NTC.dtype), sizes
     # One product instead of a scattered sum: the order of summation is fixed on every device.
-    weights = (merge.slot_NT[:, None, :] == new[:, None]) * sizes_NT[:, None, :].float()
+    weights = (slot_NT[:, None, :] == torch.arange(new, device=device)[:, None]) * sizes_NT[:, None, :].float()
     sizes = weights.sum(2)
     return ((weights @ tokens_NTC.float()) / sizes[:, :, None]).to(tokens_NTC.dtype), sizes
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llava.pruning.engine.layout import Spans, VisualLayout
 from llava.pruning.engine.patch_ids import PatchIds
-from llava.pruning.selection import counts_to_mask, on_device
+from llava.pruning.selection import counts_to_mask, on_device, take
 from llava.pruning.types import Selection
 
 _Counts = tuple[int, ...]
@@ -392,4 +392,4 @@ def _gather_tokens(values_BN: Tensor, index_BK: Tensor) -> Tensor:
         return values_BN.index_select(1, index_BK[0])
     if values_BN.ndim == 2:
         return values_BN.gather(1, index_BK)
-    return values_BN.gather(1, index_BK[:, :, None].expand(-1, -1, values_BN.shape[2]))
+    return take(values_BN, index_BK)

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from llava.pruning.method import VisionReducer
+from llava.pruning.selection import take
 from llava.pruning.vision import CLS_ATTENTION, Reduction, TowerValue, VisionFact, VisionView
 
 
@@ -56,7 +57,7 @@ def diverse_walk(distance_NPP: Tensor, order_NP: Tensor, thresholds_NP: Tensor, 
     """
     crops, patches = order_NP.shape
     # Everything in the order of the walk: the next patch is the first that is left.
-    distance = distance_NPP.gather(1, order_NP[:, :, None].expand(-1, -1, patches))
+    distance = take(distance_NPP, order_NP)
     distance = distance.gather(2, order_NP[:, None].expand(-1, patches, -1))
     row = torch.arange(crops, device=order_NP.device)
     left = torch.ones(crops, patches, dtype=torch.bool, device=order_NP.device)

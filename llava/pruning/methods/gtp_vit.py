@@ -28,7 +28,8 @@ from torch import Tensor
 
 from llava.pruning.method import TowerMerger
 from llava.pruning.scores import attention_rows
-from llava.pruning.vision import TowerKeep, TowerView, take
+from llava.pruning.selection import take
+from llava.pruning.vision import TowerKeep, TowerView
 
 _BLOCK = 64
 SELECTIONS = ("mixed", "sum", "diagonal", "received", "cls")
@@ -135,27 +136,35 @@ class GTPViT(TowerMerger):
         leaving = -(-(patches - view.target) // (view.layers - view.layer))  # rounded up
         if leaving <= 0:
             return None
+        memory = view.memory
         if view.layer == 0 and self.graph != "none":
-            view.memory.graph = token_graph(view.entering_NTC[:, 1:], self.graph, self.neighbors)
+            graph = token_graph(view.entering_NTC[:, 1:], self.graph, self.neighbors)
+            # By rows of those that pass on: these are few, and their rows lie together.
+            memory.graph = graph.transpose(1, 2).contiguous()
+            memory.place = torch.arange(patches, device=graph.device).expand(len(graph), -1)
         attention = summary(view.query_NHTD, view.key_NHTD, view.scaling)
         order = token_scores(attention, self.selection, self.heads).argsort(dim=1, descending=True, stable=True)
         kept, gone = order[:, : patches - leaving], order[:, patches - leaving :]
-        hidden, graph = self.propagate(view.hidden_NTC[:, 1:], getattr(view.memory, "graph", None), kept, gone)
-        view.memory.graph = graph
         index = torch.cat((torch.zeros_like(kept[:, :1]), kept + 1), dim=1)
-        return TowerKeep(index, torch.cat((view.hidden_NTC[:, :1], hidden), dim=1))
+        if self.graph == "none":
+            return TowerKeep(index)
+        # The graph stays whole, and places say what is left of it: cutting it down would take longer.
+        going, memory.place = memory.place.gather(1, gone), memory.place.gather(1, kept)
+        edges = take(memory.graph, going).gather(2, memory.place[:, None].expand(-1, leaving, -1))
+        return TowerKeep(index, passed_on(view.hidden_NTC, index, gone + 1, edges, self.alpha))
 
-    def propagate(
-        self, patches_NPC: Tensor, graph_NPP: Tensor | None, kept_NK: Tensor, gone_NG: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """What stays, with its share of what goes, ``[N, K, C]``, and the graph of what stays."""
-        staying = take(patches_NPC, kept_NK)
-        if graph_NPP is None:
-            return staying, None
-        rows = take(graph_NPP, kept_NK)
 
-        def columns(index: Tensor) -> Tensor:
-            return rows.gather(2, index[:, None].expand(-1, rows.shape[1], -1))
+def passed_on(hidden_NTC: Tensor, kept_NK: Tensor, gone_NG: Tensor, edges_NGP: Tensor, alpha: float) -> Tensor:
+    """States of the tokens that stay, CLS first, with their shares of those that go, ``[N, K, C]``.
 
-        passed = columns(gone_NG) @ take(patches_NPC, gone_NG).float()
-        return (staying.float() + self.alpha * passed).to(patches_NPC.dtype), columns(kept_NK)
+    Args:
+        hidden_NTC: states of all tokens.
+        kept_NK: indices of those that stay.
+        gone_NG: indices of those that go.
+        edges_NGP: weight of the edge from each that goes to each patch that stays, P = K - 1.
+        alpha: weight of what is passed on.
+    """
+    hidden = take(hidden_NTC, kept_NK).float()
+    passed = edges_NGP.transpose(1, 2) @ take(hidden_NTC, gone_NG).float()
+    hidden[:, 1:].add_(passed, alpha=alpha)
+    return hidden.to(hidden_NTC.dtype)

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from llava.pruning.method import VisionReducer
-from llava.pruning.selection import on_device, top_k
-from llava.pruning.vision import Reduction, TowerValue, VisionFact, VisionView, take, unit_rows
+from llava.pruning.selection import on_device, take, top_k
+from llava.pruning.vision import Reduction, TowerValue, VisionFact, VisionView, unit_rows
 
 
 @dataclass(frozen=True, kw_only=True)

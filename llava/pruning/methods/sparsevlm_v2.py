@@ -32,6 +32,7 @@ from llava.pruning.budget import PublishedLists
 from llava.pruning.engine.view import LayerView
 from llava.pruning.published_cuts import PublishedCuts
 from llava.pruning.scores import text_raters
+from llava.pruning.selection import take
 from llava.pruning.types import BEFORE_DECODER, Rows, Selection
 
 _PUBLISHED = PublishedLists(
@@ -68,7 +69,7 @@ def corrected_score(attention_BHTV: Tensor, bias_BTV: Tensor, raters_BT: Tensor,
     count = min(heads, corrected.shape[1])
     best_BK = corrected.sum((2, 3)).sort(dim=1, descending=True, stable=True).indices[:, :count]
     by_head_BHV = corrected.sum(2)
-    chosen = by_head_BHV.gather(1, best_BK[:, :, None].expand(-1, -1, by_head_BHV.shape[2]))
+    chosen = take(by_head_BHV, best_BK)
     return chosen.sum(1) / (count * raters_BT.sum(1, keepdim=True))
 
 

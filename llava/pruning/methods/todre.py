@@ -27,7 +27,7 @@ from torch import Tensor
 
 from llava.pruning.engine.view import LayerView
 from llava.pruning.method import DecoderMethod
-from llava.pruning.selection import counts_to_mask, first_in_sequence_order
+from llava.pruning.selection import counts_to_mask, first_in_sequence_order, take
 from llava.pruning.types import BEFORE_DECODER, Rows, Selection
 
 
@@ -52,7 +52,7 @@ def max_sum_order(tokens_BVC: Tensor, counts: Sequence[int], picks: int) -> Tens
     for _ in range(picks - 1):
         last = picked[-1][:, None]
         taken = taken.scatter(1, last, torch.inf)
-        similarity = similarity + likeness(unit.gather(1, last[:, :, None].expand(-1, -1, unit.shape[2]))[:, 0])
+        similarity = similarity + likeness(take(unit, last)[:, 0])
         picked.append((similarity + taken).argmin(1))
     return torch.stack(picked, 1)
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from llava.pruning.method import TowerMerger, VisionReducer
+from llava.pruning.selection import take
 from llava.pruning.vision import (
     Reduction,
     TowerMerge,
@@ -36,7 +37,6 @@ from llava.pruning.vision import (
     VisionFact,
     VisionView,
     merge_tokens,
-    take,
 )
 
 

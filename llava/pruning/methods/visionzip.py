@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from llava.pruning.method import VisionReducer
-from llava.pruning.selection import on_device, top_k
-from llava.pruning.vision import CLS_ATTENTION, Reduction, TowerValue, VisionFact, VisionView, rest_of, take, unit_rows
+from llava.pruning.selection import on_device, take, top_k
+from llava.pruning.vision import CLS_ATTENTION, Reduction, TowerValue, VisionFact, VisionView, rest_of, unit_rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,7 @@ from torch import Tensor
 from llava.pruning.budget import parse_layers, plan_stages
 from llava.pruning.engine.view import LayerView
 from llava.pruning.method import VisionReducer
+from llava.pruning.selection import take
 from llava.pruning.types import Rows, Selection
 from llava.pruning.vision import CLS_ATTENTION, Reduction, TowerValue, VisionFact, VisionView
 
@@ -61,7 +62,7 @@ def best_of_windows(attention_NP: Tensor, window_NP: Tensor, windows: int, each:
 def absorb(tokens_NPC: Tensor, kept_NK: Tensor) -> Tensor:
     """Share of each patch in each kept one, ``[N, K, P]``: a kept patch and those most like it count alike."""
     unit = torch.nn.functional.normalize(tokens_NPC.float(), dim=2)
-    kept = unit.gather(1, kept_NK[:, :, None].expand(-1, -1, unit.shape[2]))
+    kept = take(unit, kept_NK)
     place = torch.arange(kept_NK.shape[1], device=kept_NK.device)
     nearest = (unit @ kept.transpose(1, 2)).argmax(2).scatter(1, kept_NK, place.expand_as(kept_NK))
     members = (nearest[:, None] == place[:, None]).float()
