@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llava.pruning.isolation import isolation, most_isolated
-
 _SHRINK = 1e-6
 """What the published code adds to the number of members of a cluster."""
 
@@ -66,61 +64,6 @@ def first_in_sequence_order(order_BV: Tensor, keep: Sequence[int], width: int | 
 def top_k(scores_BV: Tensor, counts: Sequence[int], keep: Sequence[int]) -> Tensor:
     """Indices of the ``keep[i]`` best of the first ``counts[i]`` scores, in sequence order, padded with V."""
     return first_in_sequence_order(descending_order(scores_BV, counts), keep)
-
-
-def max_min_order(
-    tokens_BVC: Tensor, counts: Sequence[int], picks: int, room: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
-    """Indices ``[B, picks]`` of the most diverse tokens, in the order in which they are picked.
-
-    First the token whose nearest neighbor is farthest, then always the token farthest from those already picked, by
-    cosine distance. One running minimum per token, O(picks x V), after the first pick: see
-    :func:`~llava.pruning.isolation.most_isolated`. Devices other than the CPU, which would have to wait for what that
-    finds, look at all pairs in one product.
-
-    Args:
-        tokens_BVC: ``[B, V, C]``, row i valid up to ``counts[i]``.
-        counts: valid tokens per row; a row with fewer than ``picks`` repeats arbitrary indices behind its count.
-        picks: tokens to pick.
-        room: the group of each token ``[B, V]``, and how many of each group ``[B, G]`` are picked before any other
-            token: of the groups that have room left and tokens, the token farthest from all that are picked.
-    """
-    unit = torch.nn.functional.normalize(tokens_BVC.float(), dim=2)
-    batch, width = unit.shape[:2]
-    # Where no row is padded the mask is not needed, nor the copy from the host that it takes.
-    padding = None if min(counts) == width else ~counts_to_mask(counts, width, unit.device)
-    closest = unit.new_full((batch, width), torch.inf)
-    if padding is not None:
-        closest = closest.masked_fill(padding, -torch.inf)
-    left_BG = None if room is None else room[1].clone()
-
-    def having_room(values_BV: Tensor) -> Tensor | None:
-        """Which tokens there is room for; None: for all."""
-        if room is None or left_BG is None:
-            return None
-        open_BV = (left_BG.gather(1, room[0]) > 0) & (values_BV > -torch.inf)
-        return open_BV | ~open_BV.any(1, keepdim=True)
-
-    def best_of(values_BV: Tensor) -> Tensor:
-        """The best of these tokens; of equals the first."""
-        open_BV = having_room(values_BV)
-        return (values_BV if open_BV is None else values_BV.masked_fill(~open_BV, -torch.inf)).argmax(1)
-
-    if unit.device.type == "cpu":
-        best_B = most_isolated(unit, counts, picks, having_room(closest))
-    else:  # one product, without waiting for what it says
-        best_B = best_of(isolation(unit, padding))
-    picked = []
-    while True:
-        picked.append(best_B)
-        if len(picked) == picks:
-            return torch.stack(picked, 1)
-        last = best_B[:, None]
-        if room is not None and left_BG is not None:
-            left_BG.scatter_add_(1, room[0].gather(1, last), left_BG.new_full((batch, 1), -1))
-        from_last = 1 - (unit @ take(unit, last).transpose(1, 2))[:, :, 0]
-        closest = torch.minimum(closest, from_last).scatter(1, last, -torch.inf)
-        best_B = best_of(closest)
 
 
 class DensityPeaks(NamedTuple):

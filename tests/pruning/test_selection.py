@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llava.pruning import coverage, dpc_knn_merge
 from llava.pruning.coverage import coverage_order
-from llava.pruning.isolation import isolation, most_isolated
-from llava.pruning.selection import density_peaks, max_min_order, top_k
+from llava.pruning.diversity import isolation, max_min_order, most_isolated
+from llava.pruning.selection import density_peaks, top_k
 
 
 def naive_dpc(tokens: torch.Tensor, clusters: int) -> torch.Tensor:
@@ -121,7 +121,7 @@ def naive_diversity(tokens: torch.Tensor, picks: int) -> list[int]:
 
 @pytest.mark.parametrize("block", [256, 5])
 def test_max_min_order_equals_a_naive_loop_in_every_row(monkeypatch, block):
-    monkeypatch.setattr("llava.pruning.isolation._BLOCK", block)  # rows of the distance matrix at one time
+    monkeypatch.setattr("llava.pruning.diversity._BLOCK", block)  # rows of the distance matrix at one time
     generator = torch.Generator().manual_seed(4)
     counts = [23, 9, 14]
     tokens = torch.zeros(3, 23, 8)

@@ -7,7 +7,8 @@ import torch
 
 from llava.eval.common.arguments import Parser, add_pruning_arguments, method_from_args
 from llava.pruning import build_method, get_method, list_methods
-from llava.pruning.selection import max_min_order, top_k
+from llava.pruning.diversity import max_min_order
+from llava.pruning.selection import top_k
 from llava.pruning.types import OptionError, UnsupportedError
 from llava.pruning.views import Views, parts_of, read_view_budget
 from llava.utils import UserError

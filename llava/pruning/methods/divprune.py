@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import ClassVar
 
+from llava.pruning.diversity import max_min_order
 from llava.pruning.engine.view import LayerView
 from llava.pruning.method import DecoderMethod
-from llava.pruning.selection import first_in_sequence_order, max_min_order, on_device
+from llava.pruning.selection import first_in_sequence_order, on_device
 from llava.pruning.types import BEFORE_DECODER, Rows, Selection
 
 
