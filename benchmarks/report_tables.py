@@ -27,7 +27,8 @@ TOOLS = (
 """In the report's order."""
 # Methods whose name is not that of their class.
 _NAMES = {
-    "dart": "DART", "dense": "dense", "gtp_vit": "GTP-ViT", "information_horizon": "Information Horizon",
+    "autoprune_plus": "AutoPrune+", "dart": "DART", "dense": "dense", "gtp_vit": "GTP-ViT",
+    "information_horizon": "Information Horizon",
     "pdrop": "PyramidDrop", "prumerge_plus": "PruMerge+", "random": "random", "scope": "SCOPE",
     "sparsevlm_v2": "SparseVLM+", "uniform": "uniform", "zooprune": "ZOO-Prune",
 }  # fmt: skip

@@ -18,6 +18,7 @@ _METHODS = {
     "adaptinfer": "AdaptInfer",
     "agilepruner": "AgilePruner",
     "autoprune": "AutoPrune",
+    "autoprune_plus": "AutoPrunePlus",
     "catp": "CATP",
     "cdpruner": "CDPruner",
     "dart": "Dart",

@@ -87,6 +87,8 @@ METHODS = {
     "prumerge_plus": get_method("prumerge_plus")(target_tokens=9, neighbors=4),
     "hiprune": get_method("hiprune")(target_tokens=9, alpha=0.6),
     "vispruner": get_method("vispruner")(target_tokens=9),
+    "autoprune_plus": get_method("autoprune_plus")(target_tokens=9, slope=0.5),
+    "autoprune_plus-original": get_method("autoprune_plus")(target_tokens=12, positions="original", saliency=0.0),
     "vscan": get_method("vscan")(target_tokens=14),
     "vscan-original": get_method("vscan")(tokens="24/16/7", layers="2/4", window=3, positions="original"),
     "mmtok": get_method("mmtok")(target_tokens=9),

@@ -625,7 +625,7 @@ COUNTED = ["fastv", "sparsevlm", "pdrop", "autoprune", "random", "uniform", "fas
 COUNTED += ["prumerge_plus", "hiprune", "tome", "vispruner", "scope", "dart", "cdpruner", "holov"]
 COUNTED += ["mmtok", "vscan", "zooprune"]
 COUNTED += ["entropyprune", "transprune", "adaptinfer", "sparsevlm_v2", "agilepruner", "todre"]
-COUNTED += ["information_horizon", "catp", "vflowopt"]
+COUNTED += ["information_horizon", "catp", "vflowopt", "autoprune_plus"]
 
 
 @pytest.mark.parametrize("budget", ["nominal", "processed"])
@@ -728,6 +728,11 @@ def test_selection_is_told_apart_by_who_measures(model):
         ("gtp_vit", {"graph": "tree"}, "graph"),
         ("gtp_vit", {"neighbors": 0}, "neighbors"),
         ("gtp_vit", {"alpha": -1.0}, "alpha"),
+        ("autoprune_plus", {"relevance": -1.0}, "relevance"),
+        ("autoprune_plus", {"saliency": -0.5}, "saliency"),
+        ("autoprune_plus", {"x0": -1.0}, "x0"),
+        ("autoprune_plus", {"slope": -1.0}, "slope"),
+        ("autoprune_plus", {"text_weight": 1.5}, "text_weight"),
         ("zooprune", {"directions": 0}, "directions"),
         ("zooprune", {"step": 0.0}, "step"),
         ("mmtok", {"vision_weight": -1.0}, "vision_weight"),

@@ -16,7 +16,7 @@ from tests.model.test_methods_table import OPTIONS, TARGET, Prompts
 from tests.model.tiny import PATCHES, tiny_images, tiny_model
 
 SHARES = ["autoprune", "sparsevlm", "sparsevlm_v2", "adaptinfer", "transprune", "entropyprune", "pdrop", "fastv",
-          "fastervlm", "random", "information_horizon", "divprune"]  # fmt: skip
+          "fastervlm", "random", "information_horizon", "divprune", "autoprune_plus"]  # fmt: skip
 I = -200  # noqa: E741
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 2}
 
