@@ -16,6 +16,7 @@ _BLOCK = 256
 """Rows of distances that exist at one time."""
 _FRESH = 64
 """Tokens that are measured after the sample; twice as many in every further round, up to a block."""
+_FARTHEST = 2.0  # of cosine distances
 
 
 def max_min_order(
@@ -140,3 +141,32 @@ def _of_row(unit_VC: Tensor, sample: int, open_V: Tensor | None) -> int:
         if not (block == best).any():  # of equals topk may leave out the first
             block[-1] = best
         fresh = min(2 * fresh, _BLOCK)
+
+
+def weighted_order(tokens_BVC: Tensor, weight_BV: Tensor, real_BV: Tensor | None, picks: int) -> Tensor:
+    """Tokens in the order in which they are chosen, ``[B, picks]``: always the largest weight times distance to those
+    chosen already; of equals the first. A row with fewer tokens repeats arbitrary ones behind its own.
+
+    Args:
+        tokens_BVC: visual tokens, compared by their cosines.
+        weight_BV: at least 0.
+        real_BV: False for padding; None if there is none.
+        picks: how many.
+    """
+    unit = torch.nn.functional.normalize(tokens_BVC.float(), dim=2)
+    batch, width = weight_BV.shape
+    row = torch.arange(batch, device=unit.device)
+    # Many rows of the cosines are cheaper all at once.
+    cosines = unit @ unit.transpose(1, 2) if picks * 4 > width else None
+    distance = torch.full_like(weight_BV, _FARTHEST)
+    open_BV = torch.zeros_like(weight_BV)  # minus infinity for what cannot be chosen any more
+    if real_BV is not None:
+        open_BV.masked_fill_(~real_BV, -torch.inf)
+    order = torch.empty(batch, picks, dtype=torch.long, device=unit.device)
+    for step in range(picks):
+        best = torch.addcmul(open_BV, weight_BV, distance).argmax(1)
+        order[:, step] = best
+        open_BV[row, best] = -torch.inf
+        near = cosines[row, best] if cosines is not None else (unit @ unit[row, best][:, :, None])[:, :, 0]
+        distance = torch.minimum(distance, (1 - near).clamp_min_(0))
+    return order

@@ -92,7 +92,7 @@ METHODS = {
     "autoprune": AutoPrune(target_tokens=12, k0=1.5, gamma=0.2, x0=3.0),
     "late decision": AutoPrune(target_tokens=12, k0=1.5, gamma=0.2, x0=4.0, mi_layer=2),
     "fixed slope": AutoPrune(target_tokens=12, slope=0.3, x0=3.0),
-    **{name: get_method(name)(target_tokens=24) for name in ("fastv", "pdrop", "divprune")},
+    **{name: get_method(name)(target_tokens=24) for name in ("fastv", "pdrop", "divprune", "autoprune_plus")},
     "fastervlm": get_method("fastervlm")(target_tokens=24),
     "divprune+autoprune": get_method("divprune+autoprune").from_options({"divprune.target_tokens": 30, "x0": 3.0}),
 }

@@ -16,13 +16,14 @@ from llava.model.tower_merging import TowerMerger
 from llava.model.vision import encode_crops
 from llava.pruning import VisualLayout, get_method
 from llava.pruning.coverage import coverage_order
+from llava.pruning.diversity import weighted_order
 from llava.pruning.engine.sequence import Sequences
 from llava.pruning.engine.view import LayerView, SampleIds
 from llava.pruning.methods.cdpruner import clip_relevance, normalized
 from llava.pruning.methods.flowcut import FlowCut, flow_scores, to_drop
 from llava.pruning.methods.gtp_vit import AttentionSummary, passed_on, summary, token_graph, token_scores
 from llava.pruning.methods.mmtok import text_coverage, vision_coverage
-from llava.pruning.methods.zooprune import sensitive_order, sensitivity, zero_to_one
+from llava.pruning.methods.zooprune import sensitivity, zero_to_one
 from llava.pruning.vision import CLS_ATTENTION, TowerHide, TowerKeep, VisionView
 from tests.conftest import ROOT
 
@@ -254,7 +255,7 @@ def test_zooprune_chooses_the_same_patches_in_the_same_order(name, case):
     raw = sensitivity(tokens, project, directions, parameters["h"])
     recorded = torch.from_numpy(arrays[f"{case}/out_importance"])
     torch.testing.assert_close(raw[0], recorded, atol=1e-5, rtol=1e-4)  # differences of float32 numbers, over h
-    order = sensitive_order(project(tokens), zero_to_one(raw), parameters["k"])[0].tolist()
+    order = weighted_order(project(tokens), zero_to_one(raw), None, parameters["k"])[0].tolist()
     assert order == arrays[f"{case}/out_order"].tolist()
     assert sorted(order) == arrays[f"{case}/out_kept"].tolist()
 

@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from llava.pruning.diversity import weighted_order
 from llava.pruning.engine.notices import say
 from llava.pruning.engine.view import LayerView
 from llava.pruning.method import DecoderMethod, PruningMethod
@@ -45,7 +46,6 @@ from llava.pruning.selection import counts_to_mask, descending_order, on_device
 from llava.pruning.types import BEFORE_DECODER, Rows, Selection
 
 _DEPTH = 32
-_FARTHEST = 2.0  # of cosine distances
 _TINY = 1e-12
 _STEPS = 60
 _LARGEST = 700.0  # what `math.exp` can do
@@ -116,44 +116,15 @@ def question_relevance(tokens_BVC: Tensor, real_BV: Tensor | None, text_BTC: Ten
     products = own @ normalize(text_BTC.float(), dim=2).transpose(1, 2)
     if real_BT is not None:
         products = products.masked_fill(~real_BT[:, None, :], -torch.inf)
-    return zero_to_one(products.amax(2), real_BV)
+    return _zero_to_one(products.amax(2), real_BV)
 
 
-def zero_to_one(values_BV: Tensor, real_BV: Tensor | None) -> Tensor:
+def _zero_to_one(values_BV: Tensor, real_BV: Tensor | None) -> Tensor:
     """Rows between their smallest and their largest real value; 1 where all are equal."""
     lowest = values_BV if real_BV is None else values_BV.masked_fill(~real_BV, torch.inf)
     highest = values_BV if real_BV is None else values_BV.masked_fill(~real_BV, -torch.inf)
     low, span = lowest.amin(1, keepdim=True), highest.amax(1, keepdim=True) - lowest.amin(1, keepdim=True)
     return torch.where(span > 0, (values_BV - low) / span.clamp_min(_TINY), 1.0)
-
-
-def weighted_order(tokens_BVC: Tensor, weight_BV: Tensor, real_BV: Tensor | None, picks: int) -> Tensor:
-    """Tokens in the order in which they are chosen, ``[B, picks]``: always the largest weight times distance to those
-    chosen already; of equals the first. A row with fewer tokens repeats arbitrary ones behind its own.
-
-    Args:
-        tokens_BVC: visual tokens, compared by their cosines.
-        weight_BV: at least 0.
-        real_BV: False for padding; None if there is none.
-        picks: how many.
-    """
-    unit = normalize(tokens_BVC.float(), dim=2)
-    batch, width = weight_BV.shape
-    row = torch.arange(batch, device=unit.device)
-    # Many rows of the cosines are cheaper all at once.
-    cosines = unit @ unit.transpose(1, 2) if picks * 4 > width else None
-    distance = torch.full_like(weight_BV, _FARTHEST)
-    open_BV = torch.zeros_like(weight_BV)  # minus infinity for what cannot be chosen any more
-    if real_BV is not None:
-        open_BV.masked_fill_(~real_BV, -torch.inf)
-    order = torch.empty(batch, picks, dtype=torch.long, device=unit.device)
-    for step in range(picks):
-        best = torch.addcmul(open_BV, weight_BV, distance).argmax(1)
-        order[:, step] = best
-        open_BV[row, best] = -torch.inf
-        near = cosines[row, best] if cosines is not None else (unit @ unit[row, best][:, :, None])[:, :, 0]
-        distance = torch.minimum(distance, (1 - near).clamp_min_(0))
-    return order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +150,7 @@ class AutoPrunePlus(DecoderMethod):
     name: ClassVar[str] = "autoprune_plus"
     published_budget: ClassVar[str] = "processed"
     shares_views: ClassVar[bool] = True
+    capturable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

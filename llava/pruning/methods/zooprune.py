@@ -24,6 +24,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from llava.pruning.diversity import weighted_order
 from llava.pruning.engine.notices import say
 from llava.pruning.method import VisionReducer
 from llava.pruning.vision import Reduction, VisionView
@@ -52,22 +53,6 @@ def zero_to_one(values_NP: Tensor) -> Tensor:
     # Differences that float32 makes of equal values are none.
     equal = high - low <= high.abs() * 1e-5
     return torch.where(equal, 1.0, (values_NP - low) / (high - low))
-
-
-def sensitive_order(projected_NPD: Tensor, weight_NP: Tensor, picks: int) -> Tensor:
-    """Patches in the order in which they are chosen, ``[N, picks]``; one distance per patch and step."""
-    unit = torch.nn.functional.normalize(projected_NPD.float(), dim=2)
-    best = weight_NP.argmax(1)
-    order = torch.empty(len(unit), picks, dtype=torch.long, device=unit.device)
-    row = torch.arange(len(unit), device=unit.device)
-    nearest = torch.full_like(weight_NP, torch.inf)
-    taken = torch.zeros_like(weight_NP, dtype=torch.bool)
-    for step in range(picks):
-        order[:, step] = best
-        taken[row, best] = True
-        nearest = torch.minimum(nearest, 1 - (unit @ unit[row, best][:, :, None])[:, :, 0])
-        best = (nearest * weight_NP).masked_fill(taken, -torch.inf).argmax(1)
-    return order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,5 +87,5 @@ class ZOOPrune(VisionReducer):
             drawn = torch.randn(self.directions, view.tokens_NPC.shape[2], generator=generator)
             drawn = drawn.to(view.tokens_NPC.device, non_blocking=True)
             weight = zero_to_one(sensitivity(view.tokens_NPC, view.project, drawn, self.step))
-        order = sensitive_order(view.projected_NPD, weight, view.target)
+        order = weighted_order(view.projected_NPD, weight, None, view.target)
         return Reduction.keep(view.tokens_NPC, order.sort(dim=1).values)
