@@ -5,9 +5,11 @@
 
 Every method at one budget. selection: all that only pruning needs in a prefill, attention rows and moving of tokens
 included; in front of the decoder what the vision tower would say is given (random numbers), so its rows are not in it.
-Methods inside the tower: what they do between its layers, of one crop. floor: the decoder's layers at the lengths that
-the method leaves, without any selection. On a CPU both are seconds of processor time, which other work on the machine
-does not add to, and both are the least of interleaved rounds; of pruned floor: their ratio. extra: peak of the memory
+Methods inside the tower: what they do between its layers, of one crop. saved: what others then need not do; keys that
+the next layer would project itself (the time of projecting as many), and of a tower the difference between its plain
+pass and the rest of the one with the method. floor: the decoder's layers at the lengths that the method leaves, without
+any selection. On a CPU all are seconds of processor time, which other work on the machine does not add to, and the
+least of interleaved rounds; of pruned floor: selection less what it saves, over the floor. extra: peak of the memory
 that selecting takes from the system.
 """
 
@@ -18,9 +20,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from benchmarks.candidates import MIB, floor_prefill, layer_widths
@@ -37,9 +40,19 @@ from llava.pruning.method import PruningMethod
 from llava.pruning.vision import TowerValue
 from llava.utils import UserError, cli_main
 
-COLUMNS = ("method", "budget", "visual", "selection_ms", "floor_ms", "of_pruned_floor", "extra_mib")
+COLUMNS = ("method", "budget", "visual", "selection_ms", "saved_ms", "floor_ms", "of_pruned_floor", "extra_mib")
 _KEYS = 64
 """Width of a mean key."""
+
+
+_PLAIN = "tower as it is"
+
+
+class Spent(NamedTuple):
+    """Seconds of a run: what is selection, and all."""
+
+    selection: float
+    whole: float
 
 
 @dataclass(frozen=True)
@@ -74,8 +87,25 @@ class Selecting:
         finally:
             hook.remove()
 
-    def __call__(self) -> float:
+    def __call__(self) -> Spent:
         return _seconds_within(self.only_selecting, self.prompt.embeds_BNC.device)
+
+    def reused(self) -> list[int]:
+        """Of how many tokens each layer takes keys that selecting has projected already."""
+        widths: list[int] = []
+
+        def note(module: nn.Module, _: Any, keys: torch.Tensor) -> None:
+            if "forward" in vars(module):  # stands in for the layer's own
+                widths.append(keys.shape[1])
+
+        projections = [getattr(layer.self_attn, "k_proj", None) for layer in self.model.model.layers]
+        hooks = [projection.register_forward_hook(note) for projection in projections if projection is not None]
+        try:
+            self.run(nullcontext)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return widths
 
 
 class _Enough(Exception):
@@ -101,28 +131,34 @@ class InTower:
 
     only_selecting = run
 
-    def __call__(self) -> float:
+    def __call__(self) -> Spent:
         return _seconds_within(self.run, self.pixels.device)
 
 
-def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
-    """What the work says itself, or how long it takes."""
+def plain_tower(tower: Any, pixels: torch.Tensor) -> Callable[[], Any]:
+    """A pass of the tower as it is."""
+    return lambda: encode_crops(tower, pixels)
+
+
+def projections(model: Any, widths: Sequence[int], prompt: RandomPrompt) -> Callable[[], Any]:
+    """Projecting the keys of so many tokens, once for each width."""
+    project = model.model.layers[0].self_attn.k_proj
+    return lambda: [project(prompt.embeds_BNC[:, :width]) for width in widths]
+
+
+def seconds_of(work: Callable[[], Any], device: torch.device) -> Spent:
+    """What the work says itself, or how long it takes: none of it selection."""
     if isinstance(work, Selecting | InTower):
-        return float(work())
-    return timed(work, device) if device.type == "cuda" else _seconds_within(lambda part: _within(part, work), device)
-
-
-def _within(part: Callable[[], Any], work: Callable[[], Any]) -> Any:
-    with part():
         return work()
+    return _seconds_within(lambda _: work(), device)
 
 
-def _seconds_within(run: Callable[[Callable[[], Any]], Any], device: torch.device) -> float:
-    """Seconds that a run spends in its parts: the device's on CUDA, elsewhere those of the processor."""
+def _seconds_within(run: Callable[[Callable[[], Any]], Any], device: torch.device) -> Spent:
+    """Seconds that a run spends in its parts, and in all: the device's on CUDA, elsewhere those of the processor."""
     if device.type == "cuda":
         clock = Clock(device)
-        run(partial(clock.part, "selection"))
-        return clock.seconds["selection"]
+        whole = timed(lambda: run(partial(clock.part, "selection")), device)
+        return Spent(clock.seconds["selection"], whole)
     spent = [0.0]
 
     @contextmanager
@@ -131,8 +167,9 @@ def _seconds_within(run: Callable[[Callable[[], Any]], Any], device: torch.devic
         yield
         spent[0] += time.process_time() - start
 
+    start = time.process_time()
     run(part)
-    return spent[0]
+    return Spent(spent[0], time.process_time() - start)
 
 
 def extra_bytes(work: Selecting | InTower, device: torch.device) -> int | None:
@@ -195,6 +232,7 @@ def measure(job: Job, args: Any) -> list[dict[str, Any]]:
     prompt = crops_of(job.prompt(1), shape.tower.patches)
     candidates: dict[str, Any] = {}
     floors: dict[tuple[str, int], str] = {}
+    reused: dict[tuple[str, int], str] = {}
     tower = None
     for key, method in job.settings.items():
         # What nothing selects from in the decoder keeps its length.
@@ -204,19 +242,27 @@ def measure(job: Job, args: Any) -> list[dict[str, Any]]:
                 continue  # measured on one crop, at its number of patches
             if tower is None:
                 tower = random_tower(shape, device, job.dtype)
-            pixels = torch.randn(1, 3, shape.tower.image, shape.tower.image).to(device, job.dtype)
+                pixels = torch.randn(1, 3, shape.tower.image, shape.tower.image).to(device, job.dtype)
+                candidates[_PLAIN] = plain_tower(tower, pixels)
             candidates[f"{key}"] = InTower(tower, method, key[1], pixels)
         else:
             candidates[f"{key}"] = Selecting(model, method, prompt, random_facts(method, prompt))
             if max(method.stages(shape.layers), default=BEFORE_DECODER) > BEFORE_DECODER:
                 widths = layer_widths(candidates[f"{key}"].run(nullcontext))
+                if known := candidates[f"{key}"].reused():
+                    reused[key] = f"keys {known}"
+                    candidates[reused[key]] = projections(model, known, prompt)
         floors[key] = f"floor {widths}"
         candidates.setdefault(floors[key], floor_prefill(model, widths, prompt))
     label = f"selection of {len(floors)} methods"
     seconds = interleaved_rounds(candidates, args.rounds, device, args.warmup, seconds_of, label)
+    whole = {name: min(spent.whole for spent in found) for name, found in seconds.items()}
     rows = []
     for key, floor in floors.items():
-        own, least = min(seconds[f"{key}"]), min(seconds[floor])
+        own, least = min(spent.selection for spent in seconds[f"{key}"]), whole[floor]
+        saved = whole[reused[key]] if key in reused else 0.0
+        if isinstance(candidates[f"{key}"], InTower):
+            saved = whole[_PLAIN] - min(spent.whole - spent.selection for spent in seconds[f"{key}"])
         extra = extra_bytes(candidates[f"{key}"], device)
         rows.append(
             {
@@ -225,8 +271,9 @@ def measure(job: Job, args: Any) -> list[dict[str, Any]]:
                 "visual": job.visual,
                 "rounds": args.rounds,
                 "selection_ms": 1000 * own,
+                "saved_ms": 1000 * saved,
                 "floor_ms": 1000 * least,
-                "of_pruned_floor": own / least,
+                "of_pruned_floor": (own - saved) / least,
                 "extra_mib": None if extra is None else extra / MIB,
             }
         )

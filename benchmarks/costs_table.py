@@ -100,7 +100,7 @@ def table(results: Sequence[Result]) -> str:
     head = ["method", "where", "of the tower", "of the decoder's layers", "FlashAttention", "models", "CUDA graphs"]
     for visual, rows in sorted(found.items()):
         budget = next(iter(rows.values()))["budget"]
-        head += [f"selection, {budget} of {visual}", "of pruned floor", "extra memory"]
+        head += [f"selection, {budget} of {visual}", "saves", "of pruned floor", "extra memory"]
     lines = []
     for name in list_methods():
         if name == "dense":
@@ -119,11 +119,12 @@ def table(results: Sequence[Result]) -> str:
 
 
 def cells(row: Mapping[str, Any] | None) -> list[str]:
-    """Milliseconds, percent, MiB."""
+    """Milliseconds that selecting takes and saves, percent, MiB."""
     if row is None:
-        return ["–"] * 3
+        return ["–"] * 4
     memory = "–" if row["extra_mib"] is None else f"{row['extra_mib']:.1f} MiB"
-    return [f"{row['selection_ms']:.1f} ms", f"{100 * row['of_pruned_floor']:.1f}%", memory]
+    saved = f"{row['saved_ms']:.1f} ms" if row["saved_ms"] else "–"
+    return [f"{row['selection_ms']:.1f} ms", saved, f"{100 * row['of_pruned_floor']:.1f}%", memory]
 
 
 @cli_main
