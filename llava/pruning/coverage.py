@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_FRESH = 16
+_FRESH = 32
 """Candidates that are looked at anew at one time."""
 
 
@@ -92,16 +92,19 @@ def _looking_again(likeness_PR: Tensor, picks: int, weights: _Weights, chosen_ne
     bound = weights.gain((likeness_PR - covered).clamp_min_(0).sum(1))
     if weights.last is not None:
         bound = bound.masked_fill(weights.last, -1.0)
-    looked_at = torch.zeros(patches, dtype=torch.long)  # the step at which
-    order: list[int] = []
-    for step in range(picks):
-        while int(looked_at[best := int(bound.argmax())]) < step and float(bound[best]) >= 0:
-            again = bound.topk(min(_FRESH, patches)).indices
-            again = torch.cat((again, torch.tensor([best])))  # of equals topk may leave out the first
-            gain = weights.gain((likeness_PR[again] - covered).clamp_min_(0).sum(1), again)
+    fresh, order = min(_FRESH, patches), list[int]()
+    for _ in range(picks):
+        looked_at = set[int]()
+        while (best := int(bound.argmax())) not in looked_at:
+            before, again = bound.topk(fresh)
+            if float(before[0]) < 0:
+                break  # nothing is left but what is chosen last
+            if best not in (numbers := again.tolist()):  # of equals topk may leave out the first
+                again[-1] = numbers[-1] = best
+            gain = weights.gain(likeness_PR.index_select(0, again).sub_(covered).clamp_min_(0).sum(1), again)
             # What is chosen already, or chosen last, keeps its place.
-            bound[again] = torch.where(bound[again] < 0, bound[again], gain)
-            looked_at[again] = step
+            bound[again] = gain if float(before[-1]) >= 0 else torch.where(before < 0, before, gain)
+            looked_at.update(numbers)
         order.append(best)
         bound[best] = -torch.inf
         covered = torch.maximum(covered, likeness_PR[best])

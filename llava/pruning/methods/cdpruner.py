@@ -67,25 +67,26 @@ def normalized(relevance_NP: Tensor, prompts: tuple[int, ...]) -> Tensor:
     return torch.where(span > 0, (relevance_NP - low + _LEAST) / span, 1.0)
 
 
-def dpp_order(kernel_NPP: Tensor, picks: int) -> Tensor:
+def dpp_order(patches_NPD: Tensor, picks: int) -> Tensor:
     """Greedy MAP inference of a DPP (Chen et al., NeurIPS 2018): patches as they are picked, ``[N, picks]``.
 
     Args:
-        kernel_NPP: symmetric and positive semidefinite.
+        patches_NPD: their products are the kernel, of which only the rows of what is picked are computed.
         picks: how many.
     """
-    crops, patches, _ = kernel_NPP.shape
-    row = torch.arange(crops, device=kernel_NPP.device)
+    crops, patches, _ = patches_NPD.shape
+    row = torch.arange(crops, device=patches_NPD.device)
     # Squared volume that each patch adds to those picked, and rows of their Cholesky factor.
-    volume = kernel_NPP.diagonal(dim1=1, dim2=2).clone()
+    volume = patches_NPD.square().sum(2)
     least = volume * _NONE_LEFT
-    factor = kernel_NPP.new_zeros(crops, picks, patches)
-    order = torch.empty(crops, picks, dtype=torch.long, device=kernel_NPP.device)
+    factor = patches_NPD.new_zeros(crops, picks, patches)
+    order = torch.empty(crops, picks, dtype=torch.long, device=patches_NPD.device)
     for step in range(picks):
         best = volume.argmax(1)
         order[:, step] = best
         known = factor[:, :step]
-        new = kernel_NPP[row, best] - (known[row, :, best][:, None] @ known)[:, 0]
+        products = (patches_NPD @ patches_NPD[row, best][:, :, None])[:, :, 0]
+        new = products - (known[row, :, best][:, None] @ known)[:, 0]
         own = volume[row, best][:, None]
         factor[:, step] = torch.where(own > 0, new / own.clamp_min(torch.finfo(own.dtype).tiny).sqrt(), 0.0)
         left = volume - factor[:, step].square()
@@ -121,10 +122,11 @@ class CDPruner(VisionReducer):
         return {"relevance": VisionFact(TowerValue.CLIP_RELEVANCE)} if self.relevance == "clip" else {}
 
     def reduce(self, view: VisionView) -> Reduction:
-        unit = torch.nn.functional.normalize(view.projected_NPD.float(), dim=2)
-        kernel = unit @ unit.transpose(1, 2)
+        patches = torch.nn.functional.normalize(view.projected_NPD.float(), dim=2)
         if self.relevance != "none":
             given = view.facts["relevance"].float() if self.relevance == "clip" else text_relevance(view)
-            weight = normalized(given, view.prompts)
-            kernel = weight[:, :, None] * kernel * weight[:, None, :]
-        return Reduction.keep(view.tokens_NPC, dpp_order(kernel, view.target).sort(dim=1).values)
+            patches = patches * normalized(given, view.prompts)[:, :, None]
+        # A CPU has one crop in its caches.
+        stacks = patches.split(1 if patches.device.type == "cpu" else len(patches))
+        order = torch.cat([dpp_order(stack, view.target) for stack in stacks])
+        return Reduction.keep(view.tokens_NPC, order.sort(dim=1).values)

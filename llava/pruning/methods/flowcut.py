@@ -76,7 +76,7 @@ class FlowCut(TowerMerger):
             return None
         # 1. Scores of the patches that are there.
         there = view.sizes_NT > 0
-        mask = there[:, None, None]
+        mask = there[:, None, None] if hasattr(view.memory, "hides") else None
         attention = attention_rows(view.query_NHTD[:, :, :1], view.key_NHTD, view.scaling, mask).mean(1)[:, 0, 1:]
         semantic = attention_rows(view.value_NHTD[:, :, :1], view.value_NHTD, 1.0, mask).mean(1)[:, 0, 1:]
         score = flow_scores(attention, semantic, view.value_NHTD.float().mean(1)[:, 1:])
@@ -88,14 +88,15 @@ class FlowCut(TowerMerger):
         view.memory.score = score
         # 2. How many stay after this layer.
         left = view.layers - 2 - view.layer
+        if left > 0 and left % 2:
+            return None
         order = score.masked_fill(~there[:, 1:], -torch.inf).argsort(dim=1, descending=True, stable=True)
         if left <= 0:
             kept = order[:, : view.target].sort(dim=1).values + 1
             return TowerKeep(torch.cat((torch.zeros_like(kept[:, :1]), kept), dim=1))
-        if left % 2:
-            return None
         keep = (counts - to_drop(attention, counts, view.target, left)).clamp_min(view.target)
         rank = torch.arange(order.shape[1], device=order.device)
+        view.memory.hides = True
         hide = torch.zeros_like(there)
         hide[:, 1:] = torch.zeros_like(hide[:, 1:]).scatter(1, order, rank >= keep[:, None])
         return TowerHide(hide)

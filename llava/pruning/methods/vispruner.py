@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from llava.pruning.method import VisionReducer
+from llava.pruning.selection import take
 from llava.pruning.vision import CLS_ATTENTION, Reduction, TowerValue, VisionFact, VisionView
 
 _DROPPED = 8  # per round, as published
@@ -41,7 +42,7 @@ def diverse_order(similarity_NPP: Tensor, order_NR: Tensor, keep: int) -> Tensor
     left = order_NR
     while left.shape[1] > keep:
         first, second = left[:, ::2], left[:, 1::2]
-        rows = similarity_NPP.gather(1, first[:, :, None].expand(-1, -1, similarity_NPP.shape[2]))
+        rows = take(similarity_NPP, first)
         likeness = rows.gather(2, second[:, None].expand(-1, first.shape[1], -1)).amax(2)
         ranked = first.gather(1, likeness.argsort(dim=1, descending=True, stable=True))
         left = torch.cat((ranked[:, min(_DROPPED, left.shape[1] - keep) :], second), dim=1)
