@@ -127,6 +127,6 @@ class CDPruner(VisionReducer):
             given = view.facts["relevance"].float() if self.relevance == "clip" else text_relevance(view)
             patches = patches * normalized(given, view.prompts)[:, :, None]
         # A CPU has one crop in its caches.
-        stacks = patches.split(1 if patches.device.type == "cpu" else len(patches))
+        stacks = patches[:, None] if patches.device.type == "cpu" else [patches]
         order = torch.cat([dpp_order(stack, view.target) for stack in stacks])
         return Reduction.keep(view.tokens_NPC, order.sort(dim=1).values)
