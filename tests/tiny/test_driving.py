@@ -1,6 +1,6 @@
 """The miniature for driving: six consistent views, a rule that needs them all, files in the real formats, training.
 
-No model has been trained on it yet, so nothing here is about accuracy.
+What the trained model can do is in `test_drive_checkpoint.py`.
 """
 
 from __future__ import annotations
@@ -30,9 +30,13 @@ from playground.tiny.build.benchmarks import DATA_DRIVE
 from playground.tiny.build.driving import STREETS, streets
 from playground.tiny.measure import driving as measuring
 from playground.tiny.train import driving as stage
+from playground.tiny.train import street_batches as batches
+from playground.tiny.train import street_model as guided
+from playground.tiny.train import streets as pool
 from playground.tiny.train import text
 from playground.tiny.train.common import train_rng
 from playground.tiny.train.export import export, load
+from playground.tiny.train.vision import normalize, run_tower
 from playground.tiny.world import cameras as cam
 from playground.tiny.world import driving as d
 from playground.tiny.world.scenes import RGB
@@ -225,42 +229,108 @@ def test_packed_sequences_are_what_evaluation_feeds(found) -> None:
     asked = d.meta_question(found[0])
     prompt = text.prompt(asked.text, asked.answer).replace("<image>\n", "<image>\n" * 6)
     tail, length = text.tail_ids(asked.text, asked.answer)
-    block = [IMAGE_TOKEN_INDEX, *stage.between()] * 6
-    whole = [*text.head_ids(), *block[: -len(stage.between())], *tail]
+    block = [IMAGE_TOKEN_INDEX, *batches.between()] * 6
+    whole = [*text.head_ids(), *block[: -len(batches.between())], *tail]
     assert tokenizer_image_token(prompt, text.tokenizer()) == whole and 0 < length < len(tail)
-    where = stage.places(stage.PATCHES)
-    assert len(where) == 6 * 576 + 5 * len(stage.between()) and (where >= 0).sum() == 6 * 576
-    rng = np.random.default_rng(0)
-    pictures, data = stage.draw_batch(rng, 2, 1.0, full=False)
-    assert pictures.shape == (2, 6, 192, 192, 3)
-    kept = [set(row[row >= 0].tolist()) for row in data.visual]
-    assert all(set(np.flatnonzero(where < 0).tolist()) <= own for own in kept), "what stands between is always there"
-    assert data.asked.any() and set(data.kinds) == {"meta", "points", "light", "lane", "car", "walker"}
+    (number,), batch = batches.draw_batch(np.random.default_rng(0), 1, 50, "meta", full=True)
+    street = pool.street_of(number)
+    assert batch.ids.shape[1] == len(text.head_ids()) + 6 * 576 + 5 * len(batches.between())
+    for k, (command, speed) in enumerate(product(d.COMMANDS, d.SPEEDS)):
+        asked = d.meta_question(d.asked_again(street, command, speed))
+        prompt = text.prompt(asked.text, asked.answer).replace("<image>\n", "<image>\n" * 6)
+        fed = torch.where(batch.visual[0] >= 0, IMAGE_TOKEN_INDEX, batch.ids[0]).tolist()
+        fed = [token for i, token in enumerate(fed) if token != IMAGE_TOKEN_INDEX or fed[i - 1] != token]
+        ids = tokenizer_image_token(prompt, text.tokenizer())
+        assert [*fed, *batch.tails[0, k].tolist()][: len(ids)] == ids
+        assert batch.tail_positions[0, k, 0] == batch.ids.shape[1]
 
 
-def test_the_block_has_the_pictures_and_what_is_between(found) -> None:
-    model = load()
+@pytest.mark.parametrize("kind", ["meta", "points", "sight"])
+def test_what_a_row_holds_and_what_it_stands_for(kind) -> None:
+    """Things whole or in part, never none of one; a view's background counts as all of it, or as what is there."""
+    numbers, batch = batches.draw_batch(np.random.default_rng(1), 12, 50, kind)
+    weights = []
+    for b, number in enumerate(numbers):
+        street, own = pool.street_of(number), batch.visual[b] >= 0
+        table = pool.things_at(street)[batch.visual[b][own].numpy()]
+        assert set(table[table >= 0]) == set(pool.things_at(street)[pool.things_at(street) >= 0])
+        view = batch.views[b][own].numpy()
+        assert (view == batch.visual[b][own].numpy() // 576).all()
+        weights.append(batch.bias[b][own].exp().sum().round().item())
+        for place, fact in enumerate(batches.FACTS):
+            there = getattr(street.facts, fact) not in (False, "none")
+            marked = batch.marks[b, place].nonzero()[:, 0]
+            if there:
+                assert {d.CAMERAS[v] for v in batch.views[b][marked].tolist()} == {d.SEEN[fact]}
+            else:
+                assert marked.tolist() == [0], "BOS"
+    assert 6 * 576 in weights and min(weights) < 600
+    assert set(batch.kinds) == ({kind} if kind != "sight" else {"light", "lane", "car", "walker"})
+
+
+def test_deciding_places_are_in_front_of_pace_and_path() -> None:
+    _, batch = batches.draw_batch(np.random.default_rng(2), 2, 50, "meta")
+    words = text.tokenizer().convert_ids_to_tokens(batch.tails.flatten().tolist())
+    paces, paths = ([words[r + 1] for r in batch.rows[start::2].tolist()] for start in (0, 1))
+    assert set(paces) <= {"\u2581", "\u2581A", "\u2581D"} and set(paths) <= {"S", "<0x4C>", "R"}
+
+
+def test_a_training_pass_computes_what_the_decoder_does() -> None:
+    """Loss of each question over all 3,456 visual tokens against transformers' decoder on its own sequence; and with
+    few tokens and padding, where nothing stands for others."""
+    model, rng = load(), np.random.default_rng(3)
+    for full in (True, False):
+        _, batch = batches.draw_batch(rng, 1 if full else 3, 50, "meta", full)
+        batch.bias = torch.where(batch.bias == -torch.inf, batch.bias, 0.0)
+        features = torch.from_numpy(rng.normal(size=(int((batch.visual >= 0).sum()), 96)) * 10).float()
+        with torch.no_grad():
+            visual = model.projector(features)
+            forward = guided.Forward(model.decoder, guided.Heads(), batch)
+            forward(visual)
+            embed, expected = model.decoder.model.embed_tokens, []
+            b = len(batch.ids) - 1
+            front = embed(batch.ids[b])
+            own = batch.visual[b] >= 0
+            front[own] = visual[len(visual) - int(own.sum()) :]
+            real = batch.bias[b] == 0
+            for k in (0, 4):
+                positions = torch.cat([batch.positions[b][real], batch.tail_positions[b, k]])
+                hidden = model.decoder.model(
+                    inputs_embeds=torch.cat([front[real], embed(batch.tails[b, k])])[None], position_ids=positions[None]
+                ).last_hidden_state[0, real.sum() :]
+                question = b * batch.tails.shape[1] + k
+                at = batch.where[batch.owner == question] - question * batch.tails.shape[2]
+                logits = model.decoder.lm_head(hidden[at])
+                expected.append((question, logits))
+        for question, logits in expected:
+            torch.testing.assert_close(forward.logits[batch.owner == question], logits, atol=2e-3, rtol=1e-3)
+
+
+def test_features_of_the_pool_are_the_towers(tmp_path) -> None:
+    """And a pool is added to, not made again."""
+    tower = load().tower
+    made = pool.make_pool(tower, tmp_path, 1, quiet=True)
+    first = made.copy()
+    again = pool.make_pool(tower, tmp_path, 2, quiet=True)
+    assert np.array_equal(again[0], first[0]) and again.shape == (2, 3456, 96)
     with torch.no_grad():
-        made = stage.block(model, cam.squares(found[0])[None])
-        where = torch.from_numpy(stage.places(stage.PATCHES))
-        gap = model.decoder.model.embed_tokens(torch.tensor(stage.between()))
-        assert torch.equal(made[0][where < 0], gap.repeat(5, 1))
-        alone = stage.block(model, cam.squares(found[0])[None, 2:3])
-        torch.testing.assert_close(made[0][where == 2], alone[0][:576], atol=1e-4, rtol=1e-4)
+        seen, _, _ = run_tower(tower, normalize(cam.squares(pool.street_of(1))[2:3]))
+    np.testing.assert_allclose(again[1, 2 * 576 : 3 * 576], seen[0].numpy(), rtol=2e-3, atol=2e-2)
 
 
 def test_a_few_steps_and_the_checkpoints_they_leave(tmp_path, monkeypatch) -> None:
     """Both stages run, and what they leave loads: six views of 576 tokens, and Senna's layout with 128 a view."""
     monkeypatch.setattr("playground.tiny.train.common.RUNS", tmp_path)
-    losses = stage.train_drive(load(), tmp_path, 1, batch=1, steps=2, full_share=0)
+    plan = stage.Plan(steps=3, batch=1, full_share=0.4)
+    losses = stage.train_drive(load(), tmp_path, plan, 2)
     state = torch.load(tmp_path / "drive.pt")
-    assert len(losses) == state["step"] == 2 and np.isfinite(losses).all()
+    assert len(losses) == state["step"] == 3 and np.isfinite(losses).all()
     tower = {f"tower.{name}": value for name, value in load().tower.state_dict().items()}
     assert all(torch.equal(state["model"][name], value) for name, value in tower.items()), "the tower is as it was"
     old = load().decoder.state_dict()
     assert any(not torch.equal(state["model"][f"decoder.{name}"], value) for name, value in old.items())
     model = load()
-    losses = stage.train_drive(model, tmp_path, 1, batch=1, steps=1, adapt=True)
+    losses = stage.train_drive(model, tmp_path, stage.Plan(steps=1, batch=1), 2, adapt=True)
     adapter = torch.load(tmp_path / "drive-adapter.pt")["adapter"]
     assert np.isfinite(losses).all() and set(adapter) == set(TokenAdapter((576, 128, 128, 128)).state_dict())
     export(model, tmp_path / "tiny-senna", adapter=adapter)

@@ -10,12 +10,10 @@
     python -m playground.tiny.train.export --state extend.pt && python -m playground.tiny.measure.arena
     python -m playground.tiny.train --stage anyres --minutes 20
     python -m playground.tiny.train.export --state anyres.pt
-    python -m playground.tiny.train --stage drive --minutes 90
+    python -m playground.tiny.train --stage drive --minutes 45 --threads 1
     python -m playground.tiny.train.export --state drive.pt
     python -m playground.tiny.train --stage drive-adapter --minutes 20
     python -m playground.tiny.train.export --state drive-adapter.pt
-
-The two stages of driving have not been run to their end: no such checkpoint is in the repository.
     python -m playground.tiny.train --stage sight --minutes 26 --threads 1
     python -m playground.tiny.train --stage deep --minutes 12 --device cuda --workers 15 --batch 48 --compile
     python -m playground.tiny.train.export --state deep.pt
@@ -36,7 +34,7 @@ from playground.tiny.train import text
 from playground.tiny.train.anyres import train_anyres
 from playground.tiny.train.common import RUNS
 from playground.tiny.train.deep import STATE, start, train_deep
-from playground.tiny.train.driving import train_drive
+from playground.tiny.train.driving import Plan, train_drive
 from playground.tiny.train.export import load
 from playground.tiny.train.extend import train_extend
 from playground.tiny.train.joint import align, train_joint
@@ -84,14 +82,15 @@ def main() -> None:
     parser.add_argument(
         "--full-share",
         type=float,
-        help="last part of the run with all visual tokens: joint (0.2), anyres (0.1), drive (0.08)",
+        help="last part of the run with all visual tokens: joint (0.2), anyres (0.1), drive (0.25, one step in four)",
     )
     parser.add_argument("--folder", type=Path, default=RUNS, help="sight, deep: where states and logs lie")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="deep, drive: where to train")
+    parser.add_argument("--batch", type=int, default=4, help="deep, drive: pictures or streets in a step")
+    parser.add_argument("--pool", type=int, default=3000, help="drive: streets whose features are computed first")
     deep = parser.add_argument_group("stage deep", "goes on by itself where the last run stopped")
-    deep.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train")
     deep.add_argument("--precise", action="store_true", help="fp32 instead of bf16")
     deep.add_argument("--compile", action="store_true", help="compile the layers, for a GPU")
-    deep.add_argument("--batch", type=int, default=4, help="pictures in a step")
     deep.add_argument("--workers", type=int, default=0, help="processes that draw pictures and questions; 0: none")
     deep.add_argument("--stop-after", type=float, default=float("inf"), help="end this run after so many seconds")
     args = parser.parse_args()
@@ -142,11 +141,9 @@ def main() -> None:
             load(), RUNS, args.minutes, 6, rate=args.rate or 0.2, full_share=share, run=args.run, resume=args.resume
         )
     elif args.stage.startswith("drive"):
-        share = 0.08 if args.full_share is None else args.full_share
-        train_drive(
-            load(), RUNS, args.minutes, rate=args.rate or 0.3, full_share=share, run=args.run, resume=args.resume,
-            adapt=args.stage == "drive-adapter",
-        )  # fmt: skip
+        share = 0.25 if args.full_share is None else args.full_share
+        plan = Plan(minutes=args.minutes, batch=args.batch, rate=args.rate or 0.5, full_share=share)
+        train_drive(load(), RUNS, plan, args.pool, args.run, args.resume, args.stage == "drive-adapter", args.device)
     else:
         train_joint(
             RUNS,
