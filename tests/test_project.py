@@ -64,5 +64,6 @@ def test_a_clone_is_small() -> None:
     pictures = [path for path in files if path.endswith((".png", ".jpg")) and "/images/" not in path]
     assert not [path for path in pictures if not path.startswith("benchmarks/results/")]
     assert len(files) < 800
-    assert sum((ROOT / path).stat().st_size for path in files if (ROOT / path).is_file()) < 40e6, "bytes"
+    # 32.7 MB of it are the four checkpoints, each whole in fp16, so that its folder can be taken elsewhere.
+    assert sum((ROOT / path).stat().st_size for path in files if (ROOT / path).is_file()) < 45e6, "bytes"
     assert not [path for path in files if path.startswith("playground/tiny/data/")]

@@ -108,7 +108,7 @@ def train_drive(
     if resume or adapt:
         state = torch.load(folder / f"{name if resume else 'drive'}.pt", map_location="cpu")
         model.load_state_dict(state["model"])
-        heads.load_state_dict(state["heads"], strict=False)
+        heads.load_state_dict(state["heads"])
         if adapter is not None and resume:
             adapter.load_state_dict(state["adapter"])
     pool = make_pool(model.tower, folder, pool_size)
