@@ -62,7 +62,7 @@ PATHS_THAT_ARE_READ = {
 # Folders that have to be empty, or not there yet.
 EMPTY_FOLDERS = {"llava/model/export_hf.py": {"output"}}
 NOT_PATHS = {
-    *("target_ratio", "minutes", "tokens", "only_for", "flags", "base", "model_args", "tasks"),
+    *("target_ratio", "minutes", "kinds", "tokens", "only_for", "flags", "base", "model_args", "tasks"),
     *("device", "dtype", "attn_implementation", "mm_patch_merge_type", "conv_mode", "method", "budget", "positions"),
     *(
         "method_args",
