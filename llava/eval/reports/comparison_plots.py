@@ -12,12 +12,13 @@ from typing import Any
 from llava.eval.reports.comparison_tables import columns
 from llava.eval.reports.plots import FAINT, INK, MUTED, pyplot, save
 
-# Colors that stay apart for most color-blind eyes; markers tell apart what lies close.
+# Colors that stay apart for most color-blind eyes; markers tell apart what lies close, and what has the same color.
 _COLORS = (
     "#1f77b4", "#d1495b", "#2a9d8f", "#e9a03b", "#6a4c93", "#8c564b", "#17becf", "#4d4d4d", "#bcbd22", "#e377c2",
     "#3b7a57", "#9467bd", "#ff7f0e", "#7f7f7f",
 )  # fmt: skip
 _MARKERS = "osD^v<>PX*hp8d"
+_LEGEND = 28  # names in a column
 
 
 def _figure_of(row: Mapping[str, Any]) -> Mapping[str, float]:
@@ -43,11 +44,12 @@ def plot_accuracy(result: Mapping[str, Any], path: Path) -> None:
     """One line per method over the tokens its layers really computed on; bars are the intervals."""
     rows = result["rows"]
     plot = pyplot()
-    figure, axis = plot.subplots(figsize=(9.5, 5.2), layout="constrained")
+    lines = lines_of(rows)
+    legends = -(-(len(lines) + 1) // _LEGEND)
+    figure, axis = plot.subplots(figsize=(8.0 + 1.5 * legends, 5.2), layout="constrained")
     dense = _figure_of(rows[0])
     axis.axhspan(dense["low"], dense["high"], color=FAINT, alpha=0.6, linewidth=0)
     axis.axhline(dense["value"], color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="dense")
-    lines = lines_of(rows)
     numbers = {name: number for number, name in enumerate(dict.fromkeys(name for name, _ in lines))}
     for (name, processed), line in lines.items():
         number = numbers[name]
@@ -60,7 +62,7 @@ def plot_accuracy(result: Mapping[str, Any], path: Path) -> None:
             label=f"{name}, processed" if processed else name,
             linestyle="--" if processed else "-",
             color=_COLORS[number % len(_COLORS)],
-            marker=_MARKERS[number % len(_MARKERS)],
+            marker=_MARKERS[(number + number // len(_COLORS)) % len(_MARKERS)],
             markersize=4.5,
             linewidth=2.4 if name == "autoprune" else 1.3,
             elinewidth=0.8,
@@ -73,7 +75,7 @@ def plot_accuracy(result: Mapping[str, Any], path: Path) -> None:
     axis.set_xlabel("visual tokens processed per decoder layer (mean)", fontsize=9)
     axis.set_ylabel(_unit(rows), fontsize=9)
     axis.set_title(f"{result['run']['model']}: accuracy over processed tokens", fontsize=11, loc="left", color=INK)
-    figure.legend(fontsize=8, frameon=False, loc="outside right upper")
+    figure.legend(fontsize=8, frameon=False, loc="outside right upper", ncols=legends)
     axis.tick_params(labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     save(plot, figure, path)
