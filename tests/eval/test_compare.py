@@ -14,10 +14,12 @@ from llava.eval.common.questions import Question
 from llava.eval.reports import results
 from llava.eval.reports import settings as variants
 from llava.eval.reports.bootstrap import estimates, resampled_means, retained
+from llava.eval.reports.comparison_plots import look_of
 from llava.eval.reports.memory import PeakMemory, resident_bytes
 from llava.eval.tasks import vqa as vqa_task
 from llava.eval.tasks.registry import COMPARED
 from llava.eval.tasks.registry import DEMO as BENCHMARKS
+from llava.pruning import list_methods
 from llava.utils import UserError
 from tests.eval.helpers import TINY_DATA, fails_with_one_line, read_json, read_jsonl, write_json, write_jsonl
 from tests.eval.test_demo import perfect_answers
@@ -448,3 +450,8 @@ def test_answers_of_another_run_are_refused(argv, capsys):
     compare.main(argv(*flags))
     capsys.readouterr()
     fails_with_one_line(compare.main, argv(*flags, "--max-new-tokens", 2), capsys, "max_new_tokens", "--output-dir")
+
+
+def test_every_line_of_the_plot_looks_different():
+    looks = [tuple(look_of(number).values()) for number in range(2 * len(list_methods()))]
+    assert len(set(looks)) == len(looks)

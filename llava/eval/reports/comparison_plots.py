@@ -21,6 +21,12 @@ _MARKERS = "osD^v<>PX*hp8d"
 _LEGEND = 28  # names in a column
 
 
+def look_of(number: int) -> dict[str, str]:
+    """Color and marker of a line, another pair for each of the first 196."""
+    turn, place = divmod(number, len(_COLORS))
+    return {"color": _COLORS[place], "marker": _MARKERS[(place + turn) % len(_MARKERS)]}
+
+
 def _figure_of(row: Mapping[str, Any]) -> Mapping[str, float]:
     return row["mean_accuracy"] or row["agreement"]
 
@@ -61,8 +67,7 @@ def plot_accuracy(result: Mapping[str, Any], path: Path) -> None:
             yerr=spread,
             label=f"{name}, processed" if processed else name,
             linestyle="--" if processed else "-",
-            color=_COLORS[number % len(_COLORS)],
-            marker=_MARKERS[(number + number // len(_COLORS)) % len(_MARKERS)],
+            **look_of(number),
             markersize=4.5,
             linewidth=2.4 if name == "autoprune" else 1.3,
             elinewidth=0.8,
