@@ -9,8 +9,7 @@ AutoPrune showed (docs/autoprune_plus.md has what was tried and what each part i
    diversity on the question is CDPruner's idea) to the power ``relevance``, times CLS attention (FasterVLM) to the
    power ``saliency``. Relevance of a token: take the mean of the prompt's visual tokens from it, divide by the root of
    the length of what is left, and take the largest product with a text token behind the last image (of length 1); then
-   0..1 over the prompt. The mean is what all patches share and no word means: without taking it away the same product
-   says nothing.
+   0..1 over the prompt. The mean is what all patches share, and so tells none from another.
 2. *Between the layers* the tokens that enter layer ``l`` follow AutoPrune's logistic curve, ``1 / (1 + exp(slope * (l
    - x0)))``, with layers counted on a scale of 32 at any depth. The published slope is flat or nearly so; this one is
    steep: where the text has read the picture, visual tokens have said what they know (Information Horizon), and what is
