@@ -21,7 +21,8 @@ never more than there are tokens: larger budgets move ``x0`` back until all toke
 leaves over is given to the layers behind the bend, a token each. At least one token stays.
 
 Unlike AutoPrune it measures no mutual information (the best curve of each question, known afterwards, gained
-little over the steepest) and recycles nothing. On Q-Formers and resamplers, whose tokens are no patches, ``saliency`` is left out.
+little over the steepest) and recycles nothing. On Q-Formers and resamplers, whose tokens are no patches, ``saliency``
+is left out.
 """
 
 from __future__ import annotations
