@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llava.pruning.selection import on_device
+from llava.pruning.selection import counts_to_mask, last_places, on_device
 
 _ONE_PIECE = 2**21
 _PIECES = 8
@@ -113,9 +113,8 @@ def text_raters(hidden_BVC: Tensor, counts: tuple[int, ...], text_BTC: Tensor, r
     Visual tokens are padded at the end, text at the front.
     """
     device = hidden_BVC.device
-    width = text_BTC.shape[1]
-    valid_BT = torch.arange(width, device=device) >= width - on_device(rows, device)[:, None]
-    valid_BV = torch.arange(hidden_BVC.shape[1], device=device) < on_device(counts, device)[:, None]
+    valid_BT = last_places(rows, text_BTC.shape[1], device)
+    valid_BV = counts_to_mask(counts, hidden_BVC.shape[1], device)
     logits = hidden_BVC.float() @ text_BTC.float().transpose(1, 2)
     shares = torch.softmax(logits.masked_fill(~valid_BT[:, None, :], -torch.inf), dim=2)
     received = (shares * valid_BV[:, :, None]).sum(1)

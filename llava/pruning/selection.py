@@ -40,6 +40,11 @@ def counts_to_mask(counts: Sequence[int], width: int, device: torch.device) -> T
     return torch.arange(width, device=device) < on_device(counts, device)[:, None]
 
 
+def last_places(counts: Sequence[int], width: int, device: torch.device) -> Tensor:
+    """Bool ``[B, width]``: True in the last ``counts[i]`` columns of row i; text is padded at the front."""
+    return counts_to_mask(counts, width, device).flip(1)
+
+
 def descending_order(scores_BV: Tensor, counts: Sequence[int]) -> Tensor:
     """Indices ``[B, V]`` by falling score; ties by rising index; the padding behind ``counts[i]`` comes last."""
     if min(counts) < scores_BV.shape[1]:

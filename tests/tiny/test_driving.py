@@ -376,6 +376,6 @@ def test_measuring_runs(found, tmp_path) -> None:
     export(load(), tmp_path / "drive")
     config = read_json(tmp_path / "drive" / "config.json")
     write_json(tmp_path / "drive" / "config.json", {**config, "tokenizer_model_max_length": 4096})
-    result = measuring.measure(tmp_path / "drive", found[:1], ("oracle",), tokens=2, quiet=True)
+    result = dict(measuring.measure(tmp_path / "drive", found[:1], ("oracle",), tokens=2, quiet=True))
     assert result["oracle"]["questions"] == 1 and result["oracle"]["best"] == pytest.approx(100)
     assert measuring.VIEWS.keys() == measuring.GOALS.keys() and isinstance(measuring.method_of("all", found[0]), Dense)

@@ -42,7 +42,7 @@ from llava.pruning.diversity import weighted_order
 from llava.pruning.engine.notices import say
 from llava.pruning.engine.view import LayerView
 from llava.pruning.method import DecoderMethod, PruningMethod
-from llava.pruning.selection import counts_to_mask, descending_order, on_device
+from llava.pruning.selection import counts_to_mask, descending_order, last_places, on_device
 from llava.pruning.types import BEFORE_DECODER, Rows, Selection
 
 _DEPTH = 32
@@ -202,7 +202,7 @@ class AutoPrunePlus(DecoderMethod):
         weight = torch.ones(len(counts), width, device=view.device)
         if self.relevance:
             rows = max(view.query_rows)
-            real_BT = None if min(view.query_rows) == rows else _at_the_end(view.query_rows, rows, view.device)
+            real_BT = None if min(view.query_rows) == rows else last_places(view.query_rows, rows, view.device)
             weight = question_relevance(view.hidden_BVC, real_BV, view.text_BTC, real_BT) ** self.relevance
         if self.saliency:
             attention = view.cls_attention_BV
@@ -222,7 +222,3 @@ class AutoPrunePlus(DecoderMethod):
             return first
         attended, before = (descending_order(scores, view.counts).argsort(1) for scores in (view.relevance_BV, first))
         return -(self.text_weight * attended + (1 - self.text_weight) * before)
-
-
-def _at_the_end(lengths: tuple[int, ...], width: int, device: torch.device) -> Tensor:
-    return counts_to_mask(lengths, width, device).flip(1)

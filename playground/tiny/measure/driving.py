@@ -14,7 +14,7 @@ import argparse
 import base64
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -94,18 +94,21 @@ def pictures(street: Street, cameras: Iterable[str], number: int) -> dict[str, s
 
 def method_of(kind: str, street: Street) -> DecoderMethod:
     """What prunes: nothing, or all but what the oracle keeps."""
-    dense: DecoderMethod = get_method("dense")()
+    if kind != "oracle":
+        dense: DecoderMethod = get_method("dense")()
+        return dense
     places = things_first(street)
-    return Given(places=places, target_tokens=len(places)) if kind == "oracle" else dense
+    return Given(places=places, target_tokens=len(places))
 
 
 def measure(
     checkpoint: Path, found: list[Street], kinds: Iterable[str] = tuple(VIEWS), tokens: int = 40, quiet: bool = False
-) -> dict[str, dict[str, float]]:
-    """Per kind of looking the accuracy in percent, and the best that can be reached; tokens: of an answer, at most."""
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """Kinds of looking as they are measured, each with its accuracy in percent and the best that can be reached;
+    tokens: of an answer, at most.
+    """
     tokenizer, model, processor, _ = load_pretrained_model(str(checkpoint), None, checkpoint.name, device="cpu")
     adapter = LlavaAdapter(tokenizer, model, processor)
-    result = {}
     for name in kinds:
         cameras, right = VIEWS[name], []
         for number, street in enumerate(tqdm(found, desc=name, disable=quiet)):
@@ -116,8 +119,7 @@ def measure(
                 (answer,) = answerer.answer([answerer.prepare(question)], run)
             right.append(is_right(rule(street.facts), answer.text))
         accuracy, best = 100 * float(np.mean(right)), best_accuracy(cameras)
-        result[name] = {"accuracy": round(accuracy, 2), "best": round(best, 2), "questions": len(right)}
-    return result
+        yield name, {"accuracy": round(accuracy, 2), "best": round(best, 2), "questions": len(right)}
 
 
 @cli_main
@@ -133,8 +135,7 @@ def main() -> None:
     if not (args.checkpoint / "config.json").is_file():
         raise UserError(f"{args.checkpoint}: no checkpoint; train and export one first")
     path = args.checkpoint / "drive.json"
-    for name in kinds:
-        figures = measure(args.checkpoint, streets()[: args.limit], (name,))[name]
+    for name, figures in measure(args.checkpoint, streets()[: args.limit], kinds):
         low, high = GOALS[name]
         met = "met" if low <= figures["accuracy"] <= high else "missed"
         print(f"{name}: {figures['accuracy']:.1f} of at most {figures['best']:.1f}; goal {low:.0f} to {high:.0f} {met}")

@@ -29,6 +29,8 @@ FACTS = tuple(SEEN)
 VALUES = {"light": LIGHTS, "lead": LEADS, **{name: (False, True) for name in FACTS[2:]}}
 SHOWN = ("", "red light", "green light", "far lead", "near lead", *FACTS[2:])
 """What a patch can show: nothing that decides, or what fact."""
+SHOWING = {name: torch.tensor([i for i, value in enumerate(SHOWN) if value.split()[-1:] == [name]]) for name in FACTS}
+"""Classes of `SHOWN` that are a fact: `front_left` itself, `light` and `lead` in any of their forms."""
 PACES = ("KEEP", "ACCELERATE", "DECELERATE", "STOP")
 PATHS = ("STRAIGHT", "LEFT_TURN", "RIGHT_TURN", "LEFT_CHANGE", "RIGHT_CHANGE")
 TOPICS = (
@@ -102,15 +104,19 @@ class Batch:
 # -- what is asked
 
 
+def under_all_orders(street: Street) -> list[Street]:
+    """The street under all six orders."""
+    return [asked_again(street, command, speed) for command in COMMANDS for speed in SPEEDS]
+
+
 def ask_plans(street: Street, rng: np.random.Generator) -> list[tuple[Street, dq.Asked]]:
     """The plan under all six orders."""
-    again = [asked_again(street, command, speed) for command in COMMANDS for speed in SPEEDS]
-    return [(other, dq.meta_question(other)) for other in again]
+    return [(other, dq.meta_question(other)) for other in under_all_orders(street)]
 
 
 def ask_points(street: Street, rng: np.random.Generator) -> list[tuple[Street, dq.Asked]]:
     """Waypoints under four of the orders."""
-    again = [asked_again(street, command, speed) for command in COMMANDS for speed in SPEEDS]
+    again = under_all_orders(street)
     return [(again[i], dq.points_question(again[i])) for i in rng.permutation(6)[:4]]
 
 
@@ -256,8 +262,7 @@ def _assemble(rows: list[dict], asked: list[list[tuple[Street, dq.Asked]]], full
     where, targets, owner, kinds, places_, facts, orders, plans = [], [], [], [], [], [], [], []
     for b, (row, own) in enumerate(zip(asked, tails, strict=True)):
         for place, name in enumerate(FACTS):
-            classes = [i for i, value in enumerate(SHOWN) if value.split()[-1:] == [name] or value == name]
-            there = torch.isin(shown[b], torch.tensor(classes))
+            there = torch.isin(shown[b], SHOWING[name])
             marks[b, place] = there
             marks[b, place, 0] = not there.any()
         for k, ((street, question), (tail, answer)) in enumerate(zip(row, own, strict=True)):
