@@ -13,6 +13,7 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from playground.tiny.build import benchmarks as make_benchmarks
+from playground.tiny.build.short import build_vqav2
 from playground.tiny.train import export, packing, text
 from playground.tiny.train.vision import SELECTED, normalize, run_tower
 from playground.tiny.world.questions import KINDS, sample_questions
@@ -117,17 +118,38 @@ def test_tokenizer_is_a_llama_tokenizer(loaded) -> None:
     assert tokenizer.convert_ids_to_tokens(tokenizer("red star").input_ids) == ["<s>", "▁red", "▁star"]
 
 
-def test_real_generation_gives_the_right_answers(loaded) -> None:
-    """`model.generate` on question files and pictures as they lie on disk."""
+def plain(question: str) -> str:
+    return text.prompt(question)
+
+
+def with_a_blank(question: str) -> str:
+    return text.prompt(question) + " "
+
+
+def of_vlmevalkit(question: str) -> str:
+    """What VLMEvalKit's class for LLaVA asks: another system text, blanks around the picture and at the end."""
+    system = (
+        "A chat between a curious human and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the human's questions. "
+    )
+    return f"{system}USER:  <image> {question} ASSISTANT: "
+
+
+@pytest.mark.parametrize("prompt", [plain, with_a_blank, of_vlmevalkit])
+def test_real_generation_gives_the_right_answers(loaded, prompt) -> None:
+    """`model.generate` on question files and pictures as they lie on disk; some answers are digits, which begin with
+    the token of a blank."""
     from PIL import Image
 
     tokenizer, model, processor, _ = loaded
-    items = [i for i in make_benchmarks.build_gqa(4).items][:20]
-    right = 0
-    for item in items:
-        with Image.open(make_benchmarks.DATA / "gqa/data/images" / item.image) as file:
+    counts = [item for item in build_vqav2(20).items if item.question.answer.isdigit()][:8]
+    asked = [("gqa/data/images", item) for item in make_benchmarks.build_gqa(4).items[:20]]
+    asked += [("vqav2/test2015", item) for item in counts]
+    said = []
+    for folder, item in asked:
+        with Image.open(make_benchmarks.DATA / folder / item.image) as file:
             picture = file.convert("RGB")
-        ids = tokenizer_image_token(text.prompt(item.line["text"]), tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
+        ids = tokenizer_image_token(prompt(item.line["text"]), tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
         out = model.generate(
             ids[None],
             images=process_images([picture], processor, model.config),
@@ -135,8 +157,10 @@ def test_real_generation_gives_the_right_answers(loaded) -> None:
             do_sample=False,
             max_new_tokens=8,
         )
-        right += tokenizer.batch_decode(out, skip_special_tokens=True)[0].strip() == item.question.answer
-    assert right >= 0.8 * len(items)
+        said.append(tokenizer.batch_decode(out, skip_special_tokens=True)[0].strip())
+    right = [answer == item.question.answer for answer, (_, item) in zip(said, asked, strict=True)]
+    assert sum(right[:20]) >= 18
+    assert all(answer.isdigit() for answer in said[20:]) and sum(right[20:]) >= 4, "counting is its weak side"
 
 
 def test_packed_questions_are_first_turns(parts: export.TinyLlava) -> None:

@@ -3,9 +3,10 @@
     python -m playground.tiny.measure.arena            # all figures, some minutes on two cores
     python -m playground.tiny.measure.arena --check    # only compares the recorded figures with the thresholds
 
-Measured per benchmark, with the scorers of `llava.eval`: the dense model; the best answer that ignores the picture;
-and the model with 64 of the 576 visual tokens, dropped before the decoder: the patches of the objects asked about
-(oracle), random patches, the patches that CLS attention ranks first. And how much of that ranking lies on objects.
+Measured per benchmark, with the scorers of `llava.eval`: the dense model, also with a blank behind the prompt; the best
+answer that ignores the picture; and the model with 64 of the 576 visual tokens, dropped before the decoder: the patches
+of the objects asked about (oracle), random patches, the patches that CLS attention ranks first. And how much of that
+ranking lies on objects.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ THRESHOLDS = {
     "share of the picture covered by objects, at most": 1 / 3,
     "oracle at 64 tokens loses less than": 2.0,
     "random at 64 tokens loses at least": 10.0,
+    "a blank behind the prompt loses less than": 1.0,
 }
 
 
@@ -64,13 +66,15 @@ def generate(
     asked: list[list[str]],
     limit: int = 6,
     batch: int = 8,
+    end: str = "",
 ) -> list[list[str]]:
-    """Greedy answers. Every row is a picture's tokens, the indices that are kept, and questions about it."""
+    """Greedy answers. Every row is a picture's tokens, the indices that are kept, and questions about it; `end` is
+    what follows the prompt."""
     out: list[list[str]] = []
     tokenizer = text.tokenizer()
     for first in range(0, len(kept), batch):
         rows = range(first, min(first + batch, len(kept)))
-        prompts = [[tokenizer(text.prompt(q).split("<image>")[1]).input_ids[1:] for q in asked[r]] for r in rows]
+        prompts = [[tokenizer(text.prompt(q).split("<image>")[1] + end).input_ids[1:] for q in asked[r]] for r in rows]
         said: list[list[list[int]]] = [[[] for _ in row] for row in prompts]
         for _ in range(limit):
             tails = [
@@ -166,20 +170,22 @@ def score(items: list[Item], answers: list[str], data: Path = DATA) -> dict[str,
 
 
 def answer_all(model: TinyLlava, items: list[Item], setting: str, seed: int = 0) -> list[str]:
-    """Answers of the model to all items. `setting`: dense, oracle, random or cls."""
+    """Answers of the model to all items. `setting`: dense, blank (dense, with a blank behind the
+    prompt, as other programs write it), oracle, random or cls."""
     pictures = {(i.benchmark, i.image): i.scene for i in items}
     names = list(pictures)
     tokens, attention = encode(model, list(pictures.values()))
     place = {name: k for k, name in enumerate(names)}
-    if setting in ("dense", "cls"):
+    if setting in ("dense", "blank", "cls"):
         every = np.arange(GRID * GRID)
         kept = [
-            every if setting == "dense" else np.sort(attention[k].topk(KEEP).indices.numpy()) for k in range(len(names))
+            np.sort(attention[k].topk(KEEP).indices.numpy()) if setting == "cls" else every for k in range(len(names))
         ]
         where: list[list[int]] = [[] for _ in names]
         for number, item in enumerate(items):
             where[place[item.benchmark, item.image]].append(number)
-        answers = generate(model, tokens, kept, [[items[n].line["text"] for n in row] for row in where])
+        questions = [[items[n].line["text"] for n in row] for row in where]
+        answers = generate(model, tokens, kept, questions, end=" " if setting == "blank" else "")
         flat = {n: a for row, said in zip(where, answers, strict=True) for n, a in zip(row, said, strict=True)}
         return [flat[n] for n in range(len(items))]
     rng = np.random.default_rng([64, seed])
@@ -221,6 +227,7 @@ def verdict(record: dict) -> dict[str, bool]:
         record["attention"]["area_of_objects_max"] <= 1 / 3,
         kept["dense"] - kept["oracle"] < 2,
         kept["dense"] - kept["random"] >= 10,
+        kept["dense"] - kept["blank"] < 1,
     )
     return dict(zip(THRESHOLDS, map(bool, values), strict=True))
 
@@ -228,7 +235,7 @@ def verdict(record: dict) -> dict[str, bool]:
 def measure(model: TinyLlava, items: list[Item]) -> dict:
     """All figures, as they are recorded."""
     runs = {"blind": [blind_answers(items)]}
-    runs |= {name: [answer_all(model, items, name)] for name in ("dense", "oracle", "cls")}
+    runs |= {name: [answer_all(model, items, name)] for name in ("dense", "blank", "oracle", "cls")}
     runs["random"] = [answer_all(model, items, "random", seed) for seed in range(RANDOM_DRAWS)]
     scored = {name: [score(items, answers) for answers in several] for name, several in runs.items()}
     bench: dict[str, dict] = {}
@@ -251,7 +258,7 @@ def measure(model: TinyLlava, items: list[Item]) -> dict:
 
 def table(record: dict) -> str:
     """The figures as a markdown table."""
-    runs = ("dense", "blind", "oracle", "cls", "random")
+    runs = ("dense", "blank", "blind", "oracle", "cls", "random")
     lines = ["| | " + " | ".join(runs) + " |", "|---|" + "---:|" * len(runs)]
     for name, values in record["benchmarks"].items():
         lines.append(f"| {name}, score | " + " | ".join(f"{values[r]['score']:.1f}" for r in runs) + " |")

@@ -8,6 +8,8 @@
     python -m playground.tiny.train.export && python -m playground.tiny.measure.arena
     python -m playground.tiny.train --stage extend --minutes 48
     python -m playground.tiny.train.export --state extend.pt && python -m playground.tiny.measure.arena
+    python -m playground.tiny.train --stage blank --minutes 45
+    python -m playground.tiny.train.export --state blank.pt && python -m playground.tiny.measure.arena
     python -m playground.tiny.train --stage anyres --minutes 20
     python -m playground.tiny.train.export --state anyres.pt
     python -m playground.tiny.train --stage drive --minutes 45 --threads 1
@@ -32,6 +34,7 @@ import torch
 from llava.utils import UserError, cli_main
 from playground.tiny.train import text
 from playground.tiny.train.anyres import train_anyres
+from playground.tiny.train.blank import train_blank
 from playground.tiny.train.common import RUNS
 from playground.tiny.train.deep import STATE, start, train_deep
 from playground.tiny.train.driving import Plan, train_drive
@@ -49,6 +52,7 @@ STAGES = {
     "align": ("vision.pt", "language.pt"),
     "joint": ("joint.pt",),
     "extend": (),
+    "blank": (),
     "anyres": (),
     "drive": (),
     "drive-adapter": ("drive.pt",),
@@ -70,7 +74,9 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--rate", type=float, default=None, help="factor on the learning rates of language and joint")
-    parser.add_argument("--resume", action="store_true", help="language, extend, anyres, drive: continue the saved run")
+    parser.add_argument(
+        "--resume", action="store_true", help="language, extend, blank, anyres, drive: continue the saved run"
+    )
     parser.add_argument(
         "--run",
         type=int,
@@ -118,6 +124,8 @@ def main() -> None:
         train_extend(
             load(), RUNS, args.minutes, rate=args.rate or 0.3, run=args.run, resume=args.resume, copying=args.copying
         )
+    elif args.stage == "blank":
+        train_blank(load(), RUNS, args.minutes, rate=args.rate or 1.0, run=args.run, resume=args.resume)
     elif args.stage == "sight":
         train_sight(load(), folder, args.minutes, run=args.run, resume=args.resume)
     elif args.stage == "deep":
