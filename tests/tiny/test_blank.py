@@ -9,6 +9,7 @@ import torch
 from playground.tiny.train import blank, export, text
 from playground.tiny.train.common import train_rng
 from playground.tiny.train.extend import mixture
+from tests.tiny.prompts import of_vlmevalkit
 
 QUESTION = "How many stars are there?\nAnswer the question using a single word or phrase."
 
@@ -52,11 +53,7 @@ def test_prompts_end_with_a_blank_where_the_batch_says_so(batch: blank.Batch) ->
 
 @pytest.mark.parametrize(("answer", "kept"), [("red", 2), ("Yes", 2), ("2", 2)])
 def test_ids_are_those_of_the_prompt_of_vlmevalkit(answer: str, kept: int) -> None:
-    system = (
-        "A chat between a curious human and an artificial intelligence assistant. "
-        "The assistant gives helpful, detailed, and polite answers to the human's questions. "
-    )
-    head, tail = (text.tokenizer()(part).input_ids for part in (f"{system}USER:  ", f" {QUESTION} ASSISTANT: "))
+    head, tail = (text.tokenizer()(part).input_ids for part in of_vlmevalkit(QUESTION).split("<image>"))
     assert list(blank.other_head()) == head
     ours = list(blank.other_tail(QUESTION, answer))
     assert ours[: len(tail) - 1] == tail[1:]

@@ -18,6 +18,7 @@ from playground.tiny.train import export, packing, text
 from playground.tiny.train.vision import SELECTED, normalize, run_tower
 from playground.tiny.world.questions import KINDS, sample_questions
 from playground.tiny.world.scenes import pad_square, render, sample_scene
+from tests.tiny.prompts import of_vlmevalkit
 
 FOLDER = text.CHECKPOINT
 
@@ -124,15 +125,6 @@ def plain(question: str) -> str:
 
 def with_a_blank(question: str) -> str:
     return text.prompt(question) + " "
-
-
-def of_vlmevalkit(question: str) -> str:
-    """What VLMEvalKit's class for LLaVA asks: another system text, blanks around the picture and at the end."""
-    system = (
-        "A chat between a curious human and an artificial intelligence assistant. "
-        "The assistant gives helpful, detailed, and polite answers to the human's questions. "
-    )
-    return f"{system}USER:  <image> {question} ASSISTANT: "
 
 
 @pytest.mark.parametrize("prompt", [plain, with_a_blank, of_vlmevalkit])
