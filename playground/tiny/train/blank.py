@@ -116,19 +116,7 @@ def pack(
     teacher, student = (
         packing.pack_ids(patches, tails, original, heads=own) for tails, own in ((usual, heads), (asked, other_heads))
     )
-    first = torch.isin(student.where, student.rows)
-    return Batch(pixels, teacher, student, first & (student.ids.flatten()[student.where] == token_of(" ")))
-
-
-def answer_logits(decoder: nn.Module, data: packing.Pack, pictures: torch.Tensor) -> torch.Tensor:
-    """Logits at the places that predict answer tokens: [targets, vocabulary] in fp32."""
-    hidden = decoder.model(
-        inputs_embeds=packing.embed(decoder, data, pictures),
-        attention_mask=data.mask,
-        position_ids=data.positions,
-        use_cache=False,
-    ).last_hidden_state
-    return decoder.lm_head(hidden.flatten(0, 1)[data.where]).float()
+    return Batch(pixels, teacher, student, student.opening & (student.ids.flatten()[student.where] == token_of(" ")))
 
 
 def train_blank(
@@ -156,7 +144,7 @@ def train_blank(
         with torch.no_grad():
             words[blank] = words[blank].lerp(words[token_of(":")], 0.7)
     model.requires_grad_(False)
-    trained = [p.requires_grad_(True) for p in model.decoder.parameters()]
+    trained = list(model.decoder.parameters())
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     rng, log, kinds = train_rng(NAME, run), Log(NAME), mixture()
     scores: dict[str, float] = {}
@@ -169,6 +157,8 @@ def train_blank(
 
     while (progress := (time.time() - start) / (60 * minutes)) < 1:
         first = progress < alone
+        for weight in trained:
+            weight.requires_grad_(weight is words or not first)
         full = rng.random() < full_share
         data = draw_batch(rng, batch // 2 if full else batch, tokens, full, kinds)
         part = progress / alone if first else (progress - alone) / (1 - alone)
@@ -176,25 +166,23 @@ def train_blank(
         with autocast():
             with torch.no_grad():
                 pictures = model.projector(run_tower(model.tower, data.pixels)[0])
-                wanted = answer_logits(teacher, data.usual, pictures)
+                said = packing.run(teacher, data.usual, pictures)
+                wanted = packing.logits_at(teacher, said, data.usual.where)
                 # Where the blank is there already, it is not the answer's first token any more.
                 wanted[data.behind, blank] = -torch.inf
                 wanted = wanted.log_softmax(-1)
-            logits = answer_logits(model.decoder, data.asked, pictures)
+            hidden = packing.run(model.decoder, data.asked, pictures)
+            logits = packing.logits_at(model.decoder, hidden, data.asked.where)
         miss = (wanted.exp() * (wanted.clamp(min=-30) - logits.log_softmax(-1))).sum(-1)
         loss = miss.mean() + TRUTH * F.cross_entropy(logits, data.asked.targets)
         optimizer.zero_grad()
         loss.backward()
         if first:
-            others = torch.arange(len(words)) != blank
-            words.grad[others] = 0
-            for weight in trained:
-                weight.grad = weight.grad if weight is words else None
+            words.grad[torch.arange(len(words)) != blank] = 0
         norm = nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         step += 1
-        answering = torch.isin(data.asked.where, data.asked.rows)
-        names = np.where(data.behind, "behind", np.where(answering, "usual", "later"))
+        names = np.where(data.behind, "behind", np.where(data.asked.opening, "usual", "later"))
         follow(scores, names.tolist(), (logits.argmax(-1) == wanted.argmax(-1)).tolist())
         follow(scores, [f"miss {name}" for name in names], miss.tolist())
         if step % 25 == 0:

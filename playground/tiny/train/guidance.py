@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from playground.tiny.train import text
-from playground.tiny.train.packing import Pack, embed, named_patches, object_patches
+from playground.tiny.train.packing import Pack, logits_at, named_patches, object_patches, run
 from playground.tiny.world import chinese
 from playground.tiny.world.questions import NUMBERS, Question
 from playground.tiny.world.scenes import Scene
@@ -163,12 +163,7 @@ def forward(
         )
         for i in {*(watch or ())[3:], *(options or ())[:2]}
     ]
-    hidden = decoder.model(
-        inputs_embeds=embed(decoder, batch, pictures),
-        attention_mask=batch.mask,
-        position_ids=batch.positions,
-        use_cache=False,
-    ).last_hidden_state
+    hidden = run(decoder, batch, pictures)
     for handle in handles:
         handle.remove()
     return losses(decoder, batch, hidden, watched, outputs, watch, weight, options)
@@ -187,7 +182,7 @@ def losses(
     """What `forward` returns, from what the decoder made: its normed output [B, L, D], what attention was given in the
     watched layers (`hidden_states`, `position_embeddings`) and what layers put out."""
     layers = decoder.model.layers
-    logits = decoder.lm_head(hidden.flatten(0, 1)[batch.where]).float()
+    logits = logits_at(decoder, hidden, batch.where)
     right = logits.detach().argmax(-1) == batch.targets
     wrong = torch.zeros(len(batch.kinds), device=hidden.device).index_add(0, batch.owner, (~right).float())
     loss = F.cross_entropy(logits, batch.targets)

@@ -82,6 +82,11 @@ class Pack:
         every = torch.arange(self.ids.numel(), device=self.ids.device)
         return self.visible(every).view(len(self.ids), 1, self.ids.shape[1], -1)
 
+    @cached_property
+    def opening(self) -> torch.Tensor:
+        """Which targets are the first token of their answer: bool [targets]."""
+        return torch.isin(self.where, self.rows)
+
     def visible(self, rows: torch.Tensor) -> torch.Tensor:
         """What some places (flat indices [n]) may look at: bool [n, L]."""
         length = self.ids.shape[1]
@@ -233,12 +238,21 @@ def embed(decoder, batch: Pack, pictures: torch.Tensor) -> torch.Tensor:
     return embedded.index_put((rows, places), pictures[rows, batch.visual[rows, places]].to(embedded.dtype))
 
 
-def next_tokens(decoder, batch: Pack, pictures: torch.Tensor) -> torch.Tensor:
-    """The most likely token behind every question (packed without answers): int64 [questions]."""
-    hidden = decoder.model(
+def run(decoder, batch: Pack, pictures: torch.Tensor) -> torch.Tensor:
+    """The decoder's normed output for the packed sequences: [B, L, D]."""
+    return decoder.model(
         inputs_embeds=embed(decoder, batch, pictures),
         attention_mask=batch.mask,
         position_ids=batch.positions,
         use_cache=False,
     ).last_hidden_state
-    return decoder.lm_head(hidden.flatten(0, 1)[batch.rows]).float().argmax(-1)
+
+
+def logits_at(decoder, hidden: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Logits at some places (flat indices [n]) of what `run` returns: [n, vocabulary] in fp32."""
+    return decoder.lm_head(hidden.flatten(0, 1)[places]).float()
+
+
+def next_tokens(decoder, batch: Pack, pictures: torch.Tensor) -> torch.Tensor:
+    """The most likely token behind every question (packed without answers): int64 [questions]."""
+    return logits_at(decoder, run(decoder, batch, pictures), batch.rows).argmax(-1)
