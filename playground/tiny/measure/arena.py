@@ -170,8 +170,8 @@ def score(items: list[Item], answers: list[str], data: Path = DATA) -> dict[str,
 
 
 def answer_all(model: TinyLlava, items: list[Item], setting: str, seed: int = 0) -> list[str]:
-    """Answers of the model to all items. `setting`: dense, blank (dense, with a blank behind the
-    prompt, as other programs write it), oracle, random or cls."""
+    """Answers of the model to all items. `setting`: dense, blank (dense, with a blank behind the prompt, as other
+    programs write it), oracle, random or cls."""
     pictures = {(i.benchmark, i.image): i.scene for i in items}
     names = list(pictures)
     tokens, attention = encode(model, list(pictures.values()))

@@ -73,7 +73,7 @@ def main() -> None:
         "--minutes", type=float, default=20, help="training time; the learning rate falls towards its end"
     )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--rate", type=float, default=None, help="factor on the learning rates of language and joint")
+    parser.add_argument("--rate", type=float, default=None, help="factor on the learning rates")
     parser.add_argument(
         "--resume", action="store_true", help="language, extend, blank, anyres, drive: continue the saved run"
     )
